@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+# make demo: set-up, then D-MoLE and Seq-FT over the reduced mini stream, with table and picture.
+# make test: set-up, then every check and test.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint setup data results clean
+
+demo: setup
+	$(BIN)/dmole run mini --recipe demo --output results/demo --resume
+
+test: setup lint
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+setup: $(READY)
+
+# torch comes first and by itself: the plain index would bring a CUDA build of several GB as somebody's dependency.
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "make: 'python -m venv' failed; install Python 3.10 or newer with its venv module." >&2; exit 1; }
+	if $(BIN)/python scripts/check_installed.py; then echo "setup: every pinned package is already installed; nothing is downloaded"; else \
+	  $(PIP) install -q -c constraints.txt "torch==2.13.0" && $(PIP) install -q -c constraints.txt -e ".[data,dev,peft]" || \
+	  { echo "setup: a package above could not be installed. With no network, install it from a wheel into $(VENV) and run make again." >&2; exit 1; }; fi
+	touch $(READY)
+
+data: setup
+	$(BIN)/dmole data build
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

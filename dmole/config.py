@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole of a run as one frozen value: `RunConfig`, read from YAML and `--set a.b=c`.
+
+Each section is a frozen keyword-only dataclass that checks its numbers when it is built. A method's own options live
+in the method's file (`Method.Options`); in a configuration they stand under the method's name:
+
+    methods: [dmole, seq_ft]
+    lora: {rank: 8, alpha: 16}
+    dmole: {budget_fraction: 0.5, router: {top_k: 2}}
+    seq_ft: {mode: continue}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from dmole.method_settings import DMoLESettings
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message names the key, what it got and what it takes."""
+
+
+def require(condition: bool, name: str, got: object, expected: str) -> None:
+    """Raise `ConfigError` for setting `name` unless `condition` holds."""
+    if not condition:
+        raise ConfigError(f"{name} is {got!r}; expected {expected}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """One LoRA expert, `y += alpha / rank * dropout(x) A^T B^T`; the defaults are D-MoLE's."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.05
+    # One mask per layer is what a packed kernel wants; "per_expert" is what D-MoLE's public code draws.
+    dropout_mode: Literal["shared", "per_expert"] = "shared"
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 1, "lora.rank", self.rank, "an integer of at least 1")
+        require(self.alpha > 0, "lora.alpha", self.alpha, "a number above 0")
+        require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "a number in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """AdamW in fp32 with a linear warm-up and a cosine to zero, once per stage."""
+
+    epochs: int = 3
+    # Tasks that train longer than the others (D-MoLE: SK-VG, VizWiz-VQA and IconQA take 5 epochs, the rest 1).
+    epochs_of: Mapping[str, int] = field(default_factory=dict)
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    warmup: float = 0.03
+    weight_decay: float = 0.01
+    # Largest gradient norm; 0 leaves gradients as they are.
+    max_grad_norm: float = 1.0
+    # Autocast of the forward pass; trainable weights, optimizer and loss stay fp32 either way.
+    bf16: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.epochs >= 1, "training.epochs", self.epochs, "an integer of at least 1")
+        for name, epochs in self.epochs_of.items():
+            require(epochs >= 1, f"training.epochs_of.{name}", epochs, "an integer of at least 1")
+        require(self.batch_size >= 1, "training.batch_size", self.batch_size, "an integer of at least 1")
+        require(self.learning_rate > 0, "training.learning_rate", self.learning_rate, "a number above 0")
+        require(0 <= self.warmup < 1, "training.warmup", self.warmup, "a share of the steps in [0, 1)")
+        require(self.weight_decay >= 0, "training.weight_decay", self.weight_decay, "a number of at least 0")
+        require(self.max_grad_norm >= 0, "training.max_grad_norm", self.max_grad_norm, "0 (no clipping) or above")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """Greedy generation over all test sets after every stage."""
+
+    batch_size: int = 64
+    max_new_tokens: int = 32
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, "evaluation.batch_size", self.batch_size, "an integer of at least 1")
+        require(self.max_new_tokens >= 1, "evaluation.max_new_tokens", self.max_new_tokens, "an integer of at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodSettings:
+    """What one method is given: the common adapter settings and the options of its own file."""
+
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    # Regular expression searched in the qualified names of the candidate linears; "" keeps all of them.
+    candidates: str = ""
+    # D-MoLE's settings, whichever the method: its budget decides how many weights the others train (equal counts).
+    dmole: DMoLESettings = field(default_factory=DMoLESettings)
+    options: Any = None
+
+    def options_as(self, kind: type[T]) -> T:
+        """The method's options, of type `kind`; defaults if none were given."""
+        if self.options is None:
+            return kind()
+        if not isinstance(self.options, kind):
+            raise ConfigError(f"method options are {type(self.options).__name__}; expected {kind.__name__}.")
+        return self.options
+
+    def select_candidates(self, candidates: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+        """The candidate linears of each tower whose qualified name matches `candidates`, in the given order."""
+        pattern = re.compile(self.candidates)
+        chosen = {tower: tuple(name for name in names if pattern.search(name)) for tower, names in candidates.items()}
+        for tower, names in chosen.items():
+            if not names:
+                example = candidates[tower][0] if candidates[tower] else "none at all"
+                raise ConfigError(
+                    f"candidates is {self.candidates!r}, which matches no linear of the {tower} tower; "
+                    f"expected a regular expression found in names such as {example!r}."
+                )
+        return chosen
+
+
+ORDER_HELP = "'default', 'reversed', 'shuffled<k>' or a comma-separated list of all task names"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides the numbers of `dmole run`, and where they go."""
+
+    # A folder with stream.yaml, or "mini" for the benchmark that this package builds.
+    stream: str = "mini"
+    # A folder in transformers' format, "mini" for the small model of this package, "tiny" for random test weights.
+    model: str = "mini"
+    methods: tuple[str, ...] = ("dmole", "seq_ft")
+    seeds: tuple[int, ...] = (0,)
+    orders: tuple[str, ...] = ("default",)
+    # Keep the first so many samples of every task; None keeps all.
+    train_samples: int | None = None
+    validation_samples: int | None = None
+    test_samples: int | None = None
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    candidates: str = ""
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    # Options of single methods by method name; see the module docstring for how YAML spells them.
+    options: Mapping[str, Any] = field(default_factory=dict)
+    output: str = "runs"
+    # A checkpoint inside a stage every so many optimizer steps; 0 keeps stage boundaries only.
+    checkpoint_every_steps: int = 200
+    # Threads of torch; 0 leaves torch's own choice. Results are bit-identical only at equal thread counts.
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        from dmole.methods import method_names
+
+        require(len(self.methods) >= 1, "methods", self.methods, "at least one method")
+        for method in self.methods:
+            if method not in method_names():
+                raise ConfigError(f"methods has {method!r}; {_nearest(method, method_names())}")
+        for method in self.options:
+            if method not in method_names():
+                raise ConfigError(f"options has {method!r}; {_nearest(method, method_names())}")
+        require(len(set(self.methods)) == len(self.methods), "methods", self.methods, "each method once")
+        require(len(self.seeds) >= 1, "seeds", self.seeds, "at least one integer")
+        require(len(set(self.seeds)) == len(self.seeds), "seeds", self.seeds, "each seed once")
+        require(all(seed >= 0 for seed in self.seeds), "seeds", self.seeds, "integers of at least 0")
+        require(len(self.orders) >= 1, "orders", self.orders, f"at least one of {ORDER_HELP}")
+        require(len(set(self.orders)) == len(self.orders), "orders", self.orders, "each order once")
+        for name, least in (("train_samples", 2), ("validation_samples", 0), ("test_samples", 1)):
+            value = getattr(self, name)
+            require(value is None or value >= least, name, value, f"none (all samples) or an integer from {least} on")
+        require(self.checkpoint_every_steps >= 0, "checkpoint_every_steps", self.checkpoint_every_steps, "0 or more")
+        require(self.threads >= 0, "threads", self.threads, "0 (torch's choice) or a number of threads")
+        try:
+            re.compile(self.candidates)
+        except re.error as error:
+            raise ConfigError(f"candidates is {self.candidates!r}; expected a regular expression ({error}).") from error
+
+    def method_settings(self, method: str) -> MethodSettings:
+        """The settings that the method called `method` is built with."""
+        from dmole.methods import method_class
+
+        return MethodSettings(
+            lora=self.lora,
+            candidates=self.candidates,
+            dmole=self.options.get("dmole") or DMoLESettings(),
+            options=self.options.get(method) or method_class(method).Options(),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain JSON, options of every method of the run written out: `build_config`'s input."""
+        plain = {key: value for key, value in dataclasses.asdict(self).items() if key != "options"}
+        # D-MoLE's budget also sets the other methods' rank, so it is part of every run.
+        for method in dict.fromkeys((*self.methods, *self.options, "dmole")):
+            options = dataclasses.asdict(self.method_settings(method).options)
+            if options:
+                plain[method] = options
+        return typing.cast(dict[str, Any], json.loads(json.dumps(plain)))
+
+    def replace(self, **changes: Any) -> RunConfig:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+
+def fingerprint(plain: object) -> str:
+    """The first 16 hex digits of the sha256 of `plain` as canonical JSON."""
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def build_config(plain: Mapping[str, Any]) -> RunConfig:
+    """`RunConfig` from nested mappings. Unknown keys and wrong types are `ConfigError`s that name the key."""
+    from dmole.methods import method_class, method_names
+
+    own = {spec.name for spec in dataclasses.fields(RunConfig)} - {"options"}
+    options: dict[str, Any] = {}
+    rest: dict[str, Any] = {}
+    for key, value in plain.items():
+        if key in method_names():
+            options[key] = _build(method_class(key).Options, value, key)
+        elif key in own:
+            rest[key] = value
+        else:
+            raise ConfigError(f"unknown key {key!r}; {_nearest(str(key), [*sorted(own), *method_names()])}")
+    return typing.cast(RunConfig, _build(RunConfig, rest, "", options=options))
+
+
+def load_config(path: Path | None = None, *, base: RunConfig | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+    """A configuration from `base`, then the YAML file at `path`, then `overrides` of the form `a.b=c`."""
+    plain = (base or RunConfig()).to_dict()
+    if path is not None:
+        try:
+            read = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
+        if read is None:
+            read = {}
+        if not isinstance(read, dict):
+            raise ConfigError(f"{path} holds a {type(read).__name__}; expected a mapping of settings.")
+        plain = _merge(plain, read)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"--set got {override!r}; expected key=value, such as training.epochs=3.")
+        try:
+            value: Any = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {key} got {text!r}, which is not YAML.") from error
+        for part in reversed(key.strip().split(".")):
+            value = {part: value}
+        plain = _merge(plain, value)
+    return build_config(plain)
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _nearest(key: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}Known: {', '.join(known)}."
+
+
+def _build(kind: type[Any], plain: object, where: str, **given: Any) -> Any:
+    """Dataclass `kind` from a mapping; `where` is the dotted path for messages."""
+    if not isinstance(plain, Mapping):
+        raise ConfigError(f"{where or 'configuration'} is {plain!r}; expected a mapping of settings.")
+    hints = typing.get_type_hints(kind)
+    known = [spec.name for spec in dataclasses.fields(kind) if spec.name not in given]
+    values: dict[str, Any] = dict(given)
+    for key, value in plain.items():
+        path = f"{where}.{key}" if where else str(key)
+        if key not in known:
+            raise ConfigError(f"unknown key {path!r}; {_nearest(str(key), known)}")
+        values[key] = _convert(hints[key], value, path)
+    return kind(**values)
+
+
+def _convert(hint: Any, value: object, path: str) -> Any:
+    """`value` as the type `hint`, or a `ConfigError` at `path`. Nothing is guessed: '3' is no integer."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        (inner,) = (argument for argument in arguments if argument is not type(None))
+        return _convert(inner, value, path)
+    if origin is Literal:
+        require(value in arguments, path, value, "one of " + ", ".join(repr(choice) for choice in arguments))
+        return value
+    if origin is tuple:
+        # One value stands for a list of one: `--set methods=dmole`.
+        items = value if isinstance(value, list | tuple) else [value]
+        return tuple(_convert(arguments[0], item, f"{path}[{index}]") for index, item in enumerate(items))
+    if origin is not None and issubclass(origin, Mapping):
+        require(isinstance(value, Mapping), path, value, "a mapping")
+        return {str(k): _convert(arguments[1], v, f"{path}.{k}") for k, v in typing.cast(Any, value).items()}
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type[Any], hint), value, path)
+    if hint is bool:
+        require(isinstance(value, bool), path, value, "true or false")
+    elif hint is int:
+        require(isinstance(value, int) and not isinstance(value, bool), path, value, "an integer")
+    elif hint is float:
+        # YAML 1.1 reads 1e-3 (no dot) as a string.
+        if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
+            value = float(value)
+        require(isinstance(value, int | float) and not isinstance(value, bool), path, value, "a number")
+        value = float(typing.cast(float, value))
+        require(math.isfinite(value), path, value, "a finite number")
+    elif hint is str:
+        require(isinstance(value, str), path, value, "a string")
+    return value

@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Streams of tasks: what they are (`sample`), how they are read and checked (`reading`), the schema (`README.md`)."""
+
+from dmole.data.reading import DataError, read_stream
+from dmole.data.sample import Sample, Stream, Task
+
+__all__ = ["DataError", "Sample", "Stream", "Task", "read_stream"]

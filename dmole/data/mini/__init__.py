@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The mini benchmark: nine real tasks built from material that ordinary Python packages carry."""

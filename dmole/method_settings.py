@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a configuration may set for D-MoLE and its router: frozen, checked when built.
+
+Each default is the paper's where the paper says it (ICML 2025, arXiv 2506.11672); the comment says where it does not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Ablation = Literal["v1", "v2", "v3", "v4"]
+
+
+def _check(condition: bool, name: str, got: object, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"{name}: got {got!r}; expected {expected}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterSettings:
+    """One autoencoder per task, Linear(d, hidden) ReLU Linear(hidden, d) decoder, mean squared error (Eq. 9-12)."""
+
+    hidden: int = 128
+    epochs: int = 100
+    learning_rate: float = 1e-3
+    # Cosine from learning_rate to this; equal values are the paper's constant rate. The public code: 5e-3 to 1e-3.
+    final_learning_rate: float = 1e-3
+    # The paper does not say; the public code's 1024 leaves 100 epochs of a small task too few steps to converge.
+    batch_size: int = 64
+    # Epochs without a better training error after which training stops; 0 never stops early. The public code: 10.
+    patience: int = 0
+    # The paper's sigmoid cannot reach the negative entries of a feature; "linear" can.
+    decoder: Literal["sigmoid", "linear"] = "sigmoid"
+    # threshold = margin * quantile of the task's own errors; the authors: "slightly above the 95th percentile".
+    quantile: float = 0.95
+    margin: float = 1.1
+    # Whose errors: those of the training samples (paper), or of the validation samples, which were not fitted.
+    threshold_from: Literal["train", "validation"] = "train"
+    top_k: int = 2
+    # Batch of the forward pass that makes the features.
+    feature_batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        _check(self.hidden >= 1, "router.hidden", self.hidden, "an integer of at least 1")
+        _check(self.epochs >= 1, "router.epochs", self.epochs, "an integer of at least 1")
+        _check(self.learning_rate > 0, "router.learning_rate", self.learning_rate, "a number above 0")
+        _check(self.final_learning_rate > 0, "router.final_learning_rate", self.final_learning_rate, "a number above 0")
+        _check(self.batch_size >= 1, "router.batch_size", self.batch_size, "an integer of at least 1")
+        _check(self.patience >= 0, "router.patience", self.patience, "0 (never stop early) or more")
+        _check(self.decoder in ("sigmoid", "linear"), "router.decoder", self.decoder, "'sigmoid' or 'linear'")
+        _check(0 < self.quantile <= 1, "router.quantile", self.quantile, "a number in (0, 1]")
+        _check(self.margin > 0, "router.margin", self.margin, "a number above 0")
+        _check(
+            self.threshold_from in ("train", "validation"),
+            "router.threshold_from",
+            self.threshold_from,
+            "'train' or 'validation'",
+        )
+        _check(self.top_k >= 1, "router.top_k", self.top_k, "an integer of at least 1")
+        _check(
+            self.feature_batch_size >= 1, "router.feature_batch_size", self.feature_batch_size, "an integer of at least 1"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DMoLESettings:
+    """D-MoLE: allocator (Eq. 3-5), inter-modal curriculum (Eq. 13-15), router (Eq. 9-12)."""
+
+    # B_total as a share of the candidates: half in the paper (48 of 96 linears).
+    budget_fraction: float = 0.5
+    # What the budget counts: linears (public code) or whole layers (appendix A: 24 of 48).
+    unit: Literal["linear", "layer"] = "linear"
+    # "norm" is Eq. 13; "sum" over the layers' norms is what the public code does.
+    score_aggregation: Literal["norm", "sum"] = "norm"
+    # Smallest share of the budget that the vision tower gets: 0 in the paper, 0.25 in the public code.
+    vision_floor: float = 0.0
+    proxy_fraction: float = 0.01
+    # 1 % of a small task is a handful of samples, too few for a stable score.
+    proxy_min_samples: int = 64
+    proxy_batch_size: int = 8
+    # The full gradient of every candidate in one fp32 buffer each ("exact"), or a 64 x 64 sketch of it.
+    proxy_method: Literal["exact", "sketch"] = "exact"
+    # "per_sample" is Eq. 10-12. "batch_vote" is the public code's (one expert list per batch): parity only.
+    # "none" keeps every expert active, in training and at test.
+    routing: Literal["per_sample", "batch_vote", "none"] = "per_sample"
+    # The old expert that is active, frozen, while a new one trains: each sample's nearest old task, the old task nearest
+    # to the whole new task, or none. The paper says "the old task with the lowest error" and leaves the choice open.
+    training_neighbour: Literal["per_sample", "per_task", "none"] = "per_sample"
+    # True leaves out a neighbour whose error is above its threshold, so that training meets the combinations that the
+    # test meets; the paper takes the lowest error whatever its size.
+    neighbour_within_threshold: bool = False
+    # Ablations: experts in one tower only (v1 language, v2 vision); an even split (v3); a uniform placement (v4).
+    towers: Literal["both", "vision", "language"] = "both"
+    curriculum: bool = True
+    allocator: Literal["gradient", "uniform"] = "gradient"
+    router: RouterSettings = field(default_factory=RouterSettings)
+
+    def __post_init__(self) -> None:
+        # Shares above 1 are not refused here: allocation.check_budget names the candidates as well.
+        _check(self.budget_fraction > 0, "dmole.budget_fraction", self.budget_fraction, "a number in (0, 1]")
+        _check(0 <= self.vision_floor < 1, "dmole.vision_floor", self.vision_floor, "a number in [0, 1)")
+        _check(0 < self.proxy_fraction <= 1, "dmole.proxy_fraction", self.proxy_fraction, "a number in (0, 1]")
+        _check(self.proxy_min_samples >= 1, "dmole.proxy_min_samples", self.proxy_min_samples, "an integer of at least 1")
+        _check(self.proxy_batch_size >= 1, "dmole.proxy_batch_size", self.proxy_batch_size, "an integer of at least 1")
+        for name, allowed in (
+            ("unit", ("linear", "layer")),
+            ("score_aggregation", ("norm", "sum")),
+            ("proxy_method", ("exact", "sketch")),
+            ("routing", ("per_sample", "batch_vote", "none")),
+            ("training_neighbour", ("per_sample", "per_task", "none")),
+            ("towers", ("both", "vision", "language")),
+            ("allocator", ("gradient", "uniform")),
+        ):
+            value = getattr(self, name)
+            _check(value in allowed, f"dmole.{name}", value, "one of " + ", ".join(repr(choice) for choice in allowed))
+
+
+def ablated(settings: DMoLESettings, ablation: Ablation) -> DMoLESettings:
+    """The paper's ablations (section 5.3) of ``settings``; published order: full > v3 > v1, v2 > v4.
+
+    - v1: experts in the language tower only; v2: in the vision tower only. The budget stays the same fraction, of that
+      tower's candidates.
+    - v3: no curriculum, the budget is split evenly between the towers.
+    - v4: no allocator and no routing: experts at even distances through both towers, all of them always active.
+    """
+    changes: dict[str, dict[str, Any]] = {
+        "v1": {"towers": "language"},
+        "v2": {"towers": "vision"},
+        "v3": {"curriculum": False},
+        "v4": {"allocator": "uniform", "routing": "none", "training_neighbour": "none"},
+    }
+    if ablation not in changes:
+        raise ValueError(f"ablation: got {ablation!r}; expected one of {', '.join(changes)}.")
+    return dataclasses.replace(settings, **changes[ablation])

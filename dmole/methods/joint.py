@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Joint: one LoRA on the union of all tasks, with as many steps as the others take over all their stages.
+
+Its matrix has row 0 and the last row alone, so AVG and BWT are undefined.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from dmole.methods._single_adapter import SingleAdapter
+from dmole.methods.base import Stage
+
+if TYPE_CHECKING:
+    from dmole.data.sample import Stream
+
+UNION = "joint"
+
+
+class Joint(SingleAdapter):
+    """One stage whose training set is every task's training set."""
+
+    name: ClassVar[str] = "joint"
+
+    def stages(self, stream: Stream) -> list[Stage]:
+        # A stage trains on a Task; the union's metric is never used, because tests go by the stream's own tasks.
+        first = stream.tasks[0]
+        union = type(first)(
+            name=UNION,
+            metric=first.metric,
+            train=tuple(sample for task in stream.tasks for sample in task.train),
+            validation=(),
+            test=(),
+        )
+        every = tuple(task.name for task in stream.tasks)
+        return [Stage(index=1, row=len(stream.tasks), task=union, evaluates=every)]

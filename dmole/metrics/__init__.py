@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Task metrics by name, and the aggregates of continual learning (`dmole.metrics.continual`)."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from dmole.metrics.base import Metric, Scorable
+from dmole.metrics.cider import Cider
+from dmole.metrics.exact_match import ExactMatch
+from dmole.metrics.iou import IoU
+from dmole.metrics.option_letter import OptionLetter
+from dmole.metrics.vqa import VqaAccuracy
+
+METRICS: Mapping[str, Metric] = MappingProxyType(
+    {metric.name: metric for metric in (Cider(), ExactMatch(), IoU(), OptionLetter(), VqaAccuracy())}
+)
+
+__all__ = ["METRICS", "Cider", "ExactMatch", "IoU", "Metric", "OptionLetter", "Scorable", "VqaAccuracy"]

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CIDEr = 10/4 * sum_{n=1..4} mean_refs cos(tfidf_n(prediction), tfidf_n(reference)) * exp(-(len difference)^2 / 72).
+
+The scorer is pycocoevalcap's (the COCO caption evaluation code; counts of the prediction clipped at the reference's, as
+there: what the field calls CIDEr and the paper of Vedantam, Zitnick and Parikh, CVPR 2015, calls CIDEr-D). A perfect
+score of one sample is 10; tables print CIDEr x 100, so a caption task can exceed 100 points.
+
+CIDEr is a corpus metric: the idf weights come from the references of the WHOLE test split. The score of one sample
+therefore depends on which other samples are tested, scores of subsets cannot be averaged into the score of the union,
+and a split of one sample has all its weights at log(1/1) = 0.
+
+Tokenisation: the COCO code runs Stanford's PTBTokenizer, which needs Java. `ptb_tokens` follows its rules in Python:
+
+- lower case; quotes and dashes of typography become their plain forms;
+- clitics are split off: "don't" -> do n't, "it's" -> it 's; "cannot" -> can not;
+- a number keeps its inner separators (3.5, 1,000, 12:30, 1/2) and its ending (1960s, 3rd);
+- an abbreviation with inner periods is one token (u.s.); hyphenated words are one token;
+- every other symbol is a token of its own ($ % & # @ / * + =);
+- then the punctuation that the COCO code drops is dropped: '' ' `` ` . ? ! , : - -- ... ; and brackets.
+
+Known differences: brackets are dropped here, whereas PTBTokenizer in lower-case mode leaves "-lrb-" behind; a final
+abbreviation ("in the u.s.") does not produce a second period (dropped there anyway); no table of known abbreviations
+("mr." is `mr` here, `mr.` there). Numbers are comparable between runs of this package; across packages only to the
+extent that the captions avoid these cases.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import ClassVar
+
+from pycocoevalcap.cider.cider_scorer import CiderScorer
+
+from dmole.metrics.base import Metric, Scorable, check_lengths
+
+_TYPOGRAPHY = str.maketrans(
+    {"‘": "'", "’": "'", "ʼ": "'", "“": '"', "”": '"', "–": "-", "—": "--", "…": "...", "\u00a0": " "}  # noqa: RUF001
+)
+_CLITIC = re.compile(r"(?<=[^\W\d_])('(?:s|m|d|ll|re|ve))(?![^\W_])")
+_NEGATION = re.compile(r"(?<=[^\W\d_])(n't)(?![^\W_])")
+_TOKEN = re.compile(
+    r"n't(?!\w)"  # what the clitic rules split off
+    r"|'(?:s|m|d|ll|re|ve)(?!\w)"
+    r"|\d+(?:[.,:/]\d+)*(?:st|nd|rd|th|s)?(?![^\W_])"
+    r"|(?:[^\W\d_]\.){2,}"
+    r"|[^\W_]+(?:[-'][^\W_]+)*"
+    r"|\.{2,}|-{2,}|\S"
+)
+_DROPPED = frozenset("\" ' ` '' `` . ? ! , : ; - ( ) [ ] { } _".split())
+
+
+def ptb_tokens(text: str) -> list[str]:
+    """The words of a caption, by the rules in the module's docstring."""
+    text = text.translate(_TYPOGRAPHY).lower()
+    text = re.sub(r"\bcannot\b", "can not", text)
+    text = _CLITIC.sub(r" \1", _NEGATION.sub(r" \1", text))
+    return [t for t in _TOKEN.findall(text) if t not in _DROPPED and not set(t) <= {"."} and not set(t) <= {"-"}]
+
+
+class Cider(Metric):
+    """CIDEr of captions against several references; see the module's docstring for the exact variant."""
+
+    name: ClassVar[str] = "cider"
+    title: ClassVar[str] = "CIDEr"
+    minimum_samples: ClassVar[int] = 2
+
+    def score_samples(self, predictions: Sequence[str], samples: Sequence[Scorable]) -> list[float]:
+        check_lengths(self.name, predictions, samples)
+        if len(samples) < self.minimum_samples:
+            raise ValueError(
+                f"cider: got {len(samples)} test samples; expected at least {self.minimum_samples}, because its word "
+                "weights come from the references of the whole test split. Test on more samples."
+            )
+        scorer = CiderScorer()
+        for prediction, sample in zip(predictions, samples, strict=True):
+            references = [" ".join(ptb_tokens(answer)) for answer in sample.answers]
+            scorer += (" ".join(ptb_tokens(prediction)), references)
+        _, scores = scorer.compute_score()
+        return [float(score) for score in scores]
+
+    def well_formed(self, prediction: str, sample: Scorable) -> bool:
+        """A caption has between half the words of the shortest and twice those of the longest reference (and one)."""
+        lengths = [len(ptb_tokens(answer)) for answer in sample.answers]
+        words = len(ptb_tokens(prediction))
+        return words >= 1 and min(lengths) <= 2 * words and words <= 2 * max(lengths)
+
+    def check(self, sample: Scorable, *, test: bool) -> list[str]:
+        return [
+            f"answers[{i}] is {answer!r}, which has no words; expected a caption"
+            for i, answer in enumerate(sample.answers)
+            if not ptb_tokens(answer)
+        ]

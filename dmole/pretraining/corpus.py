@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pretraining corpus on disk: one shard per family of scenes, features [N, C, H, W] float16 and turns as JSONL.
+
+    scene i of family f  =  f(random.Random("f/i"))         nothing else decides it, so a shard can be made in pieces
+
+The frozen stem sees every image once; training then reads its features for as many epochs as it likes.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dmole.models.stem import STEM_CHANNELS, STEM_STRIDE, EfficientNetLite0
+from dmole.pretraining.scene import SIDE, Scene, Turn
+
+GRID = SIDE // STEM_STRIDE
+_CHUNK = 64
+
+SceneFamily = Callable[[random.Random], Scene]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Raw (not standardised) stem features, and the turns of every image."""
+
+    family: str
+    features: np.ndarray
+    turns: tuple[tuple[Turn, ...], ...]
+
+
+def _part(arguments: tuple[str, SceneFamily, int, int, Path]) -> list[list[dict[str, str]]]:
+    """Renders scenes start..stop and writes their features into the shard's array."""
+    family, make, start, stop, file = arguments
+    torch.set_num_threads(1)
+    stem = EfficientNetLite0()
+    features = np.load(file, mmap_mode="r+")
+    turns = []
+    for first in range(start, stop, _CHUNK):
+        scenes = [make(random.Random(f"{family}/{index}")) for index in range(first, min(first + _CHUNK, stop))]
+        pixels = np.stack([np.asarray(scene.image.convert("RGB")) for scene in scenes])
+        maps = stem(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous())
+        features[first : first + len(scenes)] = maps.half().numpy()
+        turns += [[asdict(turn) for turn in scene.turns] for scene in scenes]
+    features.flush()
+    return turns
+
+
+def write_shard(folder: Path, family: str, make: SceneFamily, count: int, *, workers: int = 2) -> None:
+    """Writes ``<family>.npy`` and ``<family>.jsonl``; a finished shard of that size is kept."""
+    folder.mkdir(parents=True, exist_ok=True)
+    listing = folder / f"{family}.jsonl"
+    if listing.exists() and sum(1 for _ in listing.open()) == count:
+        return
+    file = folder / f"{family}.npy"
+    np.lib.format.open_memmap(file, mode="w+", dtype=np.float16, shape=(count, STEM_CHANNELS, GRID, GRID)).flush()
+    edges = [round(count * part / (4 * workers)) for part in range(4 * workers + 1)]
+    parts = [(family, make, start, stop, file) for start, stop in zip(edges, edges[1:], strict=False)]
+    with ProcessPoolExecutor(workers) as pool:
+        turns = [item for part in pool.map(_part, parts) for item in part]
+    listing.write_text("".join(json.dumps(item) + "\n" for item in turns))
+
+
+def write_corpus(folder: Path, families: Mapping[str, tuple[SceneFamily, int]], *, workers: int = 2) -> None:
+    """Every family's shard; (scene function, number of images) by name."""
+    for family, (make, count) in families.items():
+        write_shard(folder, family, make, count, workers=workers)
+
+
+def read_shard(folder: Path, family: str) -> Shard:
+    """The features stay on disk (memory-mapped); the turns are read."""
+    with (folder / f"{family}.jsonl").open() as lines:
+        turns = tuple(tuple(Turn(**turn) for turn in json.loads(line)) for line in lines)
+    return Shard(family, np.load(folder / f"{family}.npy", mmap_mode="r"), turns)

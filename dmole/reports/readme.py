@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables inside Markdown files, made from committed results and never typed.
+
+A file asks for a table between two markers, which stay:
+
+    <!-- results: summary results/mini -->
+    (made by `dmole readme`)
+    <!-- /results -->
+
+The words after `results:` are the table's name, the results folder relative to the file, and for `comparison` the two
+methods. `dmole readme --check` compares without writing; a test does the same.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from dmole.checkpoint import write_atomically
+from dmole.reports.comparison import compare, comparison_table
+from dmole.reports.stored import ResultsError, StoredRun, read_runs
+from dmole.reports.tables import (
+    Table,
+    conventions_table,
+    last_table,
+    routing_table,
+    summary_table,
+    time_table,
+)
+
+_BLOCK = re.compile(
+    r"^(?P<begin><!-- results: (?P<words>[^\n]*?) -->)\n(?P<body>.*?)^(?P<end><!-- /results -->)$",
+    re.MULTILINE | re.DOTALL,
+)
+_MARKER = re.compile(r"^<!-- (?:results:.*|/results) -->$", re.MULTILINE)
+
+TABLES: Mapping[str, Callable[[Sequence[StoredRun]], Table]] = {
+    "summary": summary_table,
+    "last": last_table,
+    "conventions": conventions_table,
+    "time": time_table,
+    "routing": routing_table,
+}
+
+
+def render(words: Sequence[str], folder: Path) -> str:
+    """The Markdown that one marker asks for; `folder` is where the marked file lies."""
+    usage = f"{' '.join(words)!r}; expected one of {', '.join(TABLES)} or comparison, then a folder"
+    if len(words) == 4 and words[0] == "comparison":
+        runs = read_runs(folder / words[1])
+        return comparison_table(compare(runs, words[2], words[3])).markdown()
+    if len(words) != 2 or words[0] not in TABLES:
+        raise ResultsError(f"marker has {usage} (comparison: and two methods).")
+    return TABLES[words[0]](read_runs(folder / words[1])).markdown()
+
+
+def filled(path: Path) -> str:
+    """The text of a Markdown file with every marked table made anew. ResultsError names the file and the marker."""
+    text = path.read_text(encoding="utf-8")
+    blocks = list(_BLOCK.finditer(text))
+    if len(_MARKER.findall(text)) != 2 * len(blocks):
+        raise ResultsError(
+            f"{path}: a marker has no partner; expected each '<!-- results: ... -->' to be closed by '<!-- /results -->'."
+        )
+
+    def made(block: re.Match[str]) -> str:
+        try:
+            table = render(block["words"].split(), path.parent)
+        except ResultsError as error:
+            raise ResultsError(f"{path}: {error}") from error
+        return f"{block['begin']}\n\n{table}\n{block['end']}"
+
+    return _BLOCK.sub(made, text)
+
+
+def stale(path: Path) -> bool:
+    """Whether the tables of a Markdown file differ from what the results give."""
+    return filled(path) != path.read_text(encoding="utf-8")
+
+
+def update(path: Path) -> bool:
+    """Write the tables anew; True if anything changed."""
+    text = filled(path)
+    if text == path.read_text(encoding="utf-8"):
+        return False
+    write_atomically(path, text.encode())
+    return True

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables of results: one plain value (`Table`), shown on a terminal by rich or written as Markdown.
+
+Every table over several seeds shows `mean +- standard deviation` (n - 1) and says the number of seeds; the convention
+behind AVG, Last and BWT stands in the caption.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import rich.table
+from rich.markup import escape
+
+from dmole.metrics.continual import other_conventions
+from dmole.reports.stored import StoredRun
+
+CONVENTION = "AVG, Last, BWT: D-MoLE Eq. 16-18, mean over tasks, points; stage 0 (untrained) counts in none of them"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A caption, column names, rows of text."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    caption: str = ""
+
+    def rich(self) -> rich.table.Table:
+        """For a terminal."""
+        shown = rich.table.Table(title=escape(self.title), caption=escape(self.caption) or None)
+        for i, column in enumerate(self.columns):
+            shown.add_column(escape(column), justify="left" if i == 0 else "right", no_wrap=i == 0)
+        for row in self.rows:
+            shown.add_row(*(escape(cell) for cell in row))
+        return shown
+
+    def markdown(self) -> str:
+        """GitHub's table syntax, the caption below."""
+        cells = [[cell.replace("|", "\\|") for cell in row] for row in (self.columns, *self.rows)]
+        lines = ["| " + " | ".join(row) + " |" for row in cells]
+        lines.insert(1, "|" + "|".join(["---"] + ["---:"] * (len(self.columns) - 1)) + "|")
+        return "\n".join([*lines, *(["", self.caption + "."] if self.caption else [])]) + "\n"
+
+
+def groups(runs: Iterable[StoredRun]) -> dict[tuple[str, str], list[StoredRun]]:
+    """Runs by (method, order), each group sorted by seed."""
+    grouped: dict[tuple[str, str], list[StoredRun]] = {}
+    for run in sorted(runs, key=lambda run: (run.order, run.method, run.seed)):
+        grouped.setdefault((run.method, run.order), []).append(run)
+    return grouped
+
+
+def spread(values: Sequence[float | None], digits: int = 2) -> str:
+    """`mean +- standard deviation`, the mean alone for one value, "-" where any value is undefined."""
+    present = [value for value in values if value is not None and not math.isnan(value)]
+    if not present or len(present) != len(values):
+        return "-"
+    mean = f"{statistics.fmean(present):.{digits}f}"
+    return mean if len(present) == 1 else f"{mean} ± {statistics.stdev(present):.{digits}f}"
+
+
+def _label(method: str, order: str, several_orders: bool) -> str:
+    return f"{method} ({order})" if several_orders else method
+
+
+def _by_group(
+    title: str,
+    runs: Sequence[StoredRun],
+    columns: Mapping[str, Callable[[StoredRun], float | None]],
+    *,
+    caption: str = "",
+    digits: Mapping[str, int] | None = None,
+    seeds: bool = True,
+) -> Table:
+    grouped = groups(runs)
+    several = len({order for _, order in grouped}) > 1
+    rows = []
+    for (method, order), members in grouped.items():
+        cells = [
+            spread([value(run) for run in members], (digits or {}).get(name, 2)) for name, value in columns.items()
+        ]
+        rows.append((_label(method, order, several), *cells, *([str(len(members))] if seeds else [])))
+    return Table(
+        title=title, columns=("method", *columns, *(["seeds"] if seeds else [])), rows=tuple(rows), caption=caption
+    )
+
+
+def _summary(column: str, scale: float = 1.0) -> Callable[[StoredRun], float | None]:
+    def value(run: StoredRun) -> float | None:
+        stored = run.summary.get(column)
+        return None if stored in (None, "") else float(stored) * scale
+
+    return value
+
+
+def summary_table(runs: Sequence[StoredRun]) -> Table:
+    """The main table: AVG, Last, BWT, what was trained and how long it took."""
+    columns = {
+        "AVG": _summary("AVG"),
+        "Last": _summary("Last"),
+        "BWT": _summary("BWT"),
+        "trained per task": _summary("trainable_parameters"),
+        "train s": _summary("train_seconds"),
+        "routing accuracy %": _summary("routing_accuracy", 100.0),
+    }
+    return _by_group("Results", runs, columns, caption=CONVENTION, digits={"trained per task": 0, "train s": 0})
+
+
+def last_table(runs: Sequence[StoredRun]) -> Table:
+    """Last score of every task: A[N][i], for Finetune A[i][i], for Zero-shot A[0][i]."""
+    tasks = runs[0].tasks
+
+    def value(task: str) -> Callable[[StoredRun], float | None]:
+        return lambda run: final_points(run).get(task)
+
+    names = {task: value(task) for task in tasks}
+    return _by_group("Score per task after the last stage", runs, names, caption="points of each task's own metric")
+
+
+def final_points(run: StoredRun) -> dict[str, float]:
+    """Each task's score in the last row where it was measured."""
+    points = {}
+    for i, task in enumerate(run.tasks):
+        measured = [float(value) for value in run.matrix[:, i] if not math.isnan(value)]
+        if measured:
+            points[task] = measured[-1]
+    return points
+
+
+def matrix_table(run: StoredRun) -> Table:
+    """A[t][i] of one run."""
+    rows = []
+    for stage, row in enumerate(run.matrix):
+        learned = "untrained" if stage == 0 else run.tasks[stage - 1]
+        rows.append((f"{stage} {learned}", *("" if math.isnan(value) else f"{value:.1f}" for value in row)))
+    return Table(
+        title=f"{run.method}, seed {run.seed}, order {run.order}",
+        columns=("after stage", *run.tasks),
+        rows=tuple(rows),
+        caption="rows: stage and the task learned in it; columns: points on each task",
+    )
+
+
+def conventions_table(runs: Sequence[StoredRun]) -> Table:
+    """The same matrices by the other conventions; runs without a complete matrix are left out."""
+    complete = [run for run in runs if other_conventions(run.matrix)]
+    names = list(dict.fromkeys(name for run in complete for name in other_conventions(run.matrix)))
+
+    def value(name: str) -> Callable[[StoredRun], float | None]:
+        return lambda run: other_conventions(run.matrix).get(name)
+
+    return _by_group("Other conventions", complete, {name: value(name) for name in names})
+
+
+def time_table(runs: Sequence[StoredRun]) -> Table:
+    """Training time, and the method's own work as shares of it."""
+
+    def share(column: str) -> Callable[[StoredRun], float | None]:
+        def value(run: StoredRun) -> float | None:
+            part, whole = _summary(column)(run), _summary("train_seconds")(run)
+            return None if part is None or not whole else 100.0 * part / whole
+
+        return value
+
+    columns = {
+        "train s": _summary("train_seconds"),
+        "proxy s": _summary("proxy_seconds"),
+        "router s": _summary("router_seconds"),
+        "proxy % of train": share("proxy_seconds"),
+        "router % of train": share("router_seconds"),
+    }
+    return _by_group("Time", runs, columns, digits={"train s": 0})
+
+
+def routing_table(runs: Sequence[StoredRun]) -> Table:
+    """How the routed methods served the test samples after the last stage."""
+    routed = [run for run in runs if _summary("routing_accuracy")(run) is not None]
+    columns = {
+        "first choice is own task %": _summary("routing_accuracy", 100.0),
+        "base model %": _summary("base_model_share", 100.0),
+    }
+    return _by_group("Routing after the last stage", routed, columns, caption="shares of all test samples")
+
+
+def rows_of(table: Table) -> list[dict[str, Any]]:
+    """The rows as dictionaries by column, for tests and scripts."""
+    return [dict(zip(table.columns, row, strict=True)) for row in table.rows]

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors in, tensors out: gated multi-expert LoRA, gradient norms and the autoencoder router.
+
+Knows no task, data set or model. Which implementation runs: `python -m dmole_kernels`.
+"""
+
+from dmole_kernels.backend import BACKENDS, BackendChoice, choose_backend, explain_backend
+from dmole_kernels.expert_bank import Expert, ExpertBank, ExpertDescription
+from dmole_kernels.grad_norm import (
+    accumulate_gradient,
+    accumulate_sketch,
+    grad_norm_per_batch,
+    grad_norm_per_sample,
+    sketch_relative_std,
+)
+from dmole_kernels.grad_norm_recorder import GradNorm, GradNormRecorder
+from dmole_kernels.masked_pool import masked_max_pool
+from dmole_kernels.modules import ExpertGates, GatePlan, MultiLoRALinear
+from dmole_kernels.multi_lora import multi_lora
+from dmole_kernels.philox import dropout_keep_mask
+from dmole_kernels.router_score import router_score, router_select
+
+__all__ = [
+    "BACKENDS",
+    "BackendChoice",
+    "Expert",
+    "ExpertBank",
+    "ExpertDescription",
+    "ExpertGates",
+    "GatePlan",
+    "GradNorm",
+    "GradNormRecorder",
+    "MultiLoRALinear",
+    "accumulate_gradient",
+    "accumulate_sketch",
+    "choose_backend",
+    "dropout_keep_mask",
+    "explain_backend",
+    "grad_norm_per_batch",
+    "grad_norm_per_sample",
+    "masked_max_pool",
+    "multi_lora",
+    "router_score",
+    "router_select",
+    "sketch_relative_std",
+]

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+    pooled[b, d] = max over t with mask[b, t] of hidden[b, t, d]
+
+Max-pooling that cannot see padding, so that a sample's feature does not depend on its batch mates (D-MoLE's router
+feature, arXiv 2506.11672 section 3.3, whose public code pools over padding too).
+
+Shape letters: B samples, T tokens, D features.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dmole_kernels import reference
+from dmole_kernels.backend import choose_backend
+
+
+def masked_max_pool(hidden: Tensor, mask: Tensor, *, backend: str = "auto") -> Tensor:
+    """[B, D] maxima of hidden [B, T, D] over the tokens with mask [B, T] True (or non-zero).
+
+    Differentiable in hidden: each maximum's gradient goes to the first token that reaches it.
+
+    Raises:
+        ValueError: for shapes that do not fit, or a sample whose tokens are all masked (under torch.compile, where
+            values cannot be looked at, its row is -inf).
+    """
+    if hidden.dim() != 3 or mask.shape != hidden.shape[:2]:
+        raise ValueError(
+            f"hidden has shape {tuple(hidden.shape)} and mask {tuple(mask.shape)}; expected [samples, tokens, features] "
+            f"and [samples, tokens]. Pass the attention mask of the same tokens."
+        )
+    if not torch.compiler.is_compiling():
+        empty = (~(mask != 0).any(1)).nonzero().flatten().tolist() if hidden.shape[1] else list(range(hidden.shape[0]))
+        if empty:
+            raise ValueError(f"mask hides every token of samples {empty[:8]}; expected at least one. Drop those samples.")
+    pooled: Tensor
+    pooled, _ = torch.ops.dmole_kernels.masked_max_pool(
+        hidden, mask != 0, choose_backend(backend, hidden.device.type).name
+    )
+    return pooled
+
+
+# ---- kernels and launch -----------------------------------------------------------------------------------------------
+
+_library = torch.library.Library("dmole_kernels", "FRAGMENT")
+_library.define("masked_max_pool(Tensor hidden, Tensor mask, str backend) -> (Tensor, Tensor)")
+POOL = {"reference": reference.masked_max_pool}
+
+
+@torch.library.impl(_library, "masked_max_pool", "CompositeExplicitAutograd")
+def _pool(hidden: Tensor, mask: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    return POOL[backend](hidden, mask)
+
+
+# ---- fake -------------------------------------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("dmole_kernels::masked_max_pool", lib=_library)
+def _pool_fake(hidden: Tensor, mask: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    shape = (hidden.shape[0], hidden.shape[2])
+    return hidden.new_empty(shape), hidden.new_empty(shape, dtype=torch.int64)
+
+
+# ---- backward ---------------------------------------------------------------------------------------------------------
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.tokens = inputs[0].shape[1]
+    ctx.save_for_backward(output[1])
+
+
+def _autograd(ctx: Any, grad_BD: Tensor, _grad_token: Tensor) -> tuple[Tensor, None, None]:
+    (token_BD,) = ctx.saved_tensors
+    grad_hidden_BTD = grad_BD.new_zeros((grad_BD.shape[0], ctx.tokens, grad_BD.shape[1]))
+    return grad_hidden_BTD.scatter(1, token_BD[:, None], grad_BD[:, None]), None, None
+
+
+torch.library.register_autograd("dmole_kernels::masked_max_pool", _autograd, setup_context=_setup_context, lib=_library)

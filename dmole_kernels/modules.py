@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+    y = base(x) + sum_e gate_e alpha_e / rank_e B_e A_e dropout(x)
+
+`MultiLoRALinear` is `multi_lora` dressed as a drop-in for `nn.Linear`; `ExpertGates` tells every layer of a model, from
+outside and without touching the model's own forward, which experts serve which samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from dmole_kernels.backend import choose_backend
+from dmole_kernels.expert_bank import ExpertBank
+from dmole_kernels.multi_lora import DropoutMode, multi_lora
+
+
+class GatePlan:
+    """A gate and the names of its columns, with the columns some row uses found once for all layers.
+
+    `active` costs the only host synchronisation of a step. A gate that requires grad has all its experts active: an
+    expert at gate zero still owes that zero a gradient.
+    """
+
+    def __init__(self, gate: Tensor, experts: Sequence[str]) -> None:
+        names = tuple(experts)
+        if gate.dim() < 2 or gate.shape[-1] != len(names) or len(set(names)) != len(names):
+            raise ValueError(
+                f"gate has shape {tuple(gate.shape)} for experts {list(names)}; expected [samples, {len(names)}] or "
+                f"[samples, tokens, {len(names)}] and distinct names. Give each expert one column."
+            )
+        self.gate = gate
+        self.names = names
+        # Under torch.compile there is no looking at values: every expert counts, and zero gates add zero.
+        if gate.requires_grad or torch.compiler.is_compiling():
+            self.active = names
+        else:
+            used = (gate != 0).flatten(0, -2).any(0).tolist()
+            self.active = tuple(name for name, flag in zip(names, used, strict=True) if flag)
+        self._columns: dict[tuple[str, ...], Tensor] = {}
+
+    def columns(self, names: tuple[str, ...]) -> Tensor:
+        """The gate of just these experts, [..., len(names)]; kept, since many layers hold the same experts."""
+        if names == self.names:
+            return self.gate
+        kept = self._columns.get(names)
+        if kept is None:
+            kept = self.gate[..., [self.names.index(name) for name in names]]
+            if not torch.compiler.is_compiling():
+                self._columns[names] = kept
+        return kept
+
+
+class ExpertGates:
+    """The gates all layers of a tower share, set for the time of a `with` block.
+
+        gates = ExpertGates()
+        layer = MultiLoRALinear(linear, gates=gates)
+        with gates.use(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), ["charts", "maps"]):
+            model(batch_of_two).loss.backward()
+
+    With gradient checkpointing the layers run again during backward: keep backward inside the block, or give the
+    checkpoint `context_fn=gates.checkpoint_contexts`.
+    """
+
+    def __init__(self) -> None:
+        self._plans: list[GatePlan | None] = []
+
+    @property
+    def plan(self) -> GatePlan | None:
+        return self._plans[-1] if self._plans else None
+
+    @property
+    def active(self) -> bool:
+        """Whether any expert has a non-zero gate now."""
+        return self.plan is not None and len(self.plan.active) > 0
+
+    @contextmanager
+    def use(self, gate: Tensor, experts: Sequence[str]) -> Iterator[None]:
+        """Gates [samples, experts] or [samples, tokens, experts] for the block; inner blocks replace outer ones."""
+        with self._entered(GatePlan(gate, experts)):
+            yield
+
+    @contextmanager
+    def _entered(self, plan: GatePlan | None) -> Iterator[None]:
+        self._plans.append(plan)
+        try:
+            yield
+        finally:
+            self._plans.pop()
+
+    def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """For `torch.utils.checkpoint.checkpoint(context_fn=...)`: recomputes under the gates of the first forward."""
+        return nullcontext(), self._entered(self.plan)
+
+
+class MultiLoRALinear(nn.Module):
+    """`nn.Linear` plus the gated experts of its `bank`.
+
+    Args:
+        base: the layer to extend; it is frozen here and keeps its own forward (and hooks).
+        gates: who is active when forward gets no gate of its own; shared by many layers.
+        dropout: chance of zeroing an element of the experts' input while training.
+        dropout_mode: "shared" (one mask for all experts of the layer, the default) or "per_expert".
+        backend: see `choose_backend`.
+
+    Without gates, or when no expert held here is active, forward is exactly `base(x)` at its cost. Experts are float32
+    (float64 for a float64 base): small updates vanish in bfloat16.
+    """
+
+    def __init__(
+        self,
+        base: nn.Linear,
+        *,
+        gates: ExpertGates | None = None,
+        dropout: float = 0.0,
+        dropout_mode: DropoutMode = "shared",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout is {dropout}; expected a chance in [0, 1). Use 0.05 for five percent.")
+        if dropout_mode not in ("shared", "per_expert"):
+            raise ValueError(f"dropout_mode is {dropout_mode!r}; expected 'shared' or 'per_expert'. Drop it for 'shared'.")
+        choose_backend(backend, base.weight.device.type)
+        self.base = base.requires_grad_(False)
+        self.gates = gates
+        self.dropout = dropout
+        self.dropout_mode: DropoutMode = dropout_mode
+        self.backend = backend
+        dtype = torch.float64 if base.weight.dtype == torch.float64 else torch.float32
+        self.bank = ExpertBank(base.in_features, base.out_features, device=base.weight.device, dtype=dtype)
+
+    @property
+    def in_features(self) -> int:
+        return self.base.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.base.out_features
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return self.base.weight
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        return self.base.bias
+
+    def forward(self, x: Tensor, gate: Tensor | None = None, experts: Sequence[str] | None = None) -> Tensor:
+        """y [..., out_features] for x [..., in_features]; an explicit gate replaces the ambient one.
+
+        Experts named by the gate that this layer does not hold are skipped. `experts` defaults to the bank's own order.
+        """
+        y: Tensor = self.base(x)
+        if gate is not None:
+            plan: GatePlan | None = GatePlan(gate, self.bank.names if experts is None else experts)
+        else:
+            plan = self.gates.plan if self.gates is not None else None
+        if plan is None:
+            return y
+        held = self.bank.experts._modules
+        names = tuple(name for name in plan.active if name in held)
+        if not names:
+            return y
+        chosen = [self.bank.expert(name) for name in names]
+        return multi_lora(
+            x,
+            y,
+            [expert.lora_a for expert in chosen],
+            [expert.lora_b for expert in chosen],
+            plan.columns(names),
+            [expert.scale for expert in chosen],
+            dropout=self.dropout if self.training else 0.0,
+            dropout_mode=self.dropout_mode,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return f"dropout={self.dropout:g}, dropout_mode={self.dropout_mode}, backend={self.backend}"

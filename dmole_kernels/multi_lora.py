@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+    Equals `y = base; for e: y += g[:, e, None] * s[e] * (dropout(x) @ A[e].T) @ B[e].T`, without a loop over experts,
+    without a mask kept for backward, and without a gradient buffer for frozen experts:
+
+    forward   S = x^ A^T              y = base + (S * C) B^T           C[n, j] = g[n, e(j)] s[e(j)]
+    backward  P = dY B                dS = P * C
+              dB = dY^T (S * C)       dA = dS^T x^                     (trainable experts only)
+              dx = keep/(1-q) (dS A)  dg[n, e] = s[e] sum_{j in e} P[n, j] S[n, j]
+
+Source: D-MoLE (arXiv 2506.11672) Eq. 2; x^ = x * keep / (1-q) with keep from `philox.dropout_keep_mask`.
+
+Shape letters: N rows, D in_features, P out_features, E experts, R packed ranks, G gate rows (each covers N / G rows).
+
+Example, four tokens of two samples, expert 0 of rank 1 and expert 1 of rank 2, so column j of S belongs to e = 0, 1, 1:
+
+    gate_GE = [[1, 0],     scale = [2, 3]     C = [[2, 0, 0],    tokens 0 and 1 (sample 0)
+               [0, 1]]                             [2, 0, 0],
+                                                   [0, 3, 3],    tokens 2 and 3 (sample 1)
+                                                   [0, 3, 3]]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dmole_kernels import reference
+from dmole_kernels.backend import choose_backend
+
+DropoutMode = Literal["shared", "per_expert"]
+
+
+def multi_lora(
+    x: Tensor, base: Tensor | None, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], gate: Tensor,
+    scale: Sequence[float], *, dropout: float = 0.0, dropout_mode: DropoutMode = "shared", seed: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:  # fmt: skip
+    """Adds the gated LoRA experts to a linear layer's output: `base + sum_e gate_e scale_e B_e A_e dropout(x)`.
+
+    Args:
+        x: [..., in_features], any strides, any number of leading dimensions, zero rows allowed.
+        base: [..., out_features], the layer's own output; None gives the experts' sum alone.
+        lora_a: per expert [rank, in_features]; ranks may differ.
+        lora_b: per expert [out_features, rank].
+        gate: [..., experts]; its leading dimensions are a prefix of x's: [S, E] gates whole samples of x [S, T, D],
+            [S, T, E] gates tokens. Any real value; differentiable.
+        scale: per expert, alpha / rank.
+        dropout: chance of zeroing an element of x, in [0, 1).
+        dropout_mode: "shared" draws one mask for all experts, "per_expert" one for each.
+        seed: int64 scalar on the CPU that determines the masks; drawn from torch's default generator when None, so
+            restoring that generator's state repeats them.
+        backend: see `choose_backend`.
+
+    Computes in base's dtype (x's when base is None); x and experts are cast to it, their gradients cast back, so
+    experts may stay float32 beside a bfloat16 model. A new tensor is returned; inputs are only read. Saved for backward:
+    x and S = dropout(x) A^T when an expert is trainable; neither when all are frozen and the gate is constant.
+    Experts with a gate of zero are computed all the same: leave them out of the lists (MultiLoRALinear does).
+
+    Raises:
+        ValueError: for shapes, counts or probabilities that do not fit together.
+    """
+    _check(x, base, lora_a, lora_b, gate, scale, dropout)
+    if dropout > 0.0 and seed is None:
+        seed = torch.randint(0, 2**63 - 1, (), dtype=torch.int64)
+    choice = choose_backend(backend, x.device.type)
+    y, _ = torch.ops.dmole_kernels.multi_lora(
+        x, base, list(lora_a), list(lora_b), gate, list(scale), dropout, dropout_mode == "per_expert",
+        seed if dropout > 0.0 else None, choice.name,
+    )  # fmt: skip
+    return y
+
+
+# ---- checks -----------------------------------------------------------------------------------------------------------
+
+
+def _check(
+    x: Tensor, base: Tensor | None, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], gate: Tensor,
+    scale: Sequence[float], dropout: float,
+) -> None:  # fmt: skip
+    experts = len(lora_a)
+    if experts == 0:
+        raise ValueError("lora_a is empty; expected at least one expert. Without experts use the base output itself.")
+    if len(lora_b) != experts or len(scale) != experts or gate.shape[-1] != experts:
+        raise ValueError(
+            f"lora_a has {experts} experts, lora_b {len(lora_b)}, scale {len(scale)}, gate {gate.shape[-1]}; expected "
+            f"the same number. Give every expert one A, one B, one scale and one gate column."
+        )
+    outputs = lora_b[0].shape[0]
+    for e, (a, b) in enumerate(zip(lora_a, lora_b, strict=True)):
+        if a.dim() != 2 or b.dim() != 2 or a.shape[1] != x.shape[-1] or b.shape != (outputs, a.shape[0]):
+            raise ValueError(
+                f"expert {e} has lora_a {tuple(a.shape)} and lora_b {tuple(b.shape)}; expected [rank, {x.shape[-1]}] "
+                f"and [{outputs}, rank]. Check in_features and out_features of the layer."
+            )
+    if base is not None and base.shape != (*x.shape[:-1], outputs):
+        raise ValueError(
+            f"base has shape {tuple(base.shape)}; expected {(*x.shape[:-1], outputs)}. Pass the layer's output for this x."
+        )
+    leading = gate.shape[:-1]
+    if len(leading) >= x.dim() or leading != x.shape[: len(leading)]:
+        raise ValueError(
+            f"gate has shape {tuple(gate.shape)} and x {tuple(x.shape)}; expected gate's leading dimensions to begin "
+            f"x's. Use [samples, experts] gates for x [samples, ..., features] or [samples, tokens, experts] gates."
+        )
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout is {dropout}; expected a chance in [0, 1). Use 0.05 for five percent.")
+
+
+# ---- launch -----------------------------------------------------------------------------------------------------------
+
+# Backend name -> kernel; a compiled backend adds its line to both and its name to backend.BACKENDS.
+FORWARD: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"reference": reference.multi_lora_forward}
+BACKWARD: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]] = {
+    "reference": reference.multi_lora_backward
+}
+
+_library = torch.library.Library("dmole_kernels", "FRAGMENT")
+_library.define(
+    "multi_lora(Tensor x, Tensor? base, Tensor[] lora_a, Tensor[] lora_b, Tensor gate, float[] scale, float dropout, "
+    "bool per_expert, Tensor? seed, str backend) -> (Tensor, Tensor)"
+)
+_library.define(
+    "multi_lora_backward(Tensor grad, Tensor? x, Tensor? shrunk, Tensor[] lora_a, Tensor[] lora_b, Tensor gate, "
+    "float[] scale, float dropout, bool per_expert, Tensor? seed, bool need_x, bool need_gate, bool[] trainable, "
+    "str backend) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.impl(_library, "multi_lora", "CompositeExplicitAutograd")
+def _forward(
+    x: Tensor, base: Tensor | None, lora_a: list[Tensor], lora_b: list[Tensor], gate: Tensor, scale: list[float],
+    dropout: float, per_expert: bool, seed: Tensor | None, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    # Dtypes are settled by base; autocast inside the kernel would contradict the fake implementation.
+    with torch.autocast(x.device.type, enabled=False):
+        return FORWARD[backend](x, base, lora_a, lora_b, gate.reshape(-1, len(scale)), scale, dropout, per_expert, seed)
+
+
+@torch.library.impl(_library, "multi_lora_backward", "CompositeExplicitAutograd")
+def _backward(
+    grad: Tensor, x: Tensor | None, shrunk: Tensor | None, lora_a: list[Tensor], lora_b: list[Tensor], gate: Tensor,
+    scale: list[float], dropout: float, per_expert: bool, seed: Tensor | None, need_x: bool, need_gate: bool,
+    trainable: list[bool], backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    with torch.autocast(grad.device.type, enabled=False):
+        return BACKWARD[backend](
+            grad, x, shrunk, lora_a, lora_b, gate.reshape(-1, len(scale)), scale, dropout, per_expert, seed, need_x,
+            need_gate, trainable,
+        )  # fmt: skip
+
+
+# ---- fake -------------------------------------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("dmole_kernels::multi_lora", lib=_library)
+def _forward_fake(
+    x: Tensor, base: Tensor | None, lora_a: list[Tensor], lora_b: list[Tensor], gate: Tensor, scale: list[float],
+    dropout: float, per_expert: bool, seed: Tensor | None, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dtype = x.dtype if base is None else base.dtype
+    rows = x.shape[:-1].numel()
+    y = x.new_empty((*x.shape[:-1], lora_b[0].shape[0]), dtype=dtype)
+    return y, x.new_empty((rows, sum(a.shape[0] for a in lora_a)), dtype=dtype)
+
+
+@torch.library.register_fake("dmole_kernels::multi_lora_backward", lib=_library)
+def _backward_fake(
+    grad: Tensor, x: Tensor | None, shrunk: Tensor | None, lora_a: list[Tensor], lora_b: list[Tensor], gate: Tensor,
+    scale: list[float], dropout: float, per_expert: bool, seed: Tensor | None, need_x: bool, need_gate: bool,
+    trainable: list[bool], backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    features, outputs = lora_a[0].shape[1], lora_b[0].shape[0]
+    columns = sum(a.shape[0] for a, flag in zip(lora_a, trainable, strict=True) if flag)
+    nothing = grad.new_empty(0)
+    return (
+        grad.new_empty((*grad.shape[:-1], features)) if need_x else nothing,
+        grad.new_empty((columns, features)) if columns else grad.new_empty(0),
+        grad.new_empty((outputs, columns)) if columns else grad.new_empty(0),
+        gate.new_empty((gate.shape[:-1].numel(), gate.shape[-1])) if need_gate else grad.new_empty(0),
+    )
+
+
+# ---- backward ---------------------------------------------------------------------------------------------------------
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, base, lora_a, lora_b, gate, scale, dropout, per_expert, seed, backend = inputs
+    ctx.trainable = [a.requires_grad or b.requires_grad for a, b in zip(lora_a, lora_b, strict=True)]
+    ctx.wants = (x.requires_grad, base is not None and base.requires_grad, gate.requires_grad)
+    ctx.x_dtype = x.dtype
+    ctx.rest = (scale, dropout, per_expert)
+    ctx.backend = backend
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    # Frozen experts and a constant gate need neither x nor S: holding them would keep whole activations alive.
+    kept_x = x if any(ctx.trainable) else None
+    kept_s = output[1] if any(ctx.trainable) or gate.requires_grad else None
+    ctx.save_for_backward(kept_x, kept_s, gate, seed, *lora_a, *lora_b)
+
+
+def _autograd(ctx: Any, grad: Tensor | None, _grad_shrunk: None) -> tuple[Any, ...]:
+    x, shrunk, gate, seed, *experts = ctx.saved_tensors
+    count = len(experts) // 2
+    lora_a, lora_b = experts[:count], experts[count:]
+    wants_x, wants_base, wants_gate = ctx.wants
+    grad_a: list[Tensor | None] = [None] * count
+    grad_b: list[Tensor | None] = [None] * count
+    if grad is None:
+        return None, None, grad_a, grad_b, None, None, None, None, None, None
+    dx, dgate = None, None
+    if wants_x or wants_gate or any(ctx.trainable):
+        scale, dropout, per_expert = ctx.rest
+        dx_packed, da, db, dgate_packed = torch.ops.dmole_kernels.multi_lora_backward(
+            grad, x, shrunk, lora_a, lora_b, gate, scale, dropout, per_expert, seed, wants_x, wants_gate,
+            ctx.trainable, ctx.backend,
+        )  # fmt: skip
+        dx = dx_packed.to(ctx.x_dtype) if wants_x else None
+        dgate = dgate_packed.view(gate.shape) if wants_gate else None
+        chosen = [e for e, flag in enumerate(ctx.trainable) if flag]
+        ranks = [lora_a[e].shape[0] for e in chosen]
+        if chosen:
+            for e, part_a, part_b in zip(chosen, da.split(ranks), db.split(ranks, 1), strict=True):
+                grad_a[e], grad_b[e] = part_a.to(lora_a[e].dtype), part_b.to(lora_b[e].dtype)
+    return dx, grad if wants_base else None, grad_a, grad_b, dgate, None, None, None, None, None
+
+
+torch.library.register_autograd("dmole_kernels::multi_lora", _autograd, setup_context=_setup_context, lib=_library)

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+    error[n, t] = mean_d (f(Wd[t] relu(We[t] z[n] + be[t]) + bd[t])_d - z[n, d])^2          f = sigmoid or identity
+    gate[n, t]  = 1 if error[n, t] <= threshold[t] and fewer than k such tasks have a smaller error, else 0
+
+The autoencoder router: reconstruction error of every sample under every task's autoencoder, and the tasks it selects.
+
+Source: D-MoLE (arXiv 2506.11672) Eq. 9 (error), Eq. 10 to 12 (threshold, order, best k); section 1.4 of its method.
+
+Shape letters: N samples, T tasks, D features, H hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dmole_kernels import reference
+from dmole_kernels.backend import choose_backend
+
+
+def router_score(
+    features: Tensor, encoder_weight: Tensor, encoder_bias: Tensor, decoder_weight: Tensor, decoder_bias: Tensor, *,
+    decoder: Literal["sigmoid", "linear"] = "sigmoid", backend: str = "auto",
+) -> Tensor:  # fmt: skip
+    """Mean squared reconstruction error per sample and task, [N, T]; differentiable in every tensor.
+
+    Args:
+        features: [N, D].
+        encoder_weight: [T, H, D], stacked `nn.Linear` weights; encoder_bias [T, H].
+        decoder_weight: [T, D, H]; decoder_bias [T, D].
+        decoder: "sigmoid" as in the paper, or "linear", which can reach the negative entries of a feature.
+        backend: see `choose_backend`.
+
+    All tensors share one dtype. A sample's errors do not depend on which samples stand beside it but for rounding.
+
+    Raises:
+        ValueError: for shapes that do not fit or an unknown decoder.
+    """
+    _check(features, encoder_weight, encoder_bias, decoder_weight, decoder_bias)
+    if decoder not in ("sigmoid", "linear"):
+        raise ValueError(f"decoder={decoder!r}; expected 'sigmoid' or 'linear'. Use 'sigmoid' for the paper's.")
+    error: Tensor = torch.ops.dmole_kernels.router_score(
+        features, encoder_weight, encoder_bias, decoder_weight, decoder_bias, decoder == "sigmoid",
+        choose_backend(backend, features.device.type).name,
+    )  # fmt: skip
+    return error
+
+
+def router_select(error: Tensor, threshold: Tensor, *, top_k: int = 2, backend: str = "auto") -> Tensor:
+    """Gate [N, T] of 0 and 1 in error's dtype: tasks at or under their threshold, lowest errors first, at most `top_k`.
+
+    Equal errors: the earlier task. A row of zeros means that no task knows the sample: the base model serves it. A NaN
+    error is never selected.
+
+        error     = [[0.1, 0.3, 0.2],    threshold = [0.25, 0.4, 0.25], top_k = 2:    gate = [[1, 0, 1],
+                     [0.5, 0.3, 0.6]]                                                         [0, 1, 0]]
+    """
+    if error.dim() != 2 or threshold.shape != error.shape[1:]:
+        raise ValueError(
+            f"error has shape {tuple(error.shape)} and threshold {tuple(threshold.shape)}; expected [samples, tasks] "
+            f"and [tasks]. Give each task one threshold."
+        )
+    if top_k < 1:
+        raise ValueError(f"top_k={top_k}; expected at least 1. The paper's is 2.")
+    gate: Tensor = torch.ops.dmole_kernels.router_select(
+        error, threshold, top_k, choose_backend(backend, error.device.type).name
+    )
+    return gate
+
+
+# ---- checks -----------------------------------------------------------------------------------------------------------
+
+
+def _check(
+    features: Tensor, encoder_weight: Tensor, encoder_bias: Tensor, decoder_weight: Tensor, decoder_bias: Tensor
+) -> None:
+    if features.dim() != 2 or encoder_weight.dim() != 3:
+        raise ValueError(
+            f"features has shape {tuple(features.shape)} and encoder_weight {tuple(encoder_weight.shape)}; expected "
+            f"[samples, features] and [tasks, hidden, features]. Stack the tasks' weights in dimension 0."
+        )
+    tasks, hidden, width = encoder_weight.shape
+    for name, tensor, expected in (
+        ("features", features, (features.shape[0], width)),
+        ("encoder_bias", encoder_bias, (tasks, hidden)),
+        ("decoder_weight", decoder_weight, (tasks, width, hidden)),
+        ("decoder_bias", decoder_bias, (tasks, width)),
+    ):
+        if tuple(tensor.shape) != expected:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}; expected {expected} beside encoder_weight "
+                f"{tuple(encoder_weight.shape)}. Stack the tasks' tensors in dimension 0."
+            )
+
+
+# ---- kernels and launch -----------------------------------------------------------------------------------------------
+
+_library = torch.library.Library("dmole_kernels", "FRAGMENT")
+_TENSORS = "Tensor features, Tensor encoder_weight, Tensor encoder_bias, Tensor decoder_weight, Tensor decoder_bias"
+_library.define(f"router_score({_TENSORS}, bool sigmoid, str backend) -> Tensor")
+_library.define(
+    f"router_score_backward(Tensor grad, {_TENSORS}, bool sigmoid, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define("router_select(Tensor error, Tensor threshold, int top_k, str backend) -> Tensor")
+SCORE = {"reference": reference.router_score_forward}
+SCORE_BACKWARD = {"reference": reference.router_score_backward}
+SELECT = {"reference": reference.router_select}
+
+
+@torch.library.impl(_library, "router_score", "CompositeExplicitAutograd")
+def _score(
+    features: Tensor, encoder_weight: Tensor, encoder_bias: Tensor, decoder_weight: Tensor, decoder_bias: Tensor,
+    sigmoid: bool, backend: str,
+) -> Tensor:  # fmt: skip
+    with torch.autocast(features.device.type, enabled=False):
+        return SCORE[backend](features, encoder_weight, encoder_bias, decoder_weight, decoder_bias, sigmoid)
+
+
+@torch.library.impl(_library, "router_score_backward", "CompositeExplicitAutograd")
+def _score_backward(
+    grad: Tensor, features: Tensor, encoder_weight: Tensor, encoder_bias: Tensor, decoder_weight: Tensor,
+    decoder_bias: Tensor, sigmoid: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    with torch.autocast(features.device.type, enabled=False):
+        return SCORE_BACKWARD[backend](
+            grad, features, encoder_weight, encoder_bias, decoder_weight, decoder_bias, sigmoid
+        )
+
+
+@torch.library.impl(_library, "router_select", "CompositeExplicitAutograd")
+def _select(error: Tensor, threshold: Tensor, top_k: int, backend: str) -> Tensor:
+    return SELECT[backend](error, threshold, top_k)
+
+
+# ---- fake -------------------------------------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("dmole_kernels::router_score", lib=_library)
+def _score_fake(
+    features: Tensor, encoder_weight: Tensor, encoder_bias: Tensor, decoder_weight: Tensor, decoder_bias: Tensor,
+    sigmoid: bool, backend: str,
+) -> Tensor:  # fmt: skip
+    return features.new_empty((features.shape[0], encoder_weight.shape[0]))
+
+
+@torch.library.register_fake("dmole_kernels::router_score_backward", lib=_library)
+def _score_backward_fake(
+    grad: Tensor, features: Tensor, encoder_weight: Tensor, encoder_bias: Tensor, decoder_weight: Tensor,
+    decoder_bias: Tensor, sigmoid: bool, backend: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    tensors = (features, encoder_weight, encoder_bias, decoder_weight, decoder_bias)
+    return tuple(tensor.new_empty(tensor.shape) for tensor in tensors)
+
+
+@torch.library.register_fake("dmole_kernels::router_select", lib=_library)
+def _select_fake(error: Tensor, threshold: Tensor, top_k: int, backend: str) -> Tensor:
+    return error.new_empty(error.shape)
+
+
+# ---- backward ---------------------------------------------------------------------------------------------------------
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.sigmoid, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    # Hidden values are computed again: they are T times the features, and cheap.
+    grads = torch.ops.dmole_kernels.router_score_backward(grad, *ctx.saved_tensors, ctx.sigmoid, ctx.backend)
+    return (*grads, None, None)
+
+
+torch.library.register_autograd("dmole_kernels::router_score", _autograd, setup_context=_setup_context, lib=_library)

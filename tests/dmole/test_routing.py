@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Features that ignore padding and batch mates, thresholds by definition, and every routing rule by hand."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerFast
+
+from dmole.data.sample import Sample
+from dmole.method_settings import RouterSettings
+from dmole.models.adapters import add_experts, attach
+from dmole.models.architecture import build_tiny_model
+from dmole.models.multimodal import MultimodalModel
+from dmole.routing import FeatureStore, Router, RoutingCounts, router_features, train_autoencoder
+from dmole_kernels import ExpertGates
+
+FAST = RouterSettings(hidden=16, epochs=30, batch_size=16, learning_rate=1e-2, final_learning_rate=1e-3)
+
+
+@pytest.fixture(scope="module")
+def mm() -> MultimodalModel:
+    return build_tiny_model(0)
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> tuple[Sample, ...]:
+    folder = tmp_path_factory.mktemp("images")
+    made = []
+    for i, text in enumerate(("Answer.", "Answer with the letter. Answer with the letter.", "Describe the image.", "no")):
+        image: Path = folder / f"{i}.png"
+        Image.new("RGB", (16, 16), (60 * i, 90, 200 - 40 * i)).save(image)
+        made.append(Sample(id=f"s{i}", image=image, instruction=text, answers=("yes",)))
+    return tuple(made)
+
+
+def cluster(centre: int, count: int = 40, width: int = 12, seed: int = 0) -> Tensor:
+    """Unit vectors near a direction of their own."""
+    generator = torch.Generator().manual_seed(100 * seed + centre)
+    z = torch.zeros(width)
+    z[3 * centre : 3 * centre + 3] = torch.tensor([1.0, 0.6, 0.3])
+    return F.normalize(z + 0.05 * torch.rand(count, width, generator=generator), dim=1)
+
+
+def router_of(*tasks: str, settings: RouterSettings = FAST) -> Router:
+    router = Router(settings)
+    for i, task in enumerate(tasks):
+        router.add_task(task, cluster(i), generator=torch.Generator().manual_seed(i))
+    return router
+
+
+class Scripted(Router):
+    """A router whose errors and thresholds are given: the rules alone."""
+
+    def __init__(self, errors: list[list[float]], thresholds: list[float], top_k: int = 2) -> None:
+        super().__init__(RouterSettings(top_k=top_k))
+        self.tasks = tuple("abcdefgh"[: len(thresholds)])
+        self._thresholds_T = torch.tensor(thresholds)
+        self.scripted = torch.tensor(errors)
+
+    def errors(self, features_ND: Tensor) -> Tensor:
+        return self.scripted
+
+
+# Features
+
+
+def test_features_are_unit_vectors_of_both_towers(mm: MultimodalModel, samples: tuple[Sample, ...]) -> None:
+    z = router_features(mm, samples)
+    assert z.shape == (4, 64) and z.dtype == torch.float32 and not z.requires_grad
+    assert torch.allclose(z.norm(dim=1), torch.ones(4))
+    with torch.no_grad():
+        sample = samples[1]
+        vision = mm.vision_features(mm.pixel_values([sample.image])).amax(dim=1)
+        ids = torch.tensor([mm.text_ids(sample.instruction)])
+        text = mm.text_features(ids, torch.ones_like(ids)).amax(dim=1)
+    assert torch.allclose(z[1], F.normalize(torch.cat([vision, text], dim=1), dim=1)[0], atol=1e-5)
+
+
+def test_a_feature_does_not_depend_on_batch_mates(mm: MultimodalModel, samples: tuple[Sample, ...]) -> None:
+    """The longest instruction pads the others; pooling over padding would move their features by far more than this."""
+    together = router_features(mm, samples)
+    alone = torch.cat([router_features(mm, (sample,)) for sample in samples])
+    assert torch.allclose(together, alone, atol=1e-6)
+    assert torch.allclose(router_features(mm, samples, batch_size=3), together, atol=1e-6)
+
+
+def test_features_are_of_the_pretrained_model(samples: tuple[Sample, ...]) -> None:
+    mm = build_tiny_model(0)
+    before = router_features(mm, samples)
+    adapters = attach(mm.model, mm.candidates, gates={t: ExpertGates() for t in mm.candidates}, dropout=0.5)
+    add_experts(adapters, adapters, "e", rank=2, alpha=4.0)
+    for adapter in adapters.values():
+        torch.nn.init.normal_(adapter.bank.expert("e").lora_b)
+    mm.model.train()
+    assert torch.equal(router_features(mm, samples), before)
+    assert mm.model.training
+    assert adapters[next(iter(adapters))].bank.expert("e").lora_b.requires_grad
+
+
+def test_the_store_computes_each_sample_once(mm: MultimodalModel, samples: tuple[Sample, ...]) -> None:
+    store = FeatureStore(mm, batch_size=2)
+    first = store.features(samples[:3])
+    assert len(store) == 3
+    again = store.features([samples[2], samples[3], samples[2], samples[0]])
+    assert len(store) == 4
+    assert torch.equal(again[0], first[2]) and torch.equal(again[2], first[2]) and torch.equal(again[3], first[0])
+    with torch.inference_mode():  # as evaluation calls it
+        store.features(samples)
+
+
+def test_an_instruction_without_tokens_is_refused(mm: MultimodalModel, samples: tuple[Sample, ...]) -> None:
+    """The mini model's tokenizer has a token even for the empty text; others have none."""
+    words = Tokenizer(WordLevel({"<pad>": 0, "no": 1}))
+    words.pre_tokenizer = Whitespace()
+    other = replace(mm, tokenizer=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>"))
+    empty = replace(samples[0], id="mute", instruction=" ")
+    with pytest.raises(ValueError, match="sample 'mute': got an instruction without a token"):
+        router_features(other, (samples[3], empty))
+
+
+# Autoencoders and thresholds
+
+
+@pytest.mark.parametrize("decoder", ["sigmoid", "linear"])
+def test_training_lowers_the_error_and_repeats(decoder: str) -> None:
+    settings = RouterSettings(hidden=16, epochs=40, batch_size=8, learning_rate=1e-2, decoder=decoder)  # type: ignore[arg-type]
+    z = cluster(0)
+    trained, losses = train_autoencoder(z, settings, generator=torch.Generator().manual_seed(0))
+    assert len(losses) == 40 and losses[-1] < 0.2 * losses[0]
+    torch.manual_seed(123)  # the global state plays no part
+    again, losses_again = train_autoencoder(z, settings, generator=torch.Generator().manual_seed(0))
+    assert losses == losses_again
+    assert torch.equal(trained.decoder_weight_DH, again.decoder_weight_DH)
+    other, _ = train_autoencoder(z, settings, generator=torch.Generator().manual_seed(1))
+    assert not torch.equal(trained.decoder_weight_DH, other.decoder_weight_DH)
+
+
+@pytest.mark.parametrize("decoder", ["sigmoid", "linear"])
+def test_errors_are_those_of_equation_9(decoder: str) -> None:
+    settings = RouterSettings(hidden=5, epochs=2, decoder=decoder)  # type: ignore[arg-type]
+    z = cluster(0)
+    ae, _ = train_autoencoder(z, settings, generator=torch.Generator().manual_seed(3))
+    output = F.linear(F.linear(z, ae.encoder_weight_HD, ae.encoder_bias_H).relu(), ae.decoder_weight_DH, ae.decoder_bias_D)
+    output = output.sigmoid() if decoder == "sigmoid" else output
+    router = Router(settings)
+    router.add_task("t", z, generator=torch.Generator().manual_seed(3))
+    assert torch.allclose(router.errors(z)[:, 0], (output - z).square().mean(dim=1), atol=1e-6)
+
+
+def test_patience_stops_early() -> None:
+    settings = RouterSettings(hidden=4, epochs=500, learning_rate=0.5, final_learning_rate=0.5, patience=3)
+    _, losses = train_autoencoder(cluster(0), settings, generator=torch.Generator().manual_seed(0))
+    assert len(losses) < 500
+    assert min(losses[-3:]) >= min(losses[:-3])
+
+
+def test_the_threshold_is_a_quantile_times_the_margin() -> None:
+    settings = RouterSettings(hidden=16, epochs=5, quantile=0.9, margin=1.5)
+    router = Router(settings)
+    threshold = router.add_task("t", cluster(0), generator=torch.Generator().manual_seed(0))
+    want = 1.5 * float(router.errors(cluster(0))[:, 0].quantile(0.9))
+    assert threshold == pytest.approx(want) == pytest.approx(router.thresholds["t"])
+
+    held_out = cluster(0, seed=7)
+    calibrated = Router(settings)
+    threshold = calibrated.add_task("t", cluster(0), generator=torch.Generator().manual_seed(0), calibration_ND=held_out)
+    assert threshold == pytest.approx(1.5 * float(calibrated.errors(held_out)[:, 0].quantile(0.9)))
+    assert threshold != pytest.approx(want, rel=1e-6)
+
+
+def test_tasks_are_told_apart_and_strangers_go_to_the_base_model() -> None:
+    router = router_of("a", "b", "c")
+    for i, task in enumerate("abc"):
+        routes = router.select(cluster(i, seed=5))
+        assert sum(chosen[:1] == (task,) for chosen in routes.chosen) >= 36
+    assert router.select(cluster(3)).chosen == ((),) * 40
+
+
+def test_router_refuses_a_task_twice_and_no_data() -> None:
+    router = router_of("a")
+    with pytest.raises(ValueError, match="task: got 'a', which the router has; expected a new one"):
+        router.add_task("a", cluster(0), generator=torch.Generator())
+    with pytest.raises(ValueError, match=r"features: got \(0, 12\); expected \[N, D\] with at least one sample"):
+        router.add_task("b", torch.empty(0, 12), generator=torch.Generator())
+
+
+def test_state_round_trip() -> None:
+    router = router_of("a", "b")
+    tensors, meta = router.state()
+    loaded = Router(FAST)
+    loaded.load_state(tensors, meta)
+    z = torch.cat([cluster(0, seed=5), cluster(1, seed=5)])
+    assert loaded.tasks == ("a", "b") and loaded.thresholds == router.thresholds
+    assert torch.equal(loaded.errors(z), router.errors(z))
+    for each in (router, loaded):
+        each.add_task("c", cluster(2), generator=torch.Generator().manual_seed(2))
+    assert torch.equal(loaded.errors(z), router.errors(z))
+
+    empty = Router(FAST)
+    empty.load_state(*Router(FAST).state())
+    assert empty.tasks == ()
+    with pytest.raises(ValueError, match="router state: got tensors of .* tasks; expected .* with 1 each"):
+        loaded.load_state(tensors, {**meta, "tasks": ["a"]})
+
+
+# The rules
+
+
+def test_top_two_under_the_threshold_best_first() -> None:
+    router = Scripted(
+        [
+            [0.3, 0.1, 0.2],  # all under: the two lowest
+            [0.3, 0.9, 0.9],  # one under
+            [0.9, 0.9, 0.9],  # none: base model
+            [0.5, 0.4, 0.9],  # equal to the threshold counts as under (Eq. 10)
+        ],
+        [0.5, 0.5, 0.5],
+    )
+    routes = router.select(torch.zeros(4, 1))
+    assert routes.chosen == (("b", "c"), ("a",), (), ("b", "a"))
+    assert routes.gate_NT.tolist() == [[0, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 0]]
+
+
+def test_a_threshold_is_the_tasks_own() -> None:
+    router = Scripted([[0.3, 0.4]], [0.2, 0.5])
+    assert router.select(torch.zeros(1, 1)).chosen == (("b",),)
+    assert Scripted([[0.3, 0.4]], [0.5, 0.5], top_k=1).select(torch.zeros(1, 1)).chosen == (("a",),)
+
+
+def test_a_batch_of_many_tasks_is_served_wrongly_by_its_vote() -> None:
+    """Four tasks, two samples each: per sample all are right; the vote serves two tasks, or one, to everybody."""
+    errors = [[0.1 if t == n // 2 else 0.9 for t in range(4)] for n in range(8)]
+    own = ["abcd"[n // 2] for n in range(8)]
+    router = Scripted(errors, [0.5] * 4)
+    per_sample = router.select(torch.zeros(8, 1)).chosen
+    assert RoutingCounts.of(per_sample, own, router.tasks).accuracy == 1.0
+    voted = router.select(torch.zeros(8, 1), mode="batch_vote").chosen
+    assert voted == (("a",),) * 8  # a quarter of the votes each: no runner-up reaches 30 %
+    assert RoutingCounts.of(voted, own, router.tasks).accuracy == 0.25
+
+
+def test_the_vote_elects_a_second_expert_from_thirty_percent() -> None:
+    def batch(a: int, b: int, nobody: int) -> Scripted:
+        rows = [[0.1, 0.9]] * a + [[0.9, 0.1]] * b + [[0.9, 0.9]] * nobody
+        return Scripted(rows, [0.5, 0.5])
+
+    assert batch(7, 3, 0).select(torch.zeros(10, 1), mode="batch_vote").chosen == (("a", "b"),) * 10
+    assert batch(8, 2, 0).select(torch.zeros(10, 1), mode="batch_vote").chosen == (("a",),) * 10
+    assert batch(0, 4, 6).select(torch.zeros(10, 1), mode="batch_vote").chosen == (("b",),) * 10
+    assert batch(0, 0, 3).select(torch.zeros(3, 1), mode="batch_vote").chosen == ((),) * 3
+    with pytest.raises(ValueError, match="mode: got 'vote'; expected 'per_sample' or 'batch_vote'"):
+        batch(1, 1, 0).select(torch.zeros(2, 1), mode="vote")  # type: ignore[arg-type]
+
+
+def test_nearest_old_task() -> None:
+    router = Scripted([[0.3, 0.1], [0.2, 0.9], [0.7, 0.8]], [0.25, 0.05])
+    z = torch.zeros(3, 1)
+    assert router.nearest(z).tolist() == [1, 0, 0]
+    assert router.nearest(z, within_threshold=True).tolist() == [-1, 0, -1]
+    assert router.nearest(z, mode="per_task").tolist() == [0, 0, 0]  # means 0.4 and 0.6
+    assert router.nearest(z, mode="per_task", within_threshold=True).tolist() == [-1, -1, -1]
+    assert Router(FAST).nearest(z).tolist() == [-1, -1, -1]
+    with pytest.raises(ValueError, match="mode: got 'none'; expected 'per_sample' or 'per_task'"):
+        router.nearest(z, mode="none")  # type: ignore[arg-type]
+
+
+def test_without_tasks_everybody_gets_the_base_model() -> None:
+    routes = Router(FAST).select(cluster(0))
+    assert routes.chosen == ((),) * 40 and routes.gate_NT.shape == (40, 0)
+
+
+def test_counts() -> None:
+    counts = RoutingCounts.of(
+        [("a", "b"), ("b",), (), (), ("a",)], ["a", "a", "b", "new", "new"], learned_tasks=("a", "b")
+    )
+    assert counts == RoutingCounts(learned=3, learned_right=1, learned_base=1, unseen=2, unseen_base=1)
+    assert counts.accuracy == pytest.approx(1 / 3)
+    assert counts.base_model_share == pytest.approx(2 / 5)
+    assert (counts + counts).learned == 6 and (counts + counts).accuracy == counts.accuracy
+    assert math.isnan(RoutingCounts().accuracy) and math.isnan(RoutingCounts().base_model_share)
