@@ -16,6 +16,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from dmole.curriculum import floor_count
@@ -65,7 +66,9 @@ def capacities(candidates: Candidates, unit: BudgetUnit) -> dict[str, int]:
     return {tower: len(group_by_unit(linears, unit)) for tower, linears in candidates.items()}
 
 
-def check_budget(candidates: Candidates, *, budget: int, unit: BudgetUnit = "linear", vision_floor: float = 0.0) -> None:
+def check_budget(
+    candidates: Candidates, *, budget: int, unit: BudgetUnit = "linear", vision_floor: float = 0.0
+) -> None:
     """Raises ValueError unless some split of ``budget`` gives every tower at least one unit and at most its candidates.
 
     Reads names only, so it can (and does) run before any data is read or any step is trained.
@@ -76,29 +79,28 @@ def check_budget(candidates: Candidates, *, budget: int, unit: BudgetUnit = "lin
     for tower, n in room.items():
         if n == 0:
             raise ValueError(
-                f"candidates[{tower!r}]: got no linear; expected at least one. Widen the candidates filter or leave the "
-                f"{tower} tower out."
+                f"candidates[{tower!r}]: got no linear; expected at least one. Widen the candidates filter or leave "
+                f"the {tower} tower out."
             )
-    # With a sum of 0 the towers' counts would read as a bare "0 candidates".
     total = sum(room.values())
     listed = ", ".join(f"{tower} {n}" for tower, n in room.items())
     if budget > total:
         raise ValueError(
-            f"budget: got {budget} {unit}s, more than the {total} candidates ({listed}). Lower budget_fraction to at most 1, "
-            f"lower the budget, or widen the candidates."
+            f"budget: got {budget} {unit}s, more than the {total} candidates ({listed}). Lower budget_fraction to at "
+            f"most 1, or widen the candidates."
         )
     if budget < len(room):
         raise ValueError(
-            f"budget: got {budget} {unit}s, smaller than one {unit} per tower ({listed}); expected at least {len(room)}. "
-            f"Raise budget_fraction or the budget."
+            f"budget: got {budget} {unit}s, smaller than one {unit} per tower ({listed}); expected at least "
+            f"{len(room)}. Raise budget_fraction."
         )
     if "vision" in room:
         floor = floor_count(budget, vision_floor)
         most = min(room["vision"], budget - len(room) + 1)
         if floor > most:
             raise ValueError(
-                f"vision_floor: got {vision_floor}, which is {floor} of {budget} {unit}s; the vision tower can take at most "
-                f"{most} ({listed}). Lower vision_floor or the budget."
+                f"vision_floor: got {vision_floor}, which is {floor} of {budget} {unit}s; the vision tower can take "
+                f"at most {most} ({listed}). Lower vision_floor or budget_fraction."
             )
 
 
@@ -121,7 +123,7 @@ def allocate(
     Equal scores go to the earlier linear, so that the choice depends on nothing but its arguments.
     """
     if set(scores) != set(budgets):
-        raise ValueError(f"budgets: got towers {tuple(budgets)}; expected {tuple(scores)}, the towers that were scored.")
+        raise ValueError(f"budgets: got towers {tuple(budgets)}; expected {tuple(scores)}, those that were scored.")
     chosen: dict[str, tuple[str, ...]] = {}
     for tower, by_linear in scores.items():
         groups = group_by_unit(tuple(by_linear), unit)
@@ -140,7 +142,9 @@ def allocate(
     return chosen
 
 
-def allocate_uniformly(candidates: Candidates, budgets: Mapping[str, int], *, unit: BudgetUnit = "linear") -> dict[str, tuple[str, ...]]:
+def allocate_uniformly(
+    candidates: Candidates, budgets: Mapping[str, int], *, unit: BudgetUnit = "linear"
+) -> dict[str, tuple[str, ...]]:
     """The placement without an allocator (ablation v4): units at even distances through the depth of each tower."""
     chosen: dict[str, tuple[str, ...]] = {}
     for tower, linears in candidates.items():
@@ -183,7 +187,7 @@ def layer_scores(
     L_b is ``loss(model, batch)``, the mean cross-entropy over the batch's answer tokens (`methods.base.answer_loss`).
     Experts that are attached stay out: no gates are set. ``candidates`` is all of ``mm.candidates`` unless given.
 
-    Memory: one fp32 buffer per candidate ("exact") or its sketch. Every parameter is frozen for the time of the pass, so
+    Memory: one fp32 buffer per candidate ("exact") or its sketch. Every parameter is frozen for the time of the pass:
     no weight gradient outside the candidates is ever computed, and none at all is written to a ``.grad``.
     """
     towers = mm.candidates if candidates is None else candidates
@@ -196,7 +200,7 @@ def layer_scores(
     with as_pretrained(mm.model), recorder:
         for start in range(0, len(samples), batch_size):
             batch = collate(mm, samples[start : start + batch_size], with_answers=True)
-            loss(mm.model, batch).backward()
+            torch.autograd.backward(loss(mm.model, batch))
         norms = recorder.norms()
     return {tower: {name: norms[name].weight + norms[name].bias for name in names} for tower, names in towers.items()}
 

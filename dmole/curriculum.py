@@ -9,8 +9,8 @@ Computed once per task, before training, from the scores that the allocator need
 B_vision is rounded (half up) and B_language is what is left: the two always sum to B_total.
 
 Source: Ge et al., "Dynamic Mixture of Curriculum LoRA Experts for Continual Multimodal Instruction Tuning" (D-MoLE),
-ICML 2025, arXiv 2506.11672, Eq. 13-15. Their public code sums the layers' norms and grants the vision tower a quarter of
-the budget: ``aggregation="sum", vision_floor=0.25``.
+ICML 2025, arXiv 2506.11672, Eq. 13-15. Their public code sums the layers' norms and grants the vision tower a quarter
+of the budget: ``aggregation="sum", vision_floor=0.25``.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def update_ratios(module_score: Mapping[str, float]) -> dict[str, float]:
 def split_budget(
     ratios: Mapping[str, float], capacities: Mapping[str, int], total: int, *, vision_floor: float = 0.0
 ) -> dict[str, int]:
-    """Equals ``B_vision = round(r_vision * total)``, ``B_language = total - B_vision`` (Eq. 15), within the towers' bounds.
+    """Equals ``B_vision = round(r_vision * total)``, ``B_language = total - B_vision`` (Eq. 15), within bounds.
 
     Args:
         ratios: ``r_M`` per tower, summing to 1. One tower alone takes the whole budget.
@@ -69,7 +69,7 @@ def split_budget(
         total: ``B_total``.
         vision_floor: the smallest share of the budget that the tower named "vision" may get.
 
-    No tower gets fewer than one expert or more than its candidates; what a full tower cannot take goes to the other one.
+    No tower gets fewer than one expert or more than its candidates; what a full tower cannot take goes to the other.
     Raises ValueError when no such split exists (``allocation.check_budget`` finds that out before training).
     """
     towers = tuple(ratios)
@@ -90,7 +90,7 @@ def split_budget(
 
 
 def even_split(capacities: Mapping[str, int], total: int) -> dict[str, int]:
-    """The budget without a curriculum (ablation v3): the same number of experts to each tower, as far as they have room."""
+    """The budget without a curriculum (ablation v3): the same number to each tower, as far as there is room."""
     return split_budget({tower: 1.0 / len(capacities) for tower in capacities}, capacities, total)
 
 
@@ -110,7 +110,7 @@ def floor_count(total: int, vision_floor: float) -> int:
 def _bounded(tower: str, total: int, *, low: int, high: int, wanted: int, exact: bool = False) -> int:
     if low > high or (exact and not low <= wanted <= high):
         raise ValueError(
-            f"budget: got {total}; {tower} would have to hold at least {low} and at most {high} of it. Change the budget, "
-            f"the vision_floor or the candidates."
+            f"budget: got {total}; {tower} would have to hold at least {low} and at most {high} of it. Change "
+            f"budget_fraction, vision_floor or the candidates."
         )
     return min(max(wanted, low), high)

@@ -63,7 +63,9 @@ def generation_queue(mm: MultimodalModel, tasks: Sequence[Task], batch_size: int
     batches: list[list[tuple[str, Sample]]] = []
     for start in range(0, len(order), window):
         chosen = sorted(order[start : start + window], key=lambda index: lengths[index])
-        batches += [[items[index] for index in chosen[at : at + batch_size]] for at in range(0, len(chosen), batch_size)]
+        batches += [
+            [items[index] for index in chosen[at : at + batch_size]] for at in range(0, len(chosen), batch_size)
+        ]
     return batches
 
 
@@ -112,7 +114,7 @@ def predict(
     method: Method, queue: Sequence[Sequence[tuple[str, Sample]]], settings: EvaluationSettings, *, profile: Profile
 ) -> Iterator[list[Prediction]]:
     """The predictions of each batch of the queue, in order."""
-    method.mm.model.eval()
+    method.mm.model.train(False)
     for items in queue:
         with torch.inference_mode():
             with profile.part("evaluation_data"):

@@ -59,9 +59,7 @@ class RouterSettings:
             "'train' or 'validation'",
         )
         _check(self.top_k >= 1, "router.top_k", self.top_k, "an integer of at least 1")
-        _check(
-            self.feature_batch_size >= 1, "router.feature_batch_size", self.feature_batch_size, "an integer of at least 1"
-        )
+        _check(self.feature_batch_size >= 1, "router.feature_batch_size", self.feature_batch_size, "at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +83,8 @@ class DMoLESettings:
     # "per_sample" is Eq. 10-12. "batch_vote" is the public code's (one expert list per batch): parity only.
     # "none" keeps every expert active, in training and at test.
     routing: Literal["per_sample", "batch_vote", "none"] = "per_sample"
-    # The old expert that is active, frozen, while a new one trains: each sample's nearest old task, the old task nearest
-    # to the whole new task, or none. The paper says "the old task with the lowest error" and leaves the choice open.
+    # The old expert that is active, frozen, while a new one trains: each sample's nearest old task, the old task
+    # nearest to the whole new task, or none. The paper: "the old task with the lowest error", which leaves it open.
     training_neighbour: Literal["per_sample", "per_task", "none"] = "per_sample"
     # True leaves out a neighbour whose error is above its threshold, so that training meets the combinations that the
     # test meets; the paper takes the lowest error whatever its size.
@@ -102,7 +100,7 @@ class DMoLESettings:
         _check(self.budget_fraction > 0, "dmole.budget_fraction", self.budget_fraction, "a number in (0, 1]")
         _check(0 <= self.vision_floor < 1, "dmole.vision_floor", self.vision_floor, "a number in [0, 1)")
         _check(0 < self.proxy_fraction <= 1, "dmole.proxy_fraction", self.proxy_fraction, "a number in (0, 1]")
-        _check(self.proxy_min_samples >= 1, "dmole.proxy_min_samples", self.proxy_min_samples, "an integer of at least 1")
+        _check(self.proxy_min_samples >= 1, "dmole.proxy_min_samples", self.proxy_min_samples, "at least 1")
         _check(self.proxy_batch_size >= 1, "dmole.proxy_batch_size", self.proxy_batch_size, "an integer of at least 1")
         for name, allowed in (
             ("unit", ("linear", "layer")),

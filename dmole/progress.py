@@ -74,4 +74,4 @@ class RunProgress:
 
     def note(self, text: str) -> None:
         """A line that stays."""
-        self.console.print(text, highlight=False)
+        self.console.print(text, highlight=False, soft_wrap=True)

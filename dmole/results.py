@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The folder of one run, and the summary over runs. Every file is made from raw predictions and can be made again.
 
-    config.json          method, seed, order of tasks, the whole configuration, its fingerprint
-    environment.json     machine, versions, commit, threads, sha256 of the base weights
-    matrix.csv           stage 0 .. N, one column per task in the order learned; empty = not measured by this method
-    predictions.jsonl.gz {"stage", "task", "id", "prediction", "route"}; route is null for unrouted methods
-    references.jsonl.gz  {"task", "id", "metric", "answers", "options"}
-    losses.csv           stage, task, step, loss
-    result.json          aggregates, seconds, parameters, routing, well-formed shares, the method's own report
+config.json          method, seed, order of tasks, the whole configuration, its fingerprint
+environment.json     machine, versions, commit, threads, sha256 of the base weights
+matrix.csv           stage 0 .. N, one column per task in the order learned; empty = not measured by this method
+predictions.jsonl.gz {"stage", "task", "id", "prediction", "route"}; route is null for unrouted methods
+references.jsonl.gz  {"task", "id", "metric", "answers", "options"}
+losses.csv           stage, task, step, loss
+result.json          aggregates, seconds, parameters, routing, well-formed shares, the method's own report
 """
 
 from __future__ import annotations
@@ -63,11 +63,6 @@ def write_lines(path: Path, rows: Iterable[Mapping[str, JSON]]) -> None:
     """One JSON object per line, gzip with no time stamp: equal rows give equal bytes."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_atomically(path, gzip.compress(text.encode(), compresslevel=6, mtime=0))
-
-
-def read_lines(path: Path) -> list[dict[str, JSON]]:
-    """What `write_lines` wrote."""
-    return [json.loads(line) for line in gzip.decompress(path.read_bytes()).decode().splitlines()]
 
 
 def _cell(value: object) -> object:

@@ -68,8 +68,8 @@ def _instructions(mm: MultimodalModel, samples: Sequence[Sample]) -> tuple[Tenso
     for sample, row in zip(samples, rows, strict=True):
         if not row:
             raise ValueError(
-                f"sample {sample.id!r}: got an instruction without a token ({sample.instruction!r}); expected text, which the "
-                f"router reads. Write an instruction."
+                f"sample {sample.id!r}: got an instruction without a token ({sample.instruction!r}); expected text, "
+                f"which the router reads. Write an instruction."
             )
     width = max(len(row) for row in rows)
     input_ids = torch.full((len(rows), width), int(mm.tokenizer.pad_token_id or 0))
@@ -133,7 +133,7 @@ def train_autoencoder(
 
     w1, b1 = uniform(settings.hidden, width, fan_in=width), uniform(settings.hidden, fan_in=width)
     w2, b2 = uniform(width, settings.hidden, fan_in=settings.hidden), uniform(width, fan_in=settings.hidden)
-    optimizer = torch.optim.Adam([w1, b1, w2, b2], lr=settings.learning_rate)
+    optimizer = torch.optim.Adam([w1, b1, w2, b2], lr=settings.learning_rate, fused=True)
     losses: list[float] = []
     best, stale = math.inf, 0
     for epoch in range(settings.epochs):
@@ -150,7 +150,7 @@ def train_autoencoder(
                 output_BD = output_BD.sigmoid()
             loss = F.mse_loss(output_BD, z_BD)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
             summed += loss.detach() * len(z_BD)
         losses.append(float(summed) / n)
@@ -170,7 +170,7 @@ def train_autoencoder(
 
 @dataclass(frozen=True, kw_only=True)
 class Routes:
-    """Who serves each sample: ``gate_NT`` is 0 or 1; ``chosen[n]`` names the tasks, lowest error first, () = base model."""
+    """Who serves each sample: ``gate_NT`` is 0 or 1, ``chosen[n]`` the tasks, lowest error first; () = base model."""
 
     gate_NT: Tensor
     chosen: tuple[tuple[str, ...], ...]
@@ -238,7 +238,7 @@ class Router:
         """The experts of each sample at test (Eq. 10-12).
 
         "batch_vote" is the public code's rule, for parity only: each sample votes for its best task (none under its
-        threshold: no vote), and the whole batch gets the winner, and the runner-up if it has at least 30 % of the votes.
+        threshold: no vote); the whole batch gets the winner, and the runner-up if it has at least 30 % of the votes.
         """
         error_NT = self.errors(features_ND)
         if not self.tasks:
@@ -300,59 +300,10 @@ class Router:
         counts = {name: len(tensor) for name, tensor in tensors.items()}
         if counts != dict.fromkeys(names if tasks else (), len(tasks)):
             raise ValueError(
-                f"router state: got tensors of {counts} tasks; expected {sorted(names)} with {len(tasks)} each, for {tasks}."
+                f"router state: got tensors of {counts} tasks; expected {sorted(names)} with {len(tasks)} each, for "
+                f"{tasks}. Load tensors and JSON of one state."
             )
         self.tasks = tasks
         self.training_errors = {task: (first, last) for task, (first, last) in meta["training_errors"].items()}
         self._weights = {name: tensors[name].clone() for name in tensors if name != "threshold_T"}
         self._thresholds_T = tensors["threshold_T"].clone() if tasks else torch.empty(0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoutingCounts:
-    """How well samples were routed; counts add up over batches.
-
-    A sample of a learned task is right when its own task is among the chosen. A sample of a task not learned yet has no
-    right expert: the base model is the right answer, and it is counted apart.
-    """
-
-    learned: int = 0
-    learned_right: int = 0
-    learned_base: int = 0
-    unseen: int = 0
-    unseen_base: int = 0
-
-    @classmethod
-    def of(
-        cls, chosen: Sequence[tuple[str, ...]], own: Sequence[str], learned_tasks: Sequence[str]
-    ) -> RoutingCounts:
-        """Counts of one batch: what was chosen for each sample, its own task, and the tasks learned so far."""
-        known = [(tasks, task) for tasks, task in zip(chosen, own, strict=True) if task in learned_tasks]
-        unseen = [tasks for tasks, task in zip(chosen, own, strict=True) if task not in learned_tasks]
-        return cls(
-            learned=len(known),
-            learned_right=sum(task in tasks for tasks, task in known),
-            learned_base=sum(not tasks for tasks, _ in known),
-            unseen=len(unseen),
-            unseen_base=sum(not tasks for tasks in unseen),
-        )
-
-    def __add__(self, other: RoutingCounts) -> RoutingCounts:
-        return RoutingCounts(
-            learned=self.learned + other.learned,
-            learned_right=self.learned_right + other.learned_right,
-            learned_base=self.learned_base + other.learned_base,
-            unseen=self.unseen + other.unseen,
-            unseen_base=self.unseen_base + other.unseen_base,
-        )
-
-    @property
-    def accuracy(self) -> float:
-        """Share of the learned tasks' samples whose own expert was chosen; NaN without such samples."""
-        return self.learned_right / self.learned if self.learned else math.nan
-
-    @property
-    def base_model_share(self) -> float:
-        """Share of all samples that no expert served; NaN without samples."""
-        total = self.learned + self.unseen
-        return (self.learned_base + self.unseen_base) / total if total else math.nan

@@ -73,7 +73,9 @@ def stage_steps(settings: TrainingSettings, stage: Stage) -> int:
 class StageTraining:
     """One stage between `method.begin_stage` and `method.end_stage`."""
 
-    def __init__(self, method: Method, stage: Stage, settings: TrainingSettings, *, seed: int, profile: Profile) -> None:
+    def __init__(
+        self, method: Method, stage: Stage, settings: TrainingSettings, *, seed: int, profile: Profile
+    ) -> None:
         self.method = method
         self.stage = stage
         self.settings = settings
@@ -116,7 +118,7 @@ class StageTraining:
                 self._one_step(samples)
                 after_step(self)
         finally:
-            model.eval()
+            model.train(False)
 
     def _one_step(self, samples: Sequence[Sample]) -> None:
         settings, profile = self.settings, self.profile
@@ -133,7 +135,7 @@ class StageTraining:
                 f"Lower training.learning_rate (now {settings.learning_rate:g})."
             )
         with profile.part("backward"):
-            loss.backward()
+            torch.autograd.backward(loss)
         with profile.part("optimizer"):
             if settings.max_grad_norm > 0:
                 torch.nn.utils.clip_grad_norm_(self.parameters.values(), settings.max_grad_norm)
@@ -170,8 +172,8 @@ class StageTraining:
         got = set(tensors) - {"rng"}
         if got and got != expected:
             raise ValueError(
-                f"the optimizer state has {sorted(got - expected)[:3]} and lacks {sorted(expected - got)[:3]}; expected "
-                f"the moments of the {len(self.parameters)} parameters that stage {self.stage.index} trains."
+                f"the optimizer state has {sorted(got - expected)[:3]} and lacks {sorted(expected - got)[:3]}; "
+                f"expected the moments of the {len(self.parameters)} parameters that stage {self.stage.index} trains."
             )
         for name, parameter in self.parameters.items():
             if got:

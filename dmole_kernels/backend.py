@@ -11,6 +11,7 @@ A backend enters here by name in `BACKENDS` and in the table of kernels of each 
 from __future__ import annotations
 
 import platform
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -55,7 +56,16 @@ def explain_backend(requested: str = "auto") -> str:
         f"cpu       {platform.machine()}, {torch.backends.cpu.get_cpu_capability()} kernels in PyTorch",
     ]
     if torch.cuda.is_available():
-        lines.append(f"cuda      {torch.cuda.get_device_name()}, {choose_backend(requested, 'cuda').name} would run on it")
+        lines.append(
+            f"cuda      {torch.cuda.get_device_name()}, {choose_backend(requested, 'cuda').name} would run on it"
+        )
     else:
         lines.append("cuda      no device")
     return "\n".join(lines)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """For the inside of a kernel, which has settled its dtypes; costs nothing where autocast is off."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from dmole_kernels import reference
-from dmole_kernels.backend import choose_backend
+from dmole_kernels.backend import choose_backend, without_autocast
+from dmole_kernels.registration import register_op
 
 NormMethod = Literal["auto", "direct", "ghost"]
 
@@ -48,7 +49,9 @@ def grad_norm_per_sample(x: Tensor, grad: Tensor, *, method: NormMethod = "auto"
     """
     _check(x, grad, 3)
     if method not in ("auto", "direct", "ghost"):
-        raise ValueError(f"method={method!r}; expected 'auto', 'direct' or 'ghost'. Use 'auto' unless you compare them.")
+        raise ValueError(
+            f"method={method!r}; expected 'auto', 'direct' or 'ghost'. Use 'auto' unless you compare them."
+        )
     chosen = cheaper_method(x.shape[1], x.shape[2], grad.shape[2]) if method == "auto" else method
     name = choose_backend(backend, x.device.type).name
     norm: Tensor = torch.ops.dmole_kernels.grad_norm_per_sample(x, grad, chosen, name)
@@ -106,75 +109,54 @@ def sketch_relative_std(sketch: Tensor) -> float:
     return 0.5 * math.sqrt(variance)
 
 
-# ---- checks -----------------------------------------------------------------------------------------------------------
-
-
 def _check(x: Tensor, grad: Tensor, dimensions: int) -> None:
     if x.dim() != dimensions or grad.dim() != dimensions or x.shape[:-1] != grad.shape[:-1]:
         letters = "[samples, tokens, features]" if dimensions == 3 else "[rows, features]"
         raise ValueError(
-            f"x has shape {tuple(x.shape)} and grad {tuple(grad.shape)}; expected {letters} for both, equal but for the "
-            f"last. Reshape them, e.g. x.reshape(-1, x.shape[-1]) for rows."
+            f"x has shape {tuple(x.shape)} and grad {tuple(grad.shape)}; expected {letters} for both, equal but for "
+            f"the last. Reshape them, e.g. x.reshape(-1, x.shape[-1]) for rows."
         )
 
 
 def _check_buffer(buffer: Tensor, expected: tuple[int, int]) -> None:
     if tuple(buffer.shape) != expected:
-        raise ValueError(f"buffer has shape {tuple(buffer.shape)}; expected {expected}. Allocate torch.zeros{expected}.")
+        raise ValueError(
+            f"buffer has shape {tuple(buffer.shape)}; expected {expected}. Allocate torch.zeros{expected}."
+        )
 
 
-# ---- kernels and launch -----------------------------------------------------------------------------------------------
-
-_library = torch.library.Library("dmole_kernels", "FRAGMENT")
-_library.define("grad_norm_per_sample(Tensor x, Tensor grad, str method, str backend) -> Tensor")
-_library.define("accumulate_gradient(Tensor(a!) buffer, Tensor x, Tensor grad, str backend) -> ()")
-_library.define(
-    "accumulate_sketch(Tensor(a!) sketch, Tensor x, Tensor grad, Tensor left, Tensor right, str backend) -> ()"
-)
 NORM = {("reference", "direct"): reference.squared_norm_direct, ("reference", "ghost"): reference.squared_norm_ghost}
 ACCUMULATE = {"reference": reference.accumulate_gradient}
 SKETCH = {"reference": reference.accumulate_sketch}
 
 
-@torch.library.impl(_library, "grad_norm_per_sample", "CompositeExplicitAutograd")
 def _norm(x: Tensor, grad: Tensor, method: str, backend: str) -> Tensor:
     wide = torch.promote_types(torch.promote_types(x.dtype, grad.dtype), torch.float32)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         return NORM[backend, method](x.to(wide), grad.to(wide)).sqrt_()
 
 
-@torch.library.impl(_library, "accumulate_gradient", "CompositeExplicitAutograd")
 def _accumulate(buffer: Tensor, x: Tensor, grad: Tensor, backend: str) -> None:
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         ACCUMULATE[backend](buffer, x, grad)
 
 
-@torch.library.impl(_library, "accumulate_sketch", "CompositeExplicitAutograd")
 def _sketch(sketch: Tensor, x: Tensor, grad: Tensor, left: Tensor, right: Tensor, backend: str) -> None:
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         SKETCH[backend](sketch, x, grad, left, right)
 
 
-# ---- fake -------------------------------------------------------------------------------------------------------------
-
-
-@torch.library.register_fake("dmole_kernels::grad_norm_per_sample", lib=_library)
 def _norm_fake(x: Tensor, grad: Tensor, method: str, backend: str) -> Tensor:
     wide = torch.promote_types(torch.promote_types(x.dtype, grad.dtype), torch.float32)
     return x.new_empty(x.shape[0], dtype=wide)
 
 
-@torch.library.register_fake("dmole_kernels::accumulate_gradient", lib=_library)
 def _accumulate_fake(buffer: Tensor, x: Tensor, grad: Tensor, backend: str) -> None:
     return None
 
 
-@torch.library.register_fake("dmole_kernels::accumulate_sketch", lib=_library)
 def _sketch_fake(sketch: Tensor, x: Tensor, grad: Tensor, left: Tensor, right: Tensor, backend: str) -> None:
     return None
-
-
-# ---- backward ---------------------------------------------------------------------------------------------------------
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -191,6 +173,20 @@ def _autograd(ctx: Any, dnorm_B: Tensor) -> tuple[Tensor, Tensor, None, None]:
     return dx.to(x.dtype), dgrad.to(grad.dtype), None, None
 
 
-torch.library.register_autograd(
-    "dmole_kernels::grad_norm_per_sample", _autograd, setup_context=_setup_context, lib=_library
+register_op(
+    "grad_norm_per_sample(Tensor x, Tensor grad, str method, str backend) -> Tensor",
+    kernel=_norm,
+    fake=_norm_fake,
+    backward=_autograd,
+    setup_context=_setup_context,
+)
+register_op(
+    "accumulate_gradient(Tensor(a!) buffer, Tensor x, Tensor grad, str backend) -> ()",
+    kernel=_accumulate,
+    fake=_accumulate_fake,
+)
+register_op(
+    "accumulate_sketch(Tensor(a!) sketch, Tensor x, Tensor grad, Tensor left, Tensor right, str backend) -> ()",
+    kernel=_sketch,
+    fake=_sketch_fake,
 )

@@ -57,7 +57,9 @@ class _Tap(torch.autograd.Function):
     """Identity that shows (input, output gradient) of a layer to `record`, and starts a graph where none exists."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, x: Tensor, switch: Tensor, record: Callable[[Tensor, Tensor], None]) -> Tensor:
+    def forward(
+        ctx: Any, output: Tensor, x: Tensor, switch: Tensor, record: Callable[[Tensor, Tensor], None]
+    ) -> Tensor:
         # In place, so that the output is not a view: models may go on with in-place operations.
         ctx.mark_dirty(output)
         ctx.save_for_backward(x)
@@ -65,7 +67,7 @@ class _Tap(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
         (x,) = ctx.saved_tensors
         ctx.record(x, grad)
         return grad if ctx.needs_input_grad[0] else None, None, None, None
@@ -105,7 +107,8 @@ class GradNormRecorder:
             raise ValueError(f"quantity={quantity!r}; expected one of {', '.join(METHODS)}. D-MoLE's is 'accumulated'.")
         if method not in METHODS[quantity]:
             raise ValueError(
-                f"method={method!r} for quantity={quantity!r}; expected one of {', '.join(METHODS[quantity])}. Use 'auto'."
+                f"method={method!r} for quantity={quantity!r}; expected one of {', '.join(METHODS[quantity])}. "
+                f"Use 'auto'."
             )
         if sketch_size < 1:
             raise ValueError(f"sketch_size={sketch_size}; expected at least 1. Use 64.")
@@ -114,8 +117,8 @@ class GradNormRecorder:
             first = owners.setdefault(id(linear.weight), name)
             if first != name:
                 raise ValueError(
-                    f"linears {first!r} and {name!r} share one weight; expected distinct weights. Leave one of them out: "
-                    f"a tied weight's gradient is the sum over both places, which neither alone has."
+                    f"linears {first!r} and {name!r} share one weight; expected distinct weights. Leave one of them "
+                    f"out: a tied weight's gradient is the sum over both places, which neither alone has."
                 )
         self.linears = dict(linears)
         self.quantity = quantity
@@ -139,7 +142,9 @@ class GradNormRecorder:
 
     def __enter__(self) -> GradNormRecorder:
         if self._handles:
-            raise ValueError("this GradNormRecorder is already recording; expected one `with` at a time. Leave it first.")
+            raise ValueError(
+                "this GradNormRecorder is already recording; expected one `with` at a time. Leave it first."
+            )
         for name, linear in self.linears.items():
             self._handles.append(linear.register_forward_hook(self._forward_hook(name)))
         return self
@@ -180,7 +185,9 @@ class GradNormRecorder:
                     f"mask has shape {tuple(mask.shape)} but the input of {name!r} is {tuple(x.shape)}; expected the "
                     f"same [batch, tokens]. Name the layers the mask is for: recorder.mask(mask, names=[...])."
                 )
-            tapped: Tensor = _Tap.apply(output, x.detach(), switch, lambda x, grad: self._record(name, mask, x, grad))
+            tapped: Tensor = _Tap.apply(  # type: ignore[no-untyped-call]
+                output, x.detach(), switch, lambda x, grad: self._record(name, mask, x, grad)
+            )
             return tapped
 
         return hook
@@ -198,7 +205,9 @@ class GradNormRecorder:
         if self.quantity == "accumulated":
             if has_bias:
                 column_sum_P = grad_NP.to(wide).sum(0)
-                self._bias_sums[name] = self._bias_sums[name] + column_sum_P if name in self._bias_sums else column_sum_P
+                self._bias_sums[name] = (
+                    self._bias_sums[name] + column_sum_P if name in self._bias_sums else column_sum_P
+                )
             if name not in self._weight_sums:
                 shape = self._sum_shape(self.linears[name])
                 self._weight_sums[name] = torch.zeros(shape, dtype=wide, device=grad.device)
@@ -211,7 +220,9 @@ class GradNormRecorder:
             return
         method: Any = self.method
         if self.quantity == "per_batch":
-            self._weight_values[name].append(grad_norm_per_batch(x_ND, grad_NP, method=method, backend=self.backend)[None])
+            self._weight_values[name].append(
+                grad_norm_per_batch(x_ND, grad_NP, method=method, backend=self.backend)[None]
+            )
             if has_bias:
                 self._bias_values[name].append(grad_NP.to(wide).sum(0).norm()[None])
             return
@@ -255,8 +266,8 @@ class GradNormRecorder:
         """
         if self.quantity != "accumulated":
             raise ValueError(
-                f"reduce_ got quantity={self.quantity!r}; expected 'accumulated', the only one that adds up. Gather the "
-                f"weight_values of norms() instead."
+                f"reduce_ got quantity={self.quantity!r}; expected 'accumulated', the only one that adds up. Gather "
+                f"the weight_values of norms() instead."
             )
         reduce = all_reduce if all_reduce is not None else torch.distributed.all_reduce
         for name, linear in self.linears.items():
@@ -275,7 +286,9 @@ class GradNormRecorder:
         return (self.sketch_size, self.sketch_size) if sketched else (linear.out_features, linear.in_features)
 
 
-def _sketch_side(sides: dict[int, Tensor], width: int, size: int, linear: nn.Linear, generator: torch.Generator) -> None:
+def _sketch_side(
+    sides: dict[int, Tensor], width: int, size: int, linear: nn.Linear, generator: torch.Generator
+) -> None:
     """N(0, 1/size) as [width, size], one for all layers of this width: each layer's estimate is unbiased by itself."""
     if width not in sides:
         drawn = torch.randn(width, size, generator=generator) / math.sqrt(size)

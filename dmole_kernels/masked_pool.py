@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dmole_kernels import reference
 from dmole_kernels.backend import choose_backend
+from dmole_kernels.registration import register_op
 
 
 def masked_max_pool(hidden: Tensor, mask: Tensor, *, backend: str = "auto") -> Tensor:
@@ -30,13 +31,15 @@ def masked_max_pool(hidden: Tensor, mask: Tensor, *, backend: str = "auto") -> T
     """
     if hidden.dim() != 3 or mask.shape != hidden.shape[:2]:
         raise ValueError(
-            f"hidden has shape {tuple(hidden.shape)} and mask {tuple(mask.shape)}; expected [samples, tokens, features] "
-            f"and [samples, tokens]. Pass the attention mask of the same tokens."
+            f"hidden has shape {tuple(hidden.shape)} and mask {tuple(mask.shape)}; expected [samples, tokens, "
+            f"features] and [samples, tokens]. Pass the attention mask of the same tokens."
         )
     if not torch.compiler.is_compiling():
         empty = (~(mask != 0).any(1)).nonzero().flatten().tolist() if hidden.shape[1] else list(range(hidden.shape[0]))
         if empty:
-            raise ValueError(f"mask hides every token of samples {empty[:8]}; expected at least one. Drop those samples.")
+            raise ValueError(
+                f"mask hides every token of samples {empty[:8]}; expected at least one. Drop those samples."
+            )
     pooled: Tensor
     pooled, _ = torch.ops.dmole_kernels.masked_max_pool(
         hidden, mask != 0, choose_backend(backend, hidden.device.type).name
@@ -44,28 +47,16 @@ def masked_max_pool(hidden: Tensor, mask: Tensor, *, backend: str = "auto") -> T
     return pooled
 
 
-# ---- kernels and launch -----------------------------------------------------------------------------------------------
-
-_library = torch.library.Library("dmole_kernels", "FRAGMENT")
-_library.define("masked_max_pool(Tensor hidden, Tensor mask, str backend) -> (Tensor, Tensor)")
 POOL = {"reference": reference.masked_max_pool}
 
 
-@torch.library.impl(_library, "masked_max_pool", "CompositeExplicitAutograd")
 def _pool(hidden: Tensor, mask: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     return POOL[backend](hidden, mask)
 
 
-# ---- fake -------------------------------------------------------------------------------------------------------------
-
-
-@torch.library.register_fake("dmole_kernels::masked_max_pool", lib=_library)
 def _pool_fake(hidden: Tensor, mask: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     shape = (hidden.shape[0], hidden.shape[2])
     return hidden.new_empty(shape), hidden.new_empty(shape, dtype=torch.int64)
-
-
-# ---- backward ---------------------------------------------------------------------------------------------------------
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -80,4 +71,10 @@ def _autograd(ctx: Any, grad_BD: Tensor, _grad_token: Tensor) -> tuple[Tensor, N
     return grad_hidden_BTD.scatter(1, token_BD[:, None], grad_BD[:, None]), None, None
 
 
-torch.library.register_autograd("dmole_kernels::masked_max_pool", _autograd, setup_context=_setup_context, lib=_library)
+register_op(
+    "masked_max_pool(Tensor hidden, Tensor mask, str backend) -> (Tensor, Tensor)",
+    kernel=_pool,
+    fake=_pool_fake,
+    backward=_autograd,
+    setup_context=_setup_context,
+)

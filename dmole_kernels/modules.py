@@ -125,7 +125,9 @@ class MultiLoRALinear(nn.Module):
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout is {dropout}; expected a chance in [0, 1). Use 0.05 for five percent.")
         if dropout_mode not in ("shared", "per_expert"):
-            raise ValueError(f"dropout_mode is {dropout_mode!r}; expected 'shared' or 'per_expert'. Drop it for 'shared'.")
+            raise ValueError(
+                f"dropout_mode is {dropout_mode!r}; expected 'shared' or 'per_expert'. Drop it for 'shared'."
+            )
         choose_backend(backend, base.weight.device.type)
         self.base = base.requires_grad_(False)
         self.gates = gates
@@ -144,11 +146,11 @@ class MultiLoRALinear(nn.Module):
         return self.base.out_features
 
     @property
-    def weight(self) -> nn.Parameter:
+    def weight(self) -> Tensor:
         return self.base.weight
 
     @property
-    def bias(self) -> nn.Parameter | None:
+    def bias(self) -> Tensor | None:
         return self.base.bias
 
     def forward(self, x: Tensor, gate: Tensor | None = None, experts: Sequence[str] | None = None) -> Tensor:

@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from dmole_kernels import reference
-from dmole_kernels.backend import choose_backend
+from dmole_kernels.backend import choose_backend, without_autocast
+from dmole_kernels.registration import register_op
 
 DropoutMode = Literal["shared", "per_expert"]
 
@@ -56,8 +57,8 @@ def multi_lora(
         backend: see `choose_backend`.
 
     Computes in base's dtype (x's when base is None); x and experts are cast to it, their gradients cast back, so
-    experts may stay float32 beside a bfloat16 model. A new tensor is returned; inputs are only read. Saved for backward:
-    x and S = dropout(x) A^T when an expert is trainable; neither when all are frozen and the gate is constant.
+    experts may stay float32 beside a bfloat16 model. A new tensor is returned; inputs are only read. Saved for
+    backward: x and S = dropout(x) A^T where an expert is trainable; neither where all are frozen and the gate constant.
     Experts with a gate of zero are computed all the same: leave them out of the lists (MultiLoRALinear does).
 
     Raises:
@@ -66,15 +67,15 @@ def multi_lora(
     _check(x, base, lora_a, lora_b, gate, scale, dropout)
     if dropout > 0.0 and seed is None:
         seed = torch.randint(0, 2**63 - 1, (), dtype=torch.int64)
-    choice = choose_backend(backend, x.device.type)
-    y, _ = torch.ops.dmole_kernels.multi_lora(
+    arguments = (
         x, base, list(lora_a), list(lora_b), gate, list(scale), dropout, dropout_mode == "per_expert",
-        seed if dropout > 0.0 else None, choice.name,
+        seed if dropout > 0.0 else None, choose_backend(backend, x.device.type).name,
     )  # fmt: skip
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # Generation calls this for one token at a time: the dispatcher would be a third of such a call's time.
+        return _forward(*arguments)[0]
+    y: Tensor = torch.ops.dmole_kernels.multi_lora(*arguments)[0]
     return y
-
-
-# ---- checks -----------------------------------------------------------------------------------------------------------
 
 
 def _check(
@@ -98,7 +99,8 @@ def _check(
             )
     if base is not None and base.shape != (*x.shape[:-1], outputs):
         raise ValueError(
-            f"base has shape {tuple(base.shape)}; expected {(*x.shape[:-1], outputs)}. Pass the layer's output for this x."
+            f"base has shape {tuple(base.shape)}; expected {(*x.shape[:-1], outputs)}. Pass the layer's output "
+            f"for this x."
         )
     leading = gate.shape[:-1]
     if len(leading) >= x.dim() or leading != x.shape[: len(leading)]:
@@ -110,53 +112,32 @@ def _check(
         raise ValueError(f"dropout is {dropout}; expected a chance in [0, 1). Use 0.05 for five percent.")
 
 
-# ---- launch -----------------------------------------------------------------------------------------------------------
-
 # Backend name -> kernel; a compiled backend adds its line to both and its name to backend.BACKENDS.
 FORWARD: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"reference": reference.multi_lora_forward}
-BACKWARD: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]] = {
-    "reference": reference.multi_lora_backward
-}
-
-_library = torch.library.Library("dmole_kernels", "FRAGMENT")
-_library.define(
-    "multi_lora(Tensor x, Tensor? base, Tensor[] lora_a, Tensor[] lora_b, Tensor gate, float[] scale, float dropout, "
-    "bool per_expert, Tensor? seed, str backend) -> (Tensor, Tensor)"
-)
-_library.define(
-    "multi_lora_backward(Tensor grad, Tensor? x, Tensor? shrunk, Tensor[] lora_a, Tensor[] lora_b, Tensor gate, "
-    "float[] scale, float dropout, bool per_expert, Tensor? seed, bool need_x, bool need_gate, bool[] trainable, "
-    "str backend) -> (Tensor, Tensor, Tensor, Tensor)"
-)
+BACKWARD: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]] = {"reference": reference.multi_lora_backward}
 
 
-@torch.library.impl(_library, "multi_lora", "CompositeExplicitAutograd")
 def _forward(
     x: Tensor, base: Tensor | None, lora_a: list[Tensor], lora_b: list[Tensor], gate: Tensor, scale: list[float],
     dropout: float, per_expert: bool, seed: Tensor | None, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    # Dtypes are settled by base; autocast inside the kernel would contradict the fake implementation.
-    with torch.autocast(x.device.type, enabled=False):
+    # base settles the dtype; autocast inside the kernel would contradict the fake implementation.
+    with without_autocast(x.device.type):
         return FORWARD[backend](x, base, lora_a, lora_b, gate.reshape(-1, len(scale)), scale, dropout, per_expert, seed)
 
 
-@torch.library.impl(_library, "multi_lora_backward", "CompositeExplicitAutograd")
 def _backward(
     grad: Tensor, x: Tensor | None, shrunk: Tensor | None, lora_a: list[Tensor], lora_b: list[Tensor], gate: Tensor,
     scale: list[float], dropout: float, per_expert: bool, seed: Tensor | None, need_x: bool, need_gate: bool,
     trainable: list[bool], backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    with torch.autocast(grad.device.type, enabled=False):
+    with without_autocast(grad.device.type):
         return BACKWARD[backend](
             grad, x, shrunk, lora_a, lora_b, gate.reshape(-1, len(scale)), scale, dropout, per_expert, seed, need_x,
             need_gate, trainable,
         )  # fmt: skip
 
 
-# ---- fake -------------------------------------------------------------------------------------------------------------
-
-
-@torch.library.register_fake("dmole_kernels::multi_lora", lib=_library)
 def _forward_fake(
     x: Tensor, base: Tensor | None, lora_a: list[Tensor], lora_b: list[Tensor], gate: Tensor, scale: list[float],
     dropout: float, per_expert: bool, seed: Tensor | None, backend: str,
@@ -167,7 +148,6 @@ def _forward_fake(
     return y, x.new_empty((rows, sum(a.shape[0] for a in lora_a)), dtype=dtype)
 
 
-@torch.library.register_fake("dmole_kernels::multi_lora_backward", lib=_library)
 def _backward_fake(
     grad: Tensor, x: Tensor | None, shrunk: Tensor | None, lora_a: list[Tensor], lora_b: list[Tensor], gate: Tensor,
     scale: list[float], dropout: float, per_expert: bool, seed: Tensor | None, need_x: bool, need_gate: bool,
@@ -179,12 +159,9 @@ def _backward_fake(
     return (
         grad.new_empty((*grad.shape[:-1], features)) if need_x else nothing,
         grad.new_empty((columns, features)) if columns else grad.new_empty(0),
-        grad.new_empty((outputs, columns)) if columns else grad.new_empty(0),
+        grad.new_empty((columns, outputs)) if columns else grad.new_empty(0),
         gate.new_empty((gate.shape[:-1].numel(), gate.shape[-1])) if need_gate else grad.new_empty(0),
     )
-
-
-# ---- backward ---------------------------------------------------------------------------------------------------------
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -223,9 +200,23 @@ def _autograd(ctx: Any, grad: Tensor | None, _grad_shrunk: None) -> tuple[Any, .
         chosen = [e for e, flag in enumerate(ctx.trainable) if flag]
         ranks = [lora_a[e].shape[0] for e in chosen]
         if chosen:
-            for e, part_a, part_b in zip(chosen, da.split(ranks), db.split(ranks, 1), strict=True):
-                grad_a[e], grad_b[e] = part_a.to(lora_a[e].dtype), part_b.to(lora_b[e].dtype)
+            for e, part_a, part_b in zip(chosen, da.split(ranks), db.split(ranks), strict=True):
+                grad_a[e], grad_b[e] = part_a.to(lora_a[e].dtype), part_b.t().to(lora_b[e].dtype)
     return dx, grad if wants_base else None, grad_a, grad_b, dgate, None, None, None, None, None
 
 
-torch.library.register_autograd("dmole_kernels::multi_lora", _autograd, setup_context=_setup_context, lib=_library)
+register_op(
+    "multi_lora(Tensor x, Tensor? base, Tensor[] lora_a, Tensor[] lora_b, Tensor gate, float[] scale, float dropout, "
+    "bool per_expert, Tensor? seed, str backend) -> (Tensor, Tensor)",
+    kernel=_forward,
+    fake=_forward_fake,
+    backward=_autograd,
+    setup_context=_setup_context,
+)
+register_op(
+    "multi_lora_backward(Tensor grad, Tensor? x, Tensor? shrunk, Tensor[] lora_a, Tensor[] lora_b, Tensor gate, "
+    "float[] scale, float dropout, bool per_expert, Tensor? seed, bool need_x, bool need_gate, bool[] trainable, "
+    "str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    kernel=_backward,
+    fake=_backward_fake,
+)

@@ -10,18 +10,22 @@ G gate rows (each covers N / G consecutive rows), B samples, T tokens (grad norm
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from dmole_kernels.philox import dropout_keep_mask
 
-# ---- multi-expert LoRA: the packed, column-gated form -----------------------------------------------------------------
 
-
-def _packed(tensors: Sequence[Tensor], dim: int, dtype: torch.dtype) -> Tensor:
-    packed = tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
+def _packed(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    packed = tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
     return packed.to(dtype)
+
+
+def _packed_b(lora_b: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """B^T [R, P], contiguous: PyTorch's products with a P x 8 matrix are three times slower."""
+    return _packed([b.t() for b in lora_b], dtype).contiguous()
 
 
 def column_gate(gate_GE: Tensor, scale: Sequence[float], ranks: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -32,10 +36,14 @@ def column_gate(gate_GE: Tensor, scale: Sequence[float], ranks: Sequence[int], d
     return torch.cat(pieces, 1).to(dtype).unsqueeze(1)
 
 
-def dropped_input(x_ND: Tensor, dropout: float, seed: int, stream: int) -> Tensor:
-    """x^ = x * keep / (1 - q)."""
-    keep_ND = dropout_keep_mask(seed, x_ND.shape[0], x_ND.shape[1], dropout, stream=stream, device=x_ND.device)
-    return (x_ND * keep_ND).mul_(1.0 / (1.0 - dropout))
+def keep_mask(rows: int, features: int, dropout: float, seed: Tensor, stream: int, device: torch.device) -> Tensor:
+    """As bytes of 0 and 1: a product with booleans takes PyTorch four times as long."""
+    return dropout_keep_mask(int(seed), rows, features, dropout, stream=stream, device=device).view(torch.uint8)
+
+
+def mask_streams(experts: int, per_expert: bool) -> list[tuple[int, list[int]]]:
+    """(stream of the mask, experts that see it)."""
+    return [(e, [e]) for e in range(experts)] if per_expert else [(0, list(range(experts)))]
 
 
 def multi_lora_forward(
@@ -46,19 +54,19 @@ def multi_lora_forward(
     dtype = x.dtype if base is None else base.dtype
     ranks = [a.shape[0] for a in lora_a]
     x_ND = x.reshape(-1, x.shape[-1]).to(dtype)
-    b_PR = _packed(lora_b, 1, dtype)
-    if seed is not None and dropout > 0.0 and per_expert:
-        number = int(seed.item())
-        shrunk = [dropped_input(x_ND, dropout, number, e) @ a.to(dtype).t() for e, a in enumerate(lora_a)]
-        s_NR = torch.cat(shrunk, 1)
-    else:
-        if seed is not None and dropout > 0.0:
-            x_ND = dropped_input(x_ND, dropout, int(seed.item()), 0)
-        s_NR = x_ND @ _packed(lora_a, 0, dtype).t()
+    b_RP = _packed_b(lora_b, dtype)
+    pieces = []
+    for stream, members in mask_streams(len(ranks), per_expert):
+        dropped_ND = x_ND if seed is None else x_ND * keep_mask(x_ND.shape[0], x_ND.shape[1], dropout, seed, stream, x_ND.device)
+        pieces.append(dropped_ND @ _packed([lora_a[e] for e in members], dtype).t())
+    s_NR = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+    if seed is not None:
+        # On S, which is small, rather than on x^.
+        s_NR.mul_(1.0 / (1.0 - dropout))
     gated_NR = _gated(s_NR, column_gate(gate_GE, scale, ranks, dtype))
     if base is None:
-        return (gated_NR @ b_PR.t()).view(*x.shape[:-1], b_PR.shape[0]), s_NR
-    y_NP = torch.addmm(base.reshape(-1, base.shape[-1]), gated_NR, b_PR.t())
+        return (gated_NR @ b_RP).view(*x.shape[:-1], b_RP.shape[1]), s_NR
+    y_NP = torch.addmm(base.reshape(-1, base.shape[-1]), gated_NR, b_RP)
     return y_NP.view(base.shape), s_NR
 
 
@@ -70,79 +78,73 @@ def _gated(columns_NR: Tensor, column_gate_G1R: Tensor) -> Tensor:
 
 
 def multi_lora_backward(
-    grad: Tensor, x: Tensor | None, s_NR: Tensor | None, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], gate_GE: Tensor,
-    scale: Sequence[float], dropout: float, per_expert: bool, seed: Tensor | None,
+    grad: Tensor, x: Tensor | None, s_NR: Tensor | None, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor],
+    gate_GE: Tensor, scale: Sequence[float], dropout: float, per_expert: bool, seed: Tensor | None,
     need_x: bool, need_gate: bool, trainable: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """P = dY B, dS = P * C; dB = dY^T (S * C), dA = dS^T x^, dx = keep/(1-q) (dS A), dg = s sum_{j in e} P S.
 
-    `trainable[e]` names the experts whose dA [R_t, D] and dB [P, R_t] are wanted, packed in order. What is not wanted
-    comes back with zero elements and is never computed; x is read only for dA, S only for dB and dg: else both may be None.
+    `trainable[e]` names the experts whose dA [R_t, D] and dB^T [R_t, P] are wanted, packed in order. What is not wanted
+    comes back with zero elements and is never computed. x is read only for dA, S only for dB and dg; else both may be
+    None.
     """
     dtype = grad.dtype
     ranks = [a.shape[0] for a in lora_a]
+    features = lora_a[0].shape[1]
+    stops = list(accumulate(ranks))
+    parts = [slice(stop - rank, stop) for stop, rank in zip(stops, ranks, strict=True)]
+    chosen = [e for e, flag in enumerate(trainable) if flag]
     grad_NP = grad.reshape(-1, grad.shape[-1])
-    rows, features = grad_NP.shape[0], lora_a[0].shape[1]
-    p_NR = grad_NP @ _packed(lora_b, 1, dtype)
+    p_NR = grad_NP @ _packed_b(lora_b, dtype).t()
     column_gate_G1R = column_gate(gate_GE, scale, ranks, dtype)
-    ds_NR = _gated(p_NR, column_gate_G1R)
-    starts = [sum(ranks[:e]) for e in range(len(ranks))]
-    wanted = [slice(starts[e], starts[e] + ranks[e]) for e, flag in enumerate(trainable) if flag]
-    dropping = seed is not None and dropout > 0.0
-    number = int(seed.item()) if seed is not None and dropping else 0
+    dx: Tensor | None = None
+    db_RP: Tensor | None = None
+    dgate_GE: Tensor | None = None
 
     if need_gate and s_NR is not None:
-        # In float32 at least: a gate's gradient sums N / G rows times r columns into one number.
-        wide = torch.promote_types(dtype, torch.float32)
-        product_NR = p_NR.to(wide) * s_NR.to(wide)
-        sums_GR = product_NR.view(gate_GE.shape[0], -1, sum(ranks)).sum(1) if rows else product_NR.new_zeros(
-            gate_GE.shape[0], sum(ranks)
-        )  # fmt: skip
-        pieces = [sums.sum(1) * s for sums, s in zip(sums_GR.split(ranks, 1), scale, strict=True)]
-        dgate_GE = torch.stack(pieces, 1).to(gate_GE.dtype)
-    else:
-        dgate_GE = grad.new_empty(0)
+        dgate_GE = _gate_gradient(p_NR, s_NR, gate_GE.shape[0], ranks, scale).to(gate_GE.dtype)
+    if chosen and s_NR is not None:
+        db_RP = _columns(_gated(s_NR, column_gate_G1R), [parts[e] for e in chosen]).t() @ grad_NP
 
-    keep_ND: dict[int, Tensor] = {}
-    streams = range(len(ranks)) if per_expert else range(1)
-    if dropping and (need_x or wanted):
-        keep_ND = {
-            k: dropout_keep_mask(number, rows, features, dropout, stream=k, device=grad.device)
-            for k in streams
-            if need_x or trainable[k] or not per_expert
-        }
-    inverse = 1.0 / (1.0 - dropout) if dropping else 1.0
+    ds_NR = _gated(p_NR, column_gate_G1R)
+    if seed is not None:
+        ds_NR.mul_(1.0 / (1.0 - dropout))
+    x_ND = x.reshape(-1, features).to(dtype) if chosen and x is not None else None
+    da_pieces = []
+    for stream, members in mask_streams(len(ranks), per_expert):
+        learning = [e for e in members if trainable[e]]
+        if not learning and not need_x:
+            continue
+        keep_ND = None
+        if seed is not None:
+            keep_ND = keep_mask(ds_NR.shape[0], features, dropout, seed, stream, grad.device)
+        if learning and x_ND is not None:
+            dropped_ND = x_ND if keep_ND is None else x_ND * keep_ND
+            da_pieces.append(_columns(ds_NR, [parts[e] for e in learning]).t() @ dropped_ND)
+        if need_x:
+            packed_RD = _packed([lora_a[e] for e in members], dtype)
+            part_ND = _columns(ds_NR, [parts[e] for e in members]) @ packed_RD
+            part_ND = part_ND if keep_ND is None else part_ND.mul_(keep_ND)
+            dx = part_ND if dx is None else dx.add_(part_ND)
 
-    if wanted and x is not None and s_NR is not None:
-        gated_NR = _gated(s_NR, column_gate_G1R)
-        db_PR = grad_NP.t() @ _columns(gated_NR, wanted)
-        x_ND = x.reshape(-1, features).to(dtype)
-        if not dropping:
-            da_RD = _columns(ds_NR, wanted).t() @ x_ND
-        elif per_expert:
-            chosen = [e for e, flag in enumerate(trainable) if flag]
-            da_RD = torch.cat(
-                [ds_NR[:, part].t() @ (x_ND * keep_ND[e]) for e, part in zip(chosen, wanted, strict=True)]
-            ).mul_(inverse)
-        else:
-            da_RD = (_columns(ds_NR, wanted).t() @ (x_ND * keep_ND[0])).mul_(inverse)
-    else:
-        da_RD, db_PR = grad.new_empty(0), grad.new_empty(0)
+    nothing = grad.new_empty(0)
+    return (
+        nothing if dx is None else dx.view(*grad.shape[:-1], features),
+        torch.cat(da_pieces) if da_pieces else nothing.clone(),
+        nothing.clone() if db_RP is None else db_RP,
+        nothing.clone() if dgate_GE is None else dgate_GE,
+    )
 
-    if not need_x:
-        dx = grad.new_empty(0)
-    elif dropping and per_expert:
-        dx = torch.zeros(rows, features, dtype=dtype, device=grad.device)
-        for e, (a, start) in enumerate(zip(lora_a, starts, strict=True)):
-            dx += (ds_NR[:, start : start + ranks[e]] @ a.to(dtype)).mul_(keep_ND[e])
-        dx.mul_(inverse)
-    else:
-        dx = ds_NR @ _packed(lora_a, 0, dtype)
-        if dropping:
-            dx.mul_(keep_ND[0]).mul_(inverse)
-    if need_x:
-        dx = dx.view(*grad.shape[:-1], features)
-    return dx, da_RD, db_PR, dgate_GE
+
+def _gate_gradient(p_NR: Tensor, s_NR: Tensor, gates: int, ranks: Sequence[int], scale: Sequence[float]) -> Tensor:
+    """s[e] sum over the gate's rows and e's columns of P S, in float32 at least: many products into one number."""
+    wide = torch.promote_types(p_NR.dtype, torch.float32)
+    product_NR = p_NR.to(wide) * s_NR.to(wide)
+    columns = product_NR.shape[1]
+    rows_per_gate = product_NR.shape[0] // max(1, gates)
+    sums_GR = product_NR.view(gates, rows_per_gate, columns).sum(1)
+    pieces = [sums.sum(1) * factor for sums, factor in zip(torch.split(sums_GR, list(ranks), 1), scale, strict=True)]
+    return torch.stack(pieces, 1)
 
 
 def _columns(packed_NR: Tensor, parts: Sequence[slice]) -> Tensor:
@@ -151,8 +153,6 @@ def _columns(packed_NR: Tensor, parts: Sequence[slice]) -> Tensor:
         return packed_NR[:, parts[0].start : parts[-1].stop]
     return torch.cat([packed_NR[:, part] for part in parts], 1)
 
-
-# ---- gradient norms of a linear layer ---------------------------------------------------------------------------------
 
 DIRECT_TILE = 256  # output features per tile of G^T X: the p x d gradient is never written
 GHOST_TILE = 512  # tokens per tile of the Gram matrices
@@ -191,9 +191,6 @@ def accumulate_sketch(sketch_KL: Tensor, x_ND: Tensor, grad_NP: Tensor, left_PK:
     """Y += (G L)^T (X R) = L^T (G^T X) R: linear in the gradient, so additive over batches and processes."""
     dtype = sketch_KL.dtype
     sketch_KL.addmm_((grad_NP.to(dtype) @ left_PK).t(), x_ND.to(dtype) @ right_DL)
-
-
-# ---- router -----------------------------------------------------------------------------------------------------------
 
 
 def router_hidden(features_ND: Tensor, encoder_weight_THD: Tensor, encoder_bias_TH: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from dmole_kernels import reference
-from dmole_kernels.backend import choose_backend
+from dmole_kernels.backend import choose_backend, without_autocast
+from dmole_kernels.registration import register_op
 
 
 def router_score(
@@ -71,9 +72,6 @@ def router_select(error: Tensor, threshold: Tensor, *, top_k: int = 2, backend: 
     return gate
 
 
-# ---- checks -----------------------------------------------------------------------------------------------------------
-
-
 def _check(
     features: Tensor, encoder_weight: Tensor, encoder_bias: Tensor, decoder_weight: Tensor, decoder_bias: Tensor
 ) -> None:
@@ -96,50 +94,33 @@ def _check(
             )
 
 
-# ---- kernels and launch -----------------------------------------------------------------------------------------------
-
-_library = torch.library.Library("dmole_kernels", "FRAGMENT")
-_TENSORS = "Tensor features, Tensor encoder_weight, Tensor encoder_bias, Tensor decoder_weight, Tensor decoder_bias"
-_library.define(f"router_score({_TENSORS}, bool sigmoid, str backend) -> Tensor")
-_library.define(
-    f"router_score_backward(Tensor grad, {_TENSORS}, bool sigmoid, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-_library.define("router_select(Tensor error, Tensor threshold, int top_k, str backend) -> Tensor")
 SCORE = {"reference": reference.router_score_forward}
 SCORE_BACKWARD = {"reference": reference.router_score_backward}
 SELECT = {"reference": reference.router_select}
 
 
-@torch.library.impl(_library, "router_score", "CompositeExplicitAutograd")
 def _score(
     features: Tensor, encoder_weight: Tensor, encoder_bias: Tensor, decoder_weight: Tensor, decoder_bias: Tensor,
     sigmoid: bool, backend: str,
 ) -> Tensor:  # fmt: skip
-    with torch.autocast(features.device.type, enabled=False):
+    with without_autocast(features.device.type):
         return SCORE[backend](features, encoder_weight, encoder_bias, decoder_weight, decoder_bias, sigmoid)
 
 
-@torch.library.impl(_library, "router_score_backward", "CompositeExplicitAutograd")
 def _score_backward(
     grad: Tensor, features: Tensor, encoder_weight: Tensor, encoder_bias: Tensor, decoder_weight: Tensor,
     decoder_bias: Tensor, sigmoid: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    with torch.autocast(features.device.type, enabled=False):
+    with without_autocast(features.device.type):
         return SCORE_BACKWARD[backend](
             grad, features, encoder_weight, encoder_bias, decoder_weight, decoder_bias, sigmoid
         )
 
 
-@torch.library.impl(_library, "router_select", "CompositeExplicitAutograd")
 def _select(error: Tensor, threshold: Tensor, top_k: int, backend: str) -> Tensor:
     return SELECT[backend](error, threshold, top_k)
 
 
-# ---- fake -------------------------------------------------------------------------------------------------------------
-
-
-@torch.library.register_fake("dmole_kernels::router_score", lib=_library)
 def _score_fake(
     features: Tensor, encoder_weight: Tensor, encoder_bias: Tensor, decoder_weight: Tensor, decoder_bias: Tensor,
     sigmoid: bool, backend: str,
@@ -147,7 +128,6 @@ def _score_fake(
     return features.new_empty((features.shape[0], encoder_weight.shape[0]))
 
 
-@torch.library.register_fake("dmole_kernels::router_score_backward", lib=_library)
 def _score_backward_fake(
     grad: Tensor, features: Tensor, encoder_weight: Tensor, encoder_bias: Tensor, decoder_weight: Tensor,
     decoder_bias: Tensor, sigmoid: bool, backend: str,
@@ -156,12 +136,8 @@ def _score_backward_fake(
     return tuple(tensor.new_empty(tensor.shape) for tensor in tensors)
 
 
-@torch.library.register_fake("dmole_kernels::router_select", lib=_library)
 def _select_fake(error: Tensor, threshold: Tensor, top_k: int, backend: str) -> Tensor:
     return error.new_empty(error.shape)
-
-
-# ---- backward ---------------------------------------------------------------------------------------------------------
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -175,4 +151,22 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*grads, None, None)
 
 
-torch.library.register_autograd("dmole_kernels::router_score", _autograd, setup_context=_setup_context, lib=_library)
+_TENSORS = "Tensor features, Tensor encoder_weight, Tensor encoder_bias, Tensor decoder_weight, Tensor decoder_bias"
+register_op(
+    f"router_score({_TENSORS}, bool sigmoid, str backend) -> Tensor",
+    kernel=_score,
+    fake=_score_fake,
+    backward=_autograd,
+    setup_context=_setup_context,
+)
+register_op(
+    f"router_score_backward(Tensor grad, {_TENSORS}, bool sigmoid, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    kernel=_score_backward,
+    fake=_score_backward_fake,
+)
+register_op(
+    "router_select(Tensor error, Tensor threshold, int top_k, str backend) -> Tensor",
+    kernel=_select,
+    fake=_select_fake,
+)

@@ -362,6 +362,9 @@ def _decode_complaint(path: Path) -> str | None:
     if not path.is_file():
         return _missing_complaint(path)
     try:
+        # `verify` reads a PNG's checksums to its last chunk, which decoding does not; a JPEG only fails when decoded.
+        with Image.open(path) as image:
+            image.verify()
         with Image.open(path) as image:
             image.load()
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

@@ -3,9 +3,9 @@
 
     y = W0 x + b + s B A x,   s = lora.alpha / lora.rank
 
-All methods compare at equal trainable parameters: an expert of rank r on half of the linears (D-MoLE's budget) trains as
-many weights as an adapter of rank r / 2 on all of them, exactly so when the linears have equal sizes (`parity_rank`). The
-scale s does not change with the rank.
+All methods compare at equal trainable parameters: an expert of rank r on half of the linears (D-MoLE's budget) trains
+as many weights as an adapter of rank r / 2 on all of them, exactly so when the linears have equal sizes
+(`parity_rank`). The scale s does not change with the rank.
 """
 
 from __future__ import annotations

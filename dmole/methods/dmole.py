@@ -114,8 +114,8 @@ class DMoLE(Method):
         for task in stream.tasks:
             if self._routed and self.options.router.threshold_from == "validation" and not task.validation:
                 raise ValueError(
-                    f"router.threshold_from: got 'validation' and task {task.name!r} has no validation samples; expected some "
-                    f"in every task. Add them or use 'train'."
+                    f"router.threshold_from: got 'validation' and task {task.name!r} has no validation samples; "
+                    f"expected some in every task. Add them or use 'train'."
                 )
 
     # Before training
@@ -212,7 +212,7 @@ class DMoLE(Method):
             gate_SE = torch.ones(len(batch.samples), len(placements))
         else:
             neighbour_S = self._stage.neighbour_N[self._rows(batch)]
-            # Column k of the comparison is 1 where old task k is the sample's neighbour; the new expert serves everyone.
+            # Column k is 1 where old task k is the sample's neighbour; the last one, the new expert, serves everyone.
             old_SE = neighbour_S[:, None] == torch.arange(len(old))
             gate_SE = torch.cat([old_SE.float(), torch.ones(len(batch.samples), 1)], dim=1)
         return self._using(gate_SE, tuple(placement.expert for placement in (*old, new)))

@@ -5,14 +5,14 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from dmole.metrics.base import Metric, Scorable
-from dmole.metrics.cider import Cider
+from dmole.metrics.cider import Cider, CiderPercent
 from dmole.metrics.exact_match import ExactMatch
 from dmole.metrics.iou import IoU
 from dmole.metrics.option_letter import OptionLetter
 from dmole.metrics.vqa import VqaAccuracy
 
 METRICS: Mapping[str, Metric] = MappingProxyType(
-    {metric.name: metric for metric in (Cider(), ExactMatch(), IoU(), OptionLetter(), VqaAccuracy())}
+    {metric.name: metric for metric in (Cider(), CiderPercent(), ExactMatch(), IoU(), OptionLetter(), VqaAccuracy())}
 )
 
-__all__ = ["METRICS", "Cider", "ExactMatch", "IoU", "Metric", "OptionLetter", "Scorable", "VqaAccuracy"]
+__all__ = ["METRICS", "Cider", "CiderPercent", "ExactMatch", "IoU", "Metric", "OptionLetter", "Scorable", "VqaAccuracy"]

@@ -3,7 +3,11 @@
 
 The scorer is pycocoevalcap's (the COCO caption evaluation code; counts of the prediction clipped at the reference's, as
 there: what the field calls CIDEr and the paper of Vedantam, Zitnick and Parikh, CVPR 2015, calls CIDEr-D). A perfect
-score of one sample is 10; tables print CIDEr x 100, so a caption task can exceed 100 points.
+score of one sample is 10; tables print CIDEr x 100, so a caption task can exceed 100 points, and reach 1000.
+
+`cider_percent` is the same number over its maximum, CIDEr x 10, from 0 to 100 points. Where captions are written by
+rule, CIDEr x 100 is in the hundreds, and a mean over tasks would be a mean over the caption tasks: the mini benchmark
+therefore scores its captions in percent. Multiply by 10 for the usual figure.
 
 CIDEr is a corpus metric: the idf weights come from the references of the WHOLE test split. The score of one sample
 therefore depends on which other samples are tested, scores of subsets cannot be averaged into the score of the union,
@@ -89,3 +93,13 @@ class Cider(Metric):
             for i, answer in enumerate(sample.answers)
             if not ptb_tokens(answer)
         ]
+
+
+class CiderPercent(Cider):
+    """CIDEr in percent of its maximum of 10, so that a caption task weighs like any other in a mean over tasks."""
+
+    name: ClassVar[str] = "cider_percent"
+    title: ClassVar[str] = "CIDEr x 10"
+
+    def score_samples(self, predictions: Sequence[str], samples: Sequence[Scorable]) -> list[float]:
+        return [score / 10.0 for score in super().score_samples(predictions, samples)]

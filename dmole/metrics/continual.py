@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy.special import stdtrit
 
 Array = NDArray[np.float64]
 
@@ -198,7 +198,7 @@ def paired_t_interval(differences: Sequence[float], *, level: float = 0.95) -> I
         raise ValueError(f"level is {level}; expected a number in (0, 1), such as 0.95.")
     if not np.isfinite(d).all():
         raise ValueError(f"differences is {d.tolist()}; expected finite numbers. Leave unfinished runs out.")
-    half = float(stats.t.ppf(0.5 + level / 2, len(d) - 1)) * float(d.std(ddof=1)) / float(np.sqrt(len(d)))
+    half = float(stdtrit(len(d) - 1, 0.5 + level / 2)) * float(d.std(ddof=1)) / float(np.sqrt(len(d)))
     mean = float(d.mean())
     return Interval(mean=mean, low=mean - half, high=mean + half, level=level, count=len(d))
 

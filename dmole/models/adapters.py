@@ -48,16 +48,16 @@ def attach(
                 module = model.get_submodule(name)
             except AttributeError as error:
                 raise ValueError(
-                    f"candidates[{tower!r}]: got {name!r}, which the model does not have; expected the qualified name of an "
-                    f"nn.Linear, as in model.named_modules()."
+                    f"candidates[{tower!r}]: got {name!r}, which the model does not have; expected the qualified name "
+                    f"of an nn.Linear, as in model.named_modules()."
                 ) from error
             if isinstance(module, MultiLoRALinear):
                 raise ValueError(
-                    f"candidates[{tower!r}]: {name!r} already carries experts; expected a plain nn.Linear. Call detach first, "
-                    f"or load the model anew."
+                    f"candidates[{tower!r}]: {name!r} already carries experts; expected a plain nn.Linear. Call "
+                    f"detach first, or load the model anew."
                 )
             if not isinstance(module, nn.Linear):
-                raise ValueError(f"candidates[{tower!r}]: {name!r} is a {type(module).__name__}; expected an nn.Linear.")
+                raise ValueError(f"candidates[{tower!r}]: {name!r} is {type(module).__name__}; expected an nn.Linear.")
             if name in found:
                 raise ValueError(f"candidates[{tower!r}]: got {name!r} twice; expected each linear once.")
             found[name] = (tower, module)
@@ -93,7 +93,7 @@ def add_experts(
     alpha: float,
     generator: torch.Generator | None = None,
 ) -> None:
-    """A new trainable expert at each of ``linears``: A kaiming-uniform(a = sqrt 5), B zero, fp32, scale alpha / rank."""
+    """A new trainable expert at each of ``linears``: A kaiming-uniform(a = sqrt 5), B zero, scale alpha / rank."""
     for name in linears:
         _adapter(adapters, name).bank.add(expert, rank, alpha=alpha, trainable=True, generator=generator)
 
@@ -160,7 +160,8 @@ def load_adapter_state(
     for key, shape in expected.items():
         if tuple(tensors[key].shape) != shape:
             raise ValueError(
-                f"adapter state: {key} is {tuple(tensors[key].shape)}; expected {shape}. The state is of another model or rank."
+                f"adapter state: {key} is {tuple(tensors[key].shape)}; expected {shape}. Load a state of the same "
+                f"model and rank."
             )
     for name, adapter in adapters.items():
         adapter.bank.restore(description.get(name, {}))

@@ -17,20 +17,21 @@ def main(
     corpus: Annotated[Path | None, typer.Option(help="Folder for the corpus; default: below the cache.")] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the corpus.")] = 3.0,
     seed: Annotated[int, typer.Option(help="Weights and data order.")] = 0,
+    processes: Annotated[int, typer.Option(help="Data-parallel processes of one thread each.")] = 2,
     max_seconds: Annotated[float, typer.Option(help="Ends the cosine earlier, by the clock.")] = math.inf,
 ) -> None:
     """Pretrains the base model of the mini benchmark from nothing."""
     # Here, not above: `--help` should not load torch, and the scenes need the packages of the extra `data`.
     from dmole.pretraining.corpus import write_corpus
     from dmole.pretraining.curriculum import CURRICULUM
-    from dmole.pretraining.train import Pretraining, PretrainingSettings
+    from dmole.pretraining.train import PretrainingSettings, pretrain
 
     if (output / "model.safetensors").exists():
         raise typer.BadParameter(f"{output} already holds a model; expected a new folder. Name another, or remove it.")
     folder = corpus or cache_folder() / "pretraining"
     write_corpus(folder, CURRICULUM)
     settings = PretrainingSettings(epochs=epochs, seed=seed, max_seconds=max_seconds)
-    Pretraining(folder, list(CURRICULUM), settings).run(output)
+    pretrain(folder, list(CURRICULUM), settings, output, processes=processes)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def filled(path: Path) -> str:
     blocks = list(_BLOCK.finditer(text))
     if len(_MARKER.findall(text)) != 2 * len(blocks):
         raise ResultsError(
-            f"{path}: a marker has no partner; expected each '<!-- results: ... -->' to be closed by '<!-- /results -->'."
+            f"{path}: a marker has no partner; expected '<!-- results: ... -->', then '<!-- /results -->'."
         )
 
     def made(block: re.Match[str]) -> str:

@@ -168,9 +168,9 @@ def test_a_state_that_does_not_fit_changes_nothing(model: TwoTowers, gates: dict
     a = "vision.0.bank.experts.e.lora_a"
     with pytest.raises(ValueError, match="adapter state: tensors lack .*lora_a.* that the description does not name"):
         load_adapter_state(adapters, {name: t for name, t in tensors.items() if name != a}, description)
-    with pytest.raises(ValueError, match=r"lora_a is \(2, 7\); expected \(2, 6\). The state is of another model or rank"):
+    with pytest.raises(ValueError, match=r"lora_a is \(2, 7\); expected \(2, 6\). Load a state of the same"):
         load_adapter_state(adapters, {**tensors, a: torch.zeros(2, 7)}, description)
-    with pytest.raises(ValueError, match="linear: got 'vision.9', which carries no adapter; expected one of the 3 candidates"):
+    with pytest.raises(ValueError, match="linear: got 'vision.9', which carries no adapter; expected one of the 3"):
         load_adapter_state(adapters, tensors, {"vision.9": description["vision.0"]})
     assert linears_of(adapters, "e") == ("vision.0",)
 
@@ -178,7 +178,7 @@ def test_a_state_that_does_not_fit_changes_nothing(model: TwoTowers, gates: dict
 def test_attach_refuses_what_is_no_plain_linear(model: TwoTowers, gates: dict[str, ExpertGates]) -> None:
     with pytest.raises(ValueError, match=r"candidates\['vision'\]: got 'vision.7', which the model does not have"):
         attach(model, {"vision": ("vision.7",)}, gates=gates)
-    with pytest.raises(ValueError, match=r"candidates\['vision'\]: 'norm' is a LayerNorm; expected an nn.Linear"):
+    with pytest.raises(ValueError, match=r"candidates\['vision'\]: 'norm' is LayerNorm; expected an nn.Linear"):
         attach(model, {"vision": ("vision.0", "norm")}, gates=gates)
     assert isinstance(model.vision[0], nn.Linear)
     with pytest.raises(ValueError, match="got 'vision.0' twice"):

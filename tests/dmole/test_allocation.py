@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The allocator: budgets refused before training, scores equal to autograd's, and no weight gradient but the candidates'."""
+"""The allocator: budgets refused before training, scores equal to autograd's, no weight gradient but candidates'."""
 
 import math
 from pathlib import Path
@@ -88,7 +88,7 @@ def test_budgets_that_fit(budget: int) -> None:
         ({"budget": 6, "unit": "layer"}, r"budget: got 6 layers, more than the 5 candidates \(vision 2, language 3\)"),
         (
             {"budget": 1},
-            r"budget: got 1 linears, smaller than one linear per tower \(vision 4, language 6\); expected at least 2. Raise",
+            r"budget: got 1 linears, smaller than one linear per tower \(vision 4, language 6\); expected at least 2",
         ),
         ({"budget": 0}, "smaller than one linear per tower"),
         (
@@ -131,7 +131,7 @@ def test_the_best_linears_in_depth_order() -> None:
 
 
 def test_equal_scores_go_to_the_earlier_linear() -> None:
-    assert allocate(scored(), {"vision": 1, "language": 2})["language"] == ("language.layers.0.q", "language.layers.0.k")
+    assert allocate(scored(), {"vision": 1, "language": 2})["language"] == CANDIDATES["language"][:2]
 
 
 def test_whole_layers_by_the_root_of_the_sum_of_squares() -> None:
@@ -147,7 +147,7 @@ def test_allocate_refuses_bad_input() -> None:
         allocate(scored(), {"vision": 5, "language": 1})
     with pytest.raises(ValueError, match="budgets: got towers"):
         allocate(scored(), {"vision": 1})
-    with pytest.raises(ValueError, match=r"scores\['vision'\]\['vision.layers.0.q'\]: got nan; expected a finite number"):
+    with pytest.raises(ValueError, match=r"scores\['vision'\]\['vision.layers.0.q'\]: got nan; expected"):
         allocate(scored(vision_0_q=math.nan), {"vision": 1, "language": 1})
 
 

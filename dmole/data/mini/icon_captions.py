@@ -26,7 +26,7 @@ from dmole.data.mini.building import (
 from dmole.data.mini.icons import Icon, icon_image, icons_in_pool, part_of_icon, with_article
 
 NAME: Final = "icon_captions"
-METRIC: Final = "cider"
+METRIC: Final = "cider_percent"
 # A word that fewer icons of the train split show could be seen in the test split and not have been learnt.
 MIN_TRAIN_ICONS: Final = 4
 # Pairs that a frozen stem confuses (orange and red, brown and black, gray and any) are left out.

@@ -18,7 +18,7 @@ from dmole.data.mini.compounds import ELEMENTS, GROUPS, Compound, compounds, dra
 NAME: Final = "molecules"
 METRIC: Final = "option_letter"
 # Elements and groups are asked of smaller molecules than rings: the fewer atoms, the larger each is drawn.
-FEW_ATOMS: Final = 10
+FEW_ATOMS: Final = 8
 RINGS: Final = ("0", "1", "2", "3")
 Question = tuple[str, str, tuple[str, ...], tuple[Compound, ...]]
 

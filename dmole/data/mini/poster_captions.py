@@ -29,7 +29,7 @@ from dmole.data.mini.films import Film, films_in_pool
 from dmole.data.mini.icons import with_article
 
 NAME: Final = "poster_captions"
-METRIC: Final = "cider"
+METRIC: Final = "cider_percent"
 PALETTE: Final = ("red", "yellow", "green", "blue", "purple", "pink", "black", "white")
 FONTS: Final = ("DejaVuSans-Bold.ttf", "DejaVuSerif-Bold.ttf", "DejaVuSansMono-Bold.ttf", "STIXGeneralBol.ttf")
 PLACES: Final = ("top", "middle", "bottom")

@@ -4,10 +4,11 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from dmole.data.mini import films
+from dmole.data.mini import build, films
 from dmole.data.mini.build import MANIFEST, TASKS, build_mini, task_rows
 from dmole.data.mini.building import PRETRAINING, SPLITS, BuildContext, pool_of
 from dmole.data.mini.contact_sheet import contact_sheet, write_contact_sheets
@@ -22,7 +23,7 @@ def stream_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_mini(tmp_path_factory.mktemp("built") / "mini", workers=1, **SIZES)
 
 
-def rows_of(folder: Path, task: str, split: str) -> list[dict]:
+def rows_of(folder: Path, task: str, split: str) -> list[dict[str, Any]]:
     text = (folder / task / f"{split}.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
@@ -106,7 +107,7 @@ def test_no_rendered_title_crosses_a_split(stream_folder: Path) -> None:
     assert not set.union(*titles.values()) & pretraining
 
 
-def titles_in(row: dict) -> set[str]:
+def titles_in(row: dict[str, Any]) -> set[str]:
     return {entity.removeprefix("film/") for entity in row["entities"]}
 
 
@@ -124,9 +125,9 @@ def test_the_form_of_instruction_and_answer(task: str, stream_folder: Path) -> N
             assert instruction == "Describe the image in one sentence." or instruction.endswith(" Answer briefly.")
 
 
-def test_a_matching_build_is_reused_and_a_damaged_one_is_built_again(tmp_path: Path, monkeypatch) -> None:
-    from dmole.data.mini import build
-
+def test_a_matching_build_is_reused_and_a_damaged_one_is_built_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(build, "TASKS", ("number_reading",))
     sizes = {"image_side": 64, "train": 2, "validation": 1, "test": 1}
     folder = build.build_mini(tmp_path / "mini", workers=1, **sizes)

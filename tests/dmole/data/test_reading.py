@@ -121,6 +121,12 @@ def broken_png(folder: Path) -> None:
     path.write_bytes(bytes(data))
 
 
+def truncated_png(folder: Path) -> None:
+    # Only the last chunk is cut: every pixel is still there, and the file is damaged all the same.
+    path = folder / "captions" / "images" / "1.png"
+    path.write_bytes(path.read_bytes()[:-12])
+
+
 def empty_image(folder: Path) -> None:
     (folder / "captions" / "images" / "1.png").write_bytes(b"")
 
@@ -156,6 +162,7 @@ CASES: dict[str, tuple[Damage, str]] = {
     "truncated jpeg": (truncated_jpeg, "captions/train.jsonl:3: image images/photo.jpg cannot be decoded (OSError: image file is truncated"),
     "text as png": (text_as_png, "captions/train.jsonl:2: image images/1.png cannot be decoded (UnidentifiedImageError"),
     "broken png": (broken_png, "captions/train.jsonl:2: image images/1.png cannot be decoded ("),
+    "truncated png": (truncated_png, "captions/train.jsonl:2: image images/1.png cannot be decoded ("),
     "empty image": (empty_image, "captions/train.jsonl:2: image images/1.png cannot be decoded ("),
     # answers
     "answer a number": (captions_row(answers=[3]), AT + "answers[0] is the number 3; expected a string"),

@@ -22,6 +22,7 @@ class Reference:
 
 SAMPLES = {
     "cider": [Reference(("a red anchor on blue",)), Reference(("a green leaf",))],
+    "cider_percent": [Reference(("a red anchor on blue",)), Reference(("a green leaf",))],
     "exact_match": [Reference(("042",)), Reference(("Europe",))],
     "iou": [Reference(("10 20 55 80",)), Reference(("0 0 9 9",))],
     "option_letter": [Reference(("A",), ("one", "two")), Reference(("B",), ("one", "two", "three"))],
@@ -41,8 +42,8 @@ def test_an_empty_answer_is_wrong_and_not_well_formed(name: str, empty: str) -> 
 def test_the_first_reference_is_right_and_well_formed(name: str) -> None:
     metric, samples = METRICS[name], SAMPLES[name]
     answers = [sample.answers[0] for sample in samples]
-    best = {"cider": 1000.0, "vqa": 100.0}.get(name, 100.0)
-    if name == "cider":
+    best = {"cider": 1000.0}.get(name, 100.0)
+    if name.startswith("cider"):
         assert 0 < metric.evaluate(answers, samples) <= best  # 4-grams that a short caption lacks score 0
     else:
         assert metric.evaluate(answers, samples) == pytest.approx(best)
@@ -278,3 +279,8 @@ def test_option_letter_wants_a_listed_letter() -> None:
             "expected exactly one of the option letters A, B"
             in metric.check(Reference(answers, ("cat", "dog")), test=False)[0]
         )
+
+
+def test_cider_percent_is_a_tenth_of_cider() -> None:
+    samples, said = SAMPLES["cider"], ["a red anchor", "a leaf on blue"]
+    assert METRICS["cider_percent"].evaluate(said, samples) == pytest.approx(METRICS["cider"].evaluate(said, samples) / 10)

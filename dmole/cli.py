@@ -1,0 +1,363 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `dmole`. Every error is one clear line on stderr and exit status 2; a failed check exits with 1.
+
+    dmole run mini --method dmole,seq_ft      learn the stream's tasks one after another, test after each
+    dmole verify results/mini                 recompute every stored number
+    dmole report results/mini                 the tables again
+    dmole readme README.md --check            tables inside Markdown files against committed results
+    dmole tasks check my_stream               find everything wrong with a data set
+    dmole data build                          the mini benchmark
+    dmole doctor                              what is installed, what is missing, what to type
+
+Imports happen inside the commands: torch takes seconds, and `dmole --help` should not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+if TYPE_CHECKING:
+    from dmole.config import RunConfig
+    from dmole.reports.stored import StoredRun
+
+FAILED = 1
+WRONG_INPUT = 2
+INTERRUPTED = 130
+TRACEBACK = "DMOLE_TRACEBACK"
+
+app = typer.Typer(
+    name="dmole",
+    help="Continual multimodal instruction tuning: D-MoLE, its baselines, and honest numbers.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+tasks_app = typer.Typer(help="Your own tasks.")
+data_app = typer.Typer(help="The mini benchmark.")
+app.add_typer(tasks_app, name="tasks")
+app.add_typer(data_app, name="data")
+
+# Click's UsageError, wherever this typer has it from: newer releases carry a copy of click.
+USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit. `DMOLE_TRACEBACK=1` shows where an error came from."""
+    sys.exit(status(arguments))
+
+
+def status(arguments: Sequence[str] | None = None) -> int:
+    """The exit status of a command line (sys.argv by default); messages go to stderr."""
+    try:
+        code = app(args=None if arguments is None else list(arguments), prog_name="dmole", standalone_mode=False)
+    except USAGE_ERROR as error:
+        context = getattr(error, "ctx", None)
+        path = context.command_path if context is not None else "dmole"
+        text = " ".join(str(getattr(error, "format_message", error.__str__)()).split())
+        return _fail(f"{path}: {text} Type '{path} --help'.", WRONG_INPUT)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted; the same command with --resume goes on from the last checkpoint", INTERRUPTED)
+    except ValueError as error:
+        return _fail(f"error: {error}", WRONG_INPUT)
+    except OSError as error:
+        named = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+        return _fail(f"error: {named}", WRONG_INPUT)
+    return code if isinstance(code, int) else 0
+
+
+def _fail(text: str, code: int) -> int:
+    if os.environ.get(TRACEBACK):
+        traceback.print_exc()
+    print(text, file=sys.stderr)
+    return code
+
+
+@app.callback(invoke_without_command=True)
+def top(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        print(f"dmole {installed('dmole')}")
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+# -- run -------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def run(
+    stream: Annotated[str | None, typer.Argument(help="A folder with stream.yaml, or 'mini'.")] = None,
+    method: Annotated[list[str] | None, typer.Option("--method", "-m", help="Methods, comma-separated.")] = None,
+    seed: Annotated[list[str] | None, typer.Option("--seed", help="Seeds, comma-separated.")] = None,
+    order: Annotated[
+        list[str] | None,
+        typer.Option(help="Task order: default, reversed, shuffled<k> or all names with commas. May be repeated."),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="A saved model's folder, or 'mini'.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Start from a recipe's configuration.")] = None,
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML file of settings.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="One setting, such as training.epochs=2. May be repeated.")
+    ] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Where results go.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what is in the output folder.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete earlier runs of the same names first.")] = False,
+) -> None:
+    """Learn the tasks of a stream one after another with each method, testing all tasks after every stage.
+
+    Settings come from the recipe, then --config, then the options, then --set; the last one wins.
+    """
+    if resume and fresh:
+        raise ValueError("--resume and --fresh were both given; expected at most one of them. Drop one.")
+    chosen = run_config(
+        stream=stream,
+        methods=method,
+        seeds=seed,
+        orders=order,
+        model=model,
+        recipe=recipe,
+        config=config,
+        settings=settings or [],
+        output=output,
+    )
+    earlier = earlier_runs(chosen)
+    if earlier and not (resume or fresh):
+        raise ValueError(
+            f"{chosen.output} already holds {', '.join(earlier)}; expected no run of that name. Pass --resume to go on "
+            "with it, --fresh to delete it, or another --output."
+        )
+    from dmole.runner import run as run_all
+
+    console = Console()
+    folder = run_all(chosen, console=console, fresh=fresh)
+    from dmole.reports.stored import read_runs
+
+    names = set(planned_runs(chosen))
+    _show_tables(console, [result for result in read_runs(folder) if result.folder.name in names])
+    console.print(f"results: {escape(str(folder))} (pictures: runs/*/matrix.png)", highlight=False, soft_wrap=True)
+
+
+def run_config(
+    *,
+    stream: str | None,
+    methods: list[str] | None,
+    seeds: list[str] | None,
+    orders: list[str] | None,
+    model: str | None,
+    recipe: str | None,
+    config: Path | None,
+    settings: Sequence[str],
+    output: str | None,
+) -> RunConfig:
+    """The configuration that the options of `dmole run` ask for."""
+    from dmole.config import load_config
+
+    overrides = []
+    for key, text in (("stream", stream), ("model", model), ("output", output)):
+        if text is not None:
+            overrides.append(f"{key}={json.dumps(text)}")
+    if methods is not None:
+        overrides.append(f"methods={json.dumps(_split('--method', methods))}")
+    if seeds is not None:
+        overrides.append(f"seeds={json.dumps([_integer('--seed', item) for item in _split('--seed', seeds)])}")
+    if orders is not None:
+        overrides.append(f"orders={json.dumps(orders)}")
+    base = None
+    if recipe is not None:
+        from dmole.recipes import RECIPES
+
+        if recipe not in RECIPES:
+            raise ValueError(f"--recipe is {recipe!r}; expected one of {', '.join(RECIPES)}. Name one of these.")
+        base = RECIPES[recipe]()
+    return load_config(config, base=base, overrides=[*overrides, *settings])
+
+
+def _split(option: str, values: Sequence[str]) -> list[str]:
+    items = [item.strip() for value in values for item in value.split(",")]
+    if not all(items):
+        raise ValueError(
+            f"{option} is {','.join(values)!r}; expected names with commas between them. Remove the empty one."
+        )
+    return items
+
+
+def _integer(option: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{option} is {text!r}; expected a whole number. Give for example {option} 0,1,2.") from None
+
+
+def planned_runs(config: RunConfig) -> list[str]:
+    """The names of the run folders that a configuration makes."""
+    from dmole.plan import order_label
+
+    return [
+        f"{method}-seed{seed}-{order_label(order)}"
+        for order in config.orders
+        for seed in config.seeds
+        for method in config.methods
+    ]
+
+
+def earlier_runs(config: RunConfig) -> list[str]:
+    """Those of them that exist already, finished or not."""
+    folder = Path(config.output) / "runs"
+    return [name for name in planned_runs(config) if (folder / name).exists()]
+
+
+# -- results ---------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def verify(
+    results: Annotated[Path, typer.Argument(help="A folder that `dmole run` has written.")],
+) -> None:
+    """Recompute every aggregate from the matrices and every score from the raw predictions; exit 1 on a difference."""
+    from dmole.reports.verify import verify_results
+
+    report = verify_results(results)
+    print(report, file=sys.stdout if report.ok else sys.stderr)
+    if not report.ok:
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def report(
+    results: Annotated[Path, typer.Argument(help="A folder that `dmole run` has written.")],
+    compare: Annotated[str | None, typer.Option(help="Two methods, such as dmole,seq_ft.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Also write the tables to this Markdown file.")] = None,
+    matrices: Annotated[bool, typer.Option("--matrices", help="Show the matrix of every run too.")] = False,
+) -> None:
+    """Show the tables of a results folder again, and paired differences between two methods."""
+    from dmole.reports.stored import read_runs
+
+    _show_tables(Console(), read_runs(results), compare=compare, markdown=markdown, matrices=matrices)
+
+
+def _show_tables(
+    console: Console,
+    runs: Sequence[StoredRun],
+    *,
+    compare: str | None = None,
+    markdown: Path | None = None,
+    matrices: bool = False,
+) -> None:
+    from dmole.checkpoint import write_atomically
+    from dmole.reports import tables
+    from dmole.reports.comparison import compare as compared
+    from dmole.reports.comparison import comparison_table
+
+    if len({run.tasks for run in runs}) > 1:
+        shown = [tables.summary_table(runs)]
+    else:
+        shown = [tables.last_table(runs), tables.summary_table(runs)]
+    for optional in (tables.conventions_table(runs), tables.routing_table(runs)):
+        shown += [optional] if optional.rows else []
+    shown.append(tables.time_table(runs))
+    if compare is not None:
+        pair = _split("--compare", [compare])
+        if len(pair) != 2:
+            raise ValueError(
+                f"--compare is {compare!r}; expected two methods. Give for example --compare dmole,seq_ft."
+            )
+        shown.append(comparison_table(compared(runs, *pair)))
+    if matrices:
+        shown += [tables.matrix_table(run) for run in runs]
+    for table in shown:
+        console.print(table.rich())
+    if markdown is not None:
+        text = "\n".join(f"## {table.title}\n\n{table.markdown()}" for table in shown)
+        write_atomically(markdown, text.encode())
+
+
+@app.command()
+def readme(
+    files: Annotated[list[Path], typer.Argument(help="Markdown files with result markers.")],
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; exit 1 if a table is not up to date.")] = False,
+) -> None:
+    """Make the tables between `<!-- results: ... -->` markers anew from committed results."""
+    from dmole.reports.readme import stale, update
+
+    outdated = [path for path in files if (stale(path) if check else update(path))]
+    for path in outdated:
+        print(f"{path}: {'not up to date; run dmole readme ' + str(path) if check else 'updated'}")
+    if check and outdated:
+        raise typer.Exit(FAILED)
+
+
+# -- data and installation -------------------------------------------------------------------------------------------
+
+
+@tasks_app.command("check")
+def check_tasks(
+    folder: Annotated[Path, typer.Argument(help="A folder with stream.yaml.")],
+    images: Annotated[bool, typer.Option(help="Decode every image (or only see that it exists).")] = True,
+) -> None:
+    """Find everything wrong with a data set, each finding with its file and line."""
+    from dmole.data.reading import read_stream
+
+    stream = read_stream(folder, check_images=images)
+    for task in stream.tasks:
+        sizes = ", ".join(f"{len(getattr(task, split))} {split}" for split in ("train", "validation", "test"))
+        print(f"{task.name}: {task.metric}, {sizes}")
+    print(f"{stream.name}: {len(stream.tasks)} task{'s' * (len(stream.tasks) != 1)}, nothing wrong")
+
+
+@data_app.command("build")
+def build_data(
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Where to build; default: the cache.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the renderings.")] = 0,
+    image_side: Annotated[int, typer.Option(help="Pixels per side.")] = 160,
+    train: Annotated[int, typer.Option(help="Training samples per task.")] = 1500,
+    validation: Annotated[int, typer.Option(help="Validation samples per task.")] = 100,
+    test: Annotated[int, typer.Option(help="Test samples per task.")] = 150,
+    sheets: Annotated[Path | None, typer.Option(help="Also write one contact sheet per task here.")] = None,
+) -> None:
+    """Build the mini benchmark from the installed packages, or find it already built."""
+    from dmole.cache import cache_folder
+    from dmole.data.mini.build import build_mini
+
+    folder = build_mini(
+        output or cache_folder() / "mini",
+        seed=seed,
+        image_side=image_side,
+        train=train,
+        validation=validation,
+        test=test,
+    )
+    print(folder)
+    if sheets is not None:
+        from dmole.data.mini.contact_sheet import write_contact_sheets
+
+        for path in write_contact_sheets(folder, sheets):
+            print(path)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this installation has, what it lacks, and what to type; exit 1 if something needed is missing."""
+    from dmole.doctor import examine
+
+    findings = examine()
+    width = max(len(finding.what) for finding in findings)
+    for finding in findings:
+        mark = "ok     " if finding.ok else "missing"
+        print(f"{mark} {finding.what:<{width}}  {finding.found}")
+        if finding.fix and (not finding.ok or "not installed" in finding.found):
+            print(f"        {'':<{width}} -> {finding.fix}")
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(FAILED)

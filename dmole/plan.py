@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which runs a configuration asks for, and every check that can be made before the first of them trains.
+
+A plan is one (method, seed, order of tasks). Its `identity` holds whatever decides its numbers; equal fingerprints mean
+equal numbers, so a folder with another fingerprint is somebody else's and is never written to.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dmole import checkpoint
+from dmole.config import ORDER_HELP, ConfigError, RunConfig, fingerprint
+from dmole.data.sample import Stream
+from dmole.methods import method_class
+from dmole.methods.base import JSON, Stage
+from dmole.models.multimodal import MultimodalModel
+from dmole.progress import EVALUATED_SAMPLE, TRAINED_SAMPLE
+from dmole.seeding import derived_generator
+from dmole.training import stage_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """One method with one seed on one order of the tasks."""
+
+    method: str
+    seed: int
+    order: str
+    stream: Stream
+    folder: Path
+    identity: dict[str, JSON]
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for runs whose numbers must be equal."""
+        return fingerprint(self.identity)
+
+
+def plan_runs(config: RunConfig, stream: Stream, model: MultimodalModel) -> list[RunPlan]:
+    """Every (order, seed, method) of the configuration, in the order in which they run."""
+    for name in config.training.epochs_of:
+        if name not in stream.task_names:
+            raise ConfigError(f"training.epochs_of has {name!r}; expected a task of {', '.join(stream.task_names)}.")
+    base = checkpoint.weights_digest(model.model)
+    plain = config.to_dict()
+    # Where results go and how often state is saved changes no number.
+    shared = {key: value for key, value in plain.items() if key in ("training", "evaluation", "lora", "candidates")}
+    plans: list[RunPlan] = []
+    for order in config.orders:
+        ordered = stream.reorder(order_names(order, stream.task_names))
+        for seed in config.seeds:
+            for method in config.methods:
+                identity = {
+                    "method": method,
+                    "seed": seed,
+                    "tasks": list(ordered.task_names),
+                    "stream": stream_digest(stream),
+                    "base_weights": base,
+                    "options": plain.get(method, {}),
+                    "dmole": plain["dmole"],
+                    **shared,
+                }
+                folder = Path(config.output) / "runs" / f"{method}-seed{seed}-{order_label(order)}"
+                plans.append(
+                    RunPlan(
+                        method=method,
+                        seed=seed,
+                        order=order_label(order),
+                        stream=ordered,
+                        folder=folder,
+                        identity=identity,
+                    )
+                )
+    return plans
+
+
+def order_names(order: str, names: Sequence[str]) -> list[str]:
+    """The task names in the order that `order` asks for."""
+    if order == "default":
+        return list(names)
+    if order == "reversed":
+        return list(reversed(names))
+    number = order.removeprefix("shuffled")
+    if number != order and number.isdecimal():
+        places = torch.randperm(len(names), generator=derived_generator("task order", int(number))).tolist()
+        return [names[place] for place in places]
+    listed = [name.strip() for name in order.split(",")]
+    if sorted(listed) != sorted(names):
+        raise ConfigError(f"orders has {order!r}; expected {ORDER_HELP} ({', '.join(names)}).")
+    return listed
+
+
+def order_label(order: str) -> str:
+    """A short name for folders and tables."""
+    return f"order-{hashlib.sha256(order.encode()).hexdigest()[:8]}" if "," in order else order
+
+
+def stream_digest(stream: Stream) -> str:
+    """Which data a run used: the sha256 over all samples, whatever the order of the tasks."""
+    digest = hashlib.sha256()
+    for task in sorted(stream.tasks, key=lambda task: task.name):
+        for split in ("train", "validation", "test"):
+            for sample in getattr(task, split):
+                parts = (task.name, task.metric, split, sample.id, sample.image.name, sample.instruction)
+                digest.update(json.dumps([*parts, sample.answers, sample.options]).encode())
+    return digest.hexdigest()
+
+
+def fresh_copy(model: MultimodalModel) -> MultimodalModel:
+    """The same base with its own weights and modules: methods change the network they are given."""
+    return dataclasses.replace(model, model=copy.deepcopy(model.model))
+
+
+def check_plan(plan: RunPlan, config: RunConfig, model: MultimodalModel) -> list[Stage]:
+    """The stages of a run; raises ValueError for whatever would fail hours into it."""
+    method = method_class(plan.method)(fresh_copy(model), config.method_settings(plan.method), seed=plan.seed)
+    method.check(plan.stream)
+    _check_lengths(plan.stream, model, config.evaluation.max_new_tokens)
+    return method.stages(plan.stream)
+
+
+def _check_lengths(stream: Stream, model: MultimodalModel, max_new_tokens: int) -> None:
+    room = int(model.model.config.get_text_config().max_position_embeddings)
+    for task in stream.tasks:
+        for split, samples in (("train", task.train), ("test", task.test)):
+            for sample in samples:
+                answer = max_new_tokens if split == "test" else len(model.answer_ids(sample.answers[0]))
+                length = len(model.prompt_ids(sample.instruction)) + answer
+                if length > room:
+                    raise ConfigError(
+                        f"{task.name}/{split} sample {sample.id!r} takes {length} tokens with its answer; the model "
+                        f"has {room} positions. Shorten the instruction or lower evaluation.max_new_tokens."
+                    )
+
+
+def check_folder(plan: RunPlan) -> None:
+    path = plan.folder / "config.json"
+    if not path.exists():
+        return
+    found = json.loads(path.read_bytes())
+    if found.get("fingerprint") == plan.fingerprint:
+        return
+    old = found.get("identity", {})
+    changed = sorted(key for key in {*old, *plan.identity} if old.get(key) != plan.identity.get(key))
+    raise ConfigError(
+        f"{plan.folder} holds a run with other settings (different: {', '.join(changed)}); expected the same ones. "
+        "Choose another output folder, or pass --fresh to delete that run."
+    )
+
+
+def work_units(stages: Sequence[Stage], stream: Stream, config: RunConfig) -> float:
+    tests = {task.name: len(task.test) for task in stream.tasks}
+    trained = sum(stage_steps(config.training, stage) for stage in stages) * config.training.batch_size
+    tested = sum(tests.values()) + sum(tests[name] for stage in stages for name in stage.evaluates)
+    return TRAINED_SAMPLE * trained + EVALUATED_SAMPLE * tested

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole configurations by name: one function per set of numbers that is published or promised.
+
+dmole run mini --recipe demo       load_config(base=RECIPES["demo"](), overrides=[...])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+from dmole.config import EvaluationSettings, LoraSettings, RunConfig, TrainingSettings
+from dmole.method_settings import DMoLESettings, RouterSettings
+
+# Attention projections of both towers, under the names that transformers' model families give them.
+ATTENTION = r"\.(q_proj|k_proj|v_proj|o_proj|out_proj|qkv|qkv_proj|proj|projection_layer)$"
+# D-MoLE's data sets that are trained for five epochs; all others for one.
+FIVE_EPOCHS = ("sk_vg", "vizwiz_vqa", "iconqa")
+
+
+def mini() -> RunConfig:
+    """The committed results: every method, three seeds, the nine tasks of the mini benchmark in full."""
+    return RunConfig(
+        methods=("zero_shot", "finetune", "joint", "seq_ft", "dmole"),
+        seeds=(0, 1, 2),
+        training=TrainingSettings(epochs=3, batch_size=16, learning_rate=1e-3),
+        evaluation=EvaluationSettings(batch_size=64, max_new_tokens=32),
+        output="results/mini",
+    )
+
+
+def mini_small() -> RunConfig:
+    """The demo: D-MoLE and Seq-FT, one seed, the same nine tasks with fewer samples; minutes on two cores."""
+    return mini().replace(
+        methods=("dmole", "seq_ft"),
+        seeds=(0,),
+        train_samples=500,
+        test_samples=60,
+        training=TrainingSettings(epochs=3, batch_size=16, learning_rate=1e-3),
+        output="results/demo",
+    )
+
+
+def paper(stream: str, model: str) -> RunConfig:
+    """D-MoLE's published set-up (ICML 2025, section 5.1 and appendix A) on a stream and a model of the user's.
+
+    Published for InternVL2-2B on nine data sets; the tasks that train five epochs must be called as in `FIVE_EPOCHS`
+    or be named with `training.epochs_of`. The batch is that of 8 GPUs with 10 samples each.
+    """
+    return RunConfig(
+        stream=stream,
+        model=model,
+        methods=("zero_shot", "finetune", "joint", "seq_ft", "dmole"),
+        lora=LoraSettings(rank=8, alpha=16.0, dropout=0.05, dropout_mode="per_expert"),
+        candidates=ATTENTION,
+        training=TrainingSettings(
+            epochs=1,
+            epochs_of=dict.fromkeys(FIVE_EPOCHS, 5),
+            batch_size=80,
+            learning_rate=1e-4,
+            warmup=0.03,
+            weight_decay=0.01,
+        ),
+        options={"dmole": DMoLESettings(budget_fraction=0.5, router=RouterSettings(epochs=100, learning_rate=1e-3))},
+        output="results/paper",
+    )
+
+
+RECIPES: Mapping[str, Callable[[], RunConfig]] = MappingProxyType({"mini": mini, "demo": mini_small})

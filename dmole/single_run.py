@@ -1,0 +1,369 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run from wherever its folder stands to its results: stages, checkpoints, evaluation.
+
+Phases of a checkpoint: "begin" (the stage comes next), "train" (inside its steps), "evaluate" (trained, test comes next).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dmole import checkpoint
+from dmole.checkpoint import CheckpointError, write_atomically
+from dmole.config import RunConfig, fingerprint
+from dmole.environment import describe_environment, peak_memory_gib
+from dmole.evaluation import Evaluation, Prediction, evaluate, generation_queue
+from dmole.methods import method_class
+from dmole.methods.base import JSON, Method, Stage
+from dmole.models.multimodal import MultimodalModel
+from dmole.plan import RunPlan, fresh_copy
+from dmole.progress import EVALUATED_SAMPLE, TRAINED_SAMPLE, RunProgress
+from dmole.reports.matrix import save_matrix_picture
+from dmole.results import (
+    PROFILE_PARTS,
+    SUMMARY_COLUMNS,
+    aggregate_columns,
+    matrix_of,
+    prediction_line,
+    routing_statistics,
+    write_csv,
+    write_json,
+    write_lines,
+    write_matrix,
+    write_references,
+)
+from dmole.seeding import derived_seed
+from dmole.training import Profile, StageTraining
+
+CHECKPOINTS = "checkpoints"
+STAGES = "stages"
+ZERO_SHOT = "zero_shot"
+
+
+@dataclass
+class Position:
+    """Where a run stands; what a checkpoint keeps besides tensors."""
+
+    phase: str = "begin"  # "begin" | "train" | "evaluate": what comes next for `stage`
+    stage: int = 0  # place in method.stages(stream)
+    rows: dict[str, str] = field(default_factory=dict)  # row -> sha256 of its file in stages/
+    stages: list[dict[str, JSON]] = field(default_factory=list)  # finished training: losses, counts, seconds
+    profile: dict[str, float] = field(default_factory=dict)
+    method_seconds: dict[str, float] = field(default_factory=dict)
+    resumes: list[dict[str, JSON]] = field(default_factory=list)
+
+
+class SingleRun:
+    """One plan, from wherever its folder stands to its results."""
+
+    def __init__(self, plan: RunPlan, config: RunConfig, model: MultimodalModel, progress: RunProgress) -> None:
+        self.plan = plan
+        self.config = config
+        self.model = model
+        self.progress = progress
+        self.profile = Profile()
+        self.position = Position()
+        self.method: Method = method_class(plan.method)(model, config.method_settings(plan.method), seed=plan.seed)
+        self.stages = self.method.stages(plan.stream)
+        self.step_seconds: list[float] = []
+
+    def run(self) -> None:
+        folder, label = self.plan.folder, self.plan.folder.name
+        folder.mkdir(parents=True, exist_ok=True)
+        self._write_config()
+        self.method.check(self.plan.stream)
+        training = self._resume()
+        self._zero_shot_row()
+        while self.position.stage < len(self.stages):
+            stage = self.stages[self.position.stage]
+            self.progress.describe(f"{label}: stage {stage.index}/{len(self.stages)} {stage.task.name}")
+            if self.position.phase != "evaluate":
+                self._train(stage, training or self._begin(stage))
+                training = None
+            self._evaluate(stage)
+        self._write_results()
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        shutil.rmtree(folder / STAGES, ignore_errors=True)
+
+    def _begin(self, stage: Stage) -> StageTraining:
+        torch.manual_seed(derived_seed(self.plan.seed, "begin", stage.index))
+        with self.profile.part("begin_stage"):
+            self.method.begin_stage(stage.index, stage.task)
+        training = self._training(stage)
+        self._save("train", training)
+        return training
+
+    def _training(self, stage: Stage) -> StageTraining:
+        return StageTraining(self.method, stage, self.config.training, seed=self.plan.seed, profile=self.profile)
+
+    def _train(self, stage: Stage, training: StageTraining) -> None:
+        every = self.config.checkpoint_every_steps
+        # Every step counts as a full batch, as in the total.
+        per_step = TRAINED_SAMPLE * self.config.training.batch_size
+
+        def after_step(training: StageTraining) -> None:
+            self.progress.advance(per_step)
+            if every and training.step % every == 0 and training.step < training.total:
+                self._save("train", training)
+
+        training.run(after_step)
+        torch.manual_seed(derived_seed(self.plan.seed, "end", stage.index))
+        with self.profile.part("end_stage"):
+            self.method.end_stage(stage.index, stage.task)
+        self.position.stages.append(
+            {
+                "stage": stage.index,
+                "task": stage.task.name,
+                "steps": training.total,
+                "trainable_parameters": training.trainable_count,
+                "losses": training.losses,
+            }
+        )
+        self._save("evaluate")
+
+    def _evaluate(self, stage: Stage) -> None:
+        tasks = [task for task in self.plan.stream.tasks if task.name in stage.evaluates]
+        # Sorted by name, so that batches are the same whatever the order of learning.
+        queue = generation_queue(
+            self.model, sorted(tasks, key=lambda task: task.name), self.config.evaluation.batch_size
+        )
+        result = evaluate(
+            self.method,
+            tasks,
+            queue,
+            self.config.evaluation,
+            profile=self.profile,
+            after_batch=lambda samples: self.progress.advance(EVALUATED_SAMPLE * samples),
+        )
+        self.position.rows[str(stage.row)] = self._write_row(stage.row, result)
+        self.position.stage += 1
+        self._save("begin")
+        losses = self.position.stages[-1]["losses"]
+        recent = losses[-max(1, len(losses) // 10) :]
+        own = f", own task {result.points[stage.task.name]:.1f}" if stage.task.name in result.points else ""
+        self.progress.note(
+            f"{self.plan.folder.name}: stage {stage.index}/{len(self.stages)} {stage.task.name}: "
+            f"loss {statistics.fmean(recent):.3f}{own}, mean of {len(tasks)} tasks "
+            f"{statistics.fmean(result.points.values()):.1f}, {self.progress.time_left()} left"
+        )
+
+    def _zero_shot_row(self) -> None:
+        """Row 0, shared by every run with this base, stream and evaluation through a file named by their hash."""
+        if "0" in self.position.rows:
+            return
+        identity = self.plan.identity
+        key = fingerprint({name: identity[name] for name in ("stream", "base_weights", "evaluation")})
+        cached = Path(self.config.output) / ZERO_SHOT / f"{key}.json"
+        count = sum(len(task.test) for task in self.plan.stream.tasks)
+        if cached.exists():
+            result = _read_row(cached, None)
+            self.progress.skip(EVALUATED_SAMPLE * count)
+        else:
+            self.progress.describe(f"{self.plan.folder.name}: zero-shot")
+            method = method_class(ZERO_SHOT)(fresh_copy(self.model), self.config.method_settings(ZERO_SHOT), seed=0)
+            tasks = sorted(self.plan.stream.tasks, key=lambda task: task.name)
+            result = evaluate(
+                method,
+                tasks,
+                generation_queue(self.model, tasks, self.config.evaluation.batch_size),
+                self.config.evaluation,
+                profile=self.profile,
+                after_batch=lambda samples: self.progress.advance(EVALUATED_SAMPLE * samples),
+            )
+            write_atomically(cached, _row_bytes(result))
+        self.position.rows["0"] = self._write_row(0, result)
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    def _save(self, phase: str, training: StageTraining | None = None) -> None:
+        self.position.phase = phase
+        with self.profile.part("checkpoint"):
+            tensors, meta = self.method.state()
+            files = {"method": tensors}
+            documents: dict[str, JSON] = {"method": meta}
+            if training is not None:
+                files["training"], documents["training"] = training.state()
+            self.position.profile = dict(self.profile.seconds)
+            self.position.method_seconds = self.method.timings()
+            documents["position"] = dataclasses.asdict(self.position)
+            documents["identity"] = {
+                "fingerprint": self.plan.fingerprint,
+                "base_weights": self.plan.identity["base_weights"],
+            }
+            checkpoint.save(self.plan.folder / CHECKPOINTS, files, documents)
+
+    def _resume(self) -> StageTraining | None:
+        """Take up the newest checkpoint; the stage's training if it stopped inside one."""
+        newest = checkpoint.latest(self.plan.folder / CHECKPOINTS)
+        if newest is None:
+            return None
+        loaded = checkpoint.load(newest)
+        identity = loaded.documents["identity"]
+        if identity["base_weights"] != self.plan.identity["base_weights"]:
+            raise CheckpointError(
+                f"{newest} belongs to base weights {identity['base_weights'][:12]}; the model given has "
+                f"{self.plan.identity['base_weights'][:12]}. Use the model that the run began with."
+            )
+        if identity["fingerprint"] != self.plan.fingerprint:
+            raise CheckpointError(f"{newest} belongs to a run with other settings. Use the settings in config.json.")
+        self.position = Position(**loaded.documents["position"])
+        self.profile.seconds = dict(self.position.profile)
+        self.method.seconds.update(self.position.method_seconds)
+        for row, digest in self.position.rows.items():
+            _read_row(self._row_path(row), digest)
+        self.method.load_state(loaded.tensors["method"], loaded.documents["method"])
+        training = None
+        if self.position.phase == "train":
+            training = self._training(self.stages[self.position.stage])
+            training.load_state(loaded.tensors["training"], loaded.documents["training"])
+        self._skip_finished_units(training)
+        where = {
+            "phase": self.position.phase,
+            "stage": self.position.stage,
+            "step": training.step if training else None,
+        }
+        self.position.resumes.append({**where, "threads": torch.get_num_threads()})
+        self.progress.note(f"{self.plan.folder.name}: resumed at {where}")
+        return training
+
+    def _skip_finished_units(self, training: StageTraining | None) -> None:
+        tests = {task.name: len(task.test) for task in self.plan.stream.tasks}
+        per_step = TRAINED_SAMPLE * self.config.training.batch_size
+        steps = sum(stage["steps"] for stage in self.position.stages) + (training.step if training else 0)
+        tested = sum(tests.values()) + sum(
+            tests[name] for stage in self.stages[: self.position.stage] for name in stage.evaluates
+        )
+        self.progress.skip(per_step * steps + EVALUATED_SAMPLE * tested)
+
+    def _row_path(self, row: int | str) -> Path:
+        return self.plan.folder / STAGES / f"{row}.json"
+
+    def _write_row(self, row: int, result: Evaluation) -> str:
+        data = _row_bytes(result)
+        write_atomically(self._row_path(row), data)
+        return hashlib.sha256(data).hexdigest()
+
+    # -- results -------------------------------------------------------------------------------------------------------
+
+    def _write_config(self) -> None:
+        plan = self.plan
+        document = {
+            "method": plan.method,
+            "seed": plan.seed,
+            "order": plan.order,
+            "tasks": list(plan.stream.task_names),
+            "fingerprint": plan.fingerprint,
+            "identity": plan.identity,
+            "config": self.config.to_dict(),
+        }
+        write_json(plan.folder / "config.json", document)
+        write_json(
+            plan.folder / "environment.json",
+            {**describe_environment(), "base_weights_sha256": plan.identity["base_weights"]},
+        )
+
+    def _write_results(self) -> None:
+        plan, folder = self.plan, self.plan.folder
+        tasks = list(plan.stream.task_names)
+        rows = {int(row): _read_row(self._row_path(row), digest) for row, digest in self.position.rows.items()}
+        rows = dict(sorted(rows.items()))
+        matrix = matrix_of({row: result.points for row, result in rows.items()}, tasks)
+        write_matrix(folder / "matrix.csv", matrix, tasks)
+        write_lines(
+            folder / "predictions.jsonl.gz",
+            (prediction_line(row, prediction) for row, result in rows.items() for prediction in result.predictions),
+        )
+        write_references(folder / "references.jsonl.gz", plan.stream)
+        write_csv(
+            folder / "losses.csv",
+            ("stage", "task", "step", "loss"),
+            (
+                (stage["stage"], stage["task"], step, loss)
+                for stage in self.position.stages
+                for step, loss in enumerate(stage["losses"], start=1)
+            ),
+        )
+        save_matrix_picture(folder / "matrix.png", matrix, tasks, title=folder.name)
+        write_json(folder / "result.json", self._result(matrix, rows))
+
+    def _result(self, matrix: np.ndarray, rows: Mapping[int, Evaluation]) -> dict[str, JSON]:
+        plan, seconds = self.plan, self.profile.seconds
+        tasks = list(plan.stream.task_names)
+        routing = {
+            str(row): routing_statistics(result.predictions, tasks[:row]) for row, result in rows.items() if row > 0
+        }
+        routing = {row: values for row, values in routing.items() if values is not None}
+        last = routing.get(str(len(tasks))) or {}
+        steps = sum(stage["steps"] for stage in self.position.stages)
+        by_part = {part: 1000 * seconds.get(part, 0.0) / steps for part in PROFILE_PARTS} if steps else {}
+        counts = [stage["trainable_parameters"] for stage in self.position.stages]
+        timings = self.method.timings()
+        train_seconds = sum(seconds.get(part, 0.0) for part in (*PROFILE_PARTS, "begin_stage", "end_stage"))
+        evaluation_seconds = sum(value for part, value in seconds.items() if part.startswith("evaluation_"))
+        summary = {
+            "method": plan.method,
+            "seed": plan.seed,
+            "order": plan.order,
+            **aggregate_columns(matrix),
+            "trainable_parameters": round(statistics.fmean(counts)) if counts else 0,
+            "train_seconds": round(train_seconds, 3),
+            "proxy_seconds": round(timings.get("proxy_seconds", 0.0), 3),
+            "router_seconds": round(timings.get("router_seconds", 0.0), 3),
+            "routing_accuracy": last.get("routing_accuracy"),
+            "base_model_share": last.get("base_model_share"),
+        }
+        assert tuple(summary) == SUMMARY_COLUMNS
+        total = train_seconds + evaluation_seconds
+        shares = {name: value / total for name, value in sorted(timings.items())} if total else {}
+        return {
+            "summary": summary,
+            "trainable_parameters_by_stage": counts,
+            "profile": {
+                "seconds": {part: round(value, 3) for part, value in sorted(seconds.items())},
+                "method_seconds": {name: round(value, 3) for name, value in sorted(timings.items())},
+                "method_share_of_run": shares,
+                "evaluation_seconds": round(evaluation_seconds, 3),
+                "steps": steps,
+                "step_ms": sum(by_part.values()) if steps else None,
+                "step_ms_by_part": by_part,
+            },
+            "routing": routing,
+            "well_formed": {str(row): result.well_formed for row, result in rows.items()},
+            "method": self.method.report(),
+            "peak_memory_gib": round(peak_memory_gib(), 3),
+            "resumes": self.position.resumes,
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+
+
+def _row_bytes(result: Evaluation) -> bytes:
+    return json.dumps(dataclasses.asdict(result), ensure_ascii=False).encode()
+
+
+def _read_row(path: Path, digest: str | None) -> Evaluation:
+    """An evaluation from its file, refused by name if it is not the one whose sha256 is `digest`."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing. Delete {path.parent.parent} to start the run over.")
+    data = path.read_bytes()
+    if digest is not None and hashlib.sha256(data).hexdigest() != digest:
+        raise CheckpointError(
+            f"{path} was truncated or edited: its sha256 is not the checkpoint's. "
+            f"Delete {path.parent.parent} to start the run over."
+        )
+    plain = json.loads(data)
+    predictions = tuple(
+        Prediction(**{**said, "route": None if said["route"] is None else tuple(said["route"])})
+        for said in plain["predictions"]
+    )
+    return Evaluation(points=plain["points"], well_formed=plain["well_formed"], predictions=predictions)

@@ -1,0 +1,335 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+    accepted  <=>  worst_row(kernel - truth) <= 2 worst_row(yardstick - truth)        worst_row(e) = max_n rms(e[n, :])
+
+How a kernel is judged, for tests and benchmarks alike: the workloads, the oracle and the error rule. Truth is the
+oracle in float64 on the very same (already rounded) inputs, the yardstick is the reference in the working dtype. The
+rule is applied to every output and gradient, and to the LoRA delta ALONE: under the base layer's output a missing
+expert hides in bfloat16 rounding (of 15 broken kernels the same rule on base + delta caught 8 to 12).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.utils import deterministic
+
+from dmole_kernels import reference
+from dmole_kernels.multi_lora import multi_lora
+from dmole_kernels.philox import dropout_keep_mask
+
+Results = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """Shapes and switches of one multi-LoRA call; `leading` are x's dimensions before its features."""
+
+    name: str
+    leading: tuple[int, ...]
+    in_features: int
+    out_features: int
+    ranks: tuple[int, ...]
+    gate: Literal["sample", "token"] = "sample"
+    pattern: Literal["random", "top2", "one_expert", "last_unused", "zero_and_negative"] = "random"
+    frozen: tuple[int, ...] = ()
+    dropout: float = 0.0
+    per_expert: bool = False
+    contiguous: bool = True
+
+
+WORKLOADS = (
+    Workload(name="one_row", leading=(1, 1), in_features=8, out_features=8, ranks=(2,)),
+    Workload(name="zero_rows", leading=(0, 5), in_features=8, out_features=6, ranks=(2, 3), dropout=0.1),
+    Workload(name="zero_tokens", leading=(2, 0), in_features=8, out_features=6, ranks=(2, 3)),
+    Workload(name="primes", leading=(3, 7), in_features=37, out_features=53, ranks=(1, 5, 128)),
+    Workload(name="token_gates", leading=(3, 7), in_features=31, out_features=17, ranks=(3, 8), gate="token"),
+    Workload(name="image_grid", leading=(2, 3, 5), in_features=24, out_features=40, ranks=(4, 4)),
+    Workload(name="two_dimensions", leading=(13,), in_features=19, out_features=23, ranks=(7, 1)),
+    Workload(
+        name="all_frozen", leading=(4, 6), in_features=32, out_features=16, ranks=(4, 8), frozen=(0, 1), dropout=0.2
+    ),
+    Workload(name="frozen_between", leading=(4, 6), in_features=32, out_features=16, ranks=(4, 8, 2), frozen=(1,)),
+    Workload(
+        name="old_and_new", leading=(8, 11), in_features=48, out_features=48, ranks=(8, 8), frozen=(0,), dropout=0.05
+    ),
+    Workload(
+        name="zero_and_negative",
+        leading=(5, 4),
+        in_features=16,
+        out_features=24,
+        ranks=(4, 6),
+        pattern="zero_and_negative",
+    ),
+    Workload(
+        name="one_expert_takes_all",
+        leading=(5, 4),
+        in_features=16,
+        out_features=24,
+        ranks=(4, 6, 2),
+        pattern="one_expert",
+    ),
+    Workload(
+        name="nobody_uses_the_last",
+        leading=(5, 4),
+        in_features=16,
+        out_features=24,
+        ranks=(4, 6),
+        pattern="last_unused",
+    ),
+    Workload(name="dropout_shared", leading=(6, 9), in_features=130, out_features=20, ranks=(4, 3), dropout=0.3),
+    Workload(
+        name="dropout_per_expert",
+        leading=(6, 9),
+        in_features=70,
+        out_features=20,
+        ranks=(4, 3),
+        frozen=(0,),
+        dropout=0.3,
+        per_expert=True,
+    ),
+    Workload(
+        name="strided_x", leading=(4, 5), in_features=33, out_features=12, ranks=(4, 5), dropout=0.1, contiguous=False
+    ),
+    Workload(
+        name="sixteen_top2", leading=(16, 3), in_features=64, out_features=64, ranks=(1, 2, 4, 8) * 4, pattern="top2"
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraInputs:
+    """The arguments of one call, and the gradient that comes back to its output."""
+
+    x: Tensor
+    lora_a: tuple[Tensor, ...]
+    lora_b: tuple[Tensor, ...]
+    gate: Tensor
+    scale: tuple[float, ...]
+    grad: Tensor
+    trainable: tuple[bool, ...]
+    dropout: float = 0.0
+    per_expert: bool = False
+    seed: Tensor = field(default_factory=lambda: torch.tensor(0))
+
+    def to(self, dtype: torch.dtype) -> LoraInputs:
+        return replace(
+            self,
+            x=self.x.to(dtype),
+            lora_a=tuple(a.to(dtype) for a in self.lora_a),
+            lora_b=tuple(b.to(dtype) for b in self.lora_b),
+            gate=self.gate.to(dtype),
+            grad=self.grad.to(dtype),
+        )
+
+
+def make_inputs(workload: Workload, dtype: torch.dtype = torch.float32, seed: int = 0) -> LoraInputs:
+    """Random inputs of a workload, drawn in float64 and rounded to dtype once: the same numbers for every backend."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    experts = len(workload.ranks)
+    x = draw(*workload.leading, workload.in_features)
+    if not workload.contiguous:
+        x = draw(*workload.leading, 2 * workload.in_features).to(dtype)[..., ::2]
+    gate_leading = workload.leading if workload.gate == "token" else workload.leading[:1]
+    gate = draw(*gate_leading, experts) + 0.5
+    if workload.pattern == "top2":
+        gate = torch.zeros_like(gate).scatter(-1, gate.topk(2, dim=-1).indices, 1.0)
+    elif workload.pattern == "one_expert":
+        gate = torch.zeros_like(gate).index_fill(-1, torch.tensor([1]), 1.0)
+    elif workload.pattern == "last_unused":
+        gate[..., -1] = 0.0
+    elif workload.pattern == "zero_and_negative":
+        gate[::2] = 0.0
+        gate[1::2] = -gate[1::2].abs()
+    return LoraInputs(
+        x=x.to(dtype),
+        lora_a=tuple(
+            (draw(rank, workload.in_features) / workload.in_features**0.5).to(dtype) for rank in workload.ranks
+        ),
+        lora_b=tuple(draw(workload.out_features, rank).to(dtype) for rank in workload.ranks),
+        gate=gate.to(dtype),
+        # Different for every expert, so that a mix-up of scales shows.
+        scale=tuple(2.0 / (1 + e) for e in range(experts)),
+        grad=draw(*workload.leading, workload.out_features).to(dtype),
+        trainable=tuple(e not in workload.frozen for e in range(experts)),
+        dropout=workload.dropout,
+        per_expert=workload.per_expert,
+        seed=torch.tensor(seed * 2**33 + 2025),
+    )
+
+
+def multi_lora_loop(inputs: LoraInputs) -> Tensor:
+    """The definition, one expert at a time, differentiated by autograd: `sum_e g_e s_e (dropout(x) A_e^T) B_e^T`."""
+    x = inputs.x
+    rows = x.shape[:-1].numel()
+    gate = inputs.gate.reshape(*inputs.gate.shape[:-1], *[1] * (x.dim() - inputs.gate.dim()), inputs.gate.shape[-1])
+    delta = x.new_zeros(*x.shape[:-1], inputs.lora_b[0].shape[0])
+    for e, (a, b, scale) in enumerate(zip(inputs.lora_a, inputs.lora_b, inputs.scale, strict=True)):
+        x_hat = x
+        if inputs.dropout > 0.0:
+            stream = e if inputs.per_expert else 0
+            keep = dropout_keep_mask(int(inputs.seed), rows, x.shape[-1], inputs.dropout, stream=stream)
+            x_hat = x * keep.view(x.shape) / (1.0 - inputs.dropout)
+        delta = delta + gate[..., e, None] * scale * (x_hat @ a.t() @ b.t())
+    return delta
+
+
+def multi_lora_op(inputs: LoraInputs, *, backend: str = "auto") -> Tensor:
+    """The registered op on the same inputs, without a base: the delta alone."""
+    return multi_lora(
+        inputs.x,
+        None,
+        inputs.lora_a,
+        inputs.lora_b,
+        inputs.gate,
+        inputs.scale,
+        dropout=inputs.dropout,
+        dropout_mode="per_expert" if inputs.per_expert else "shared",
+        seed=inputs.seed,
+        backend=backend,
+    )
+
+
+def run_autograd(function: Callable[[LoraInputs], Tensor], inputs: LoraInputs) -> Results:
+    """The function's output and its gradients for x, the gate and every trainable expert."""
+    x = inputs.x.detach().requires_grad_()
+    gate = inputs.gate.detach().requires_grad_()
+    pairs = list(zip(inputs.lora_a, inputs.lora_b, inputs.trainable, strict=True))
+    lora_a = tuple(a.detach().requires_grad_(flag) for a, _, flag in pairs)
+    lora_b = tuple(b.detach().requires_grad_(flag) for _, b, flag in pairs)
+    delta = function(replace(inputs, x=x, gate=gate, lora_a=lora_a, lora_b=lora_b))
+    torch.autograd.backward(delta, inputs.grad)
+    results = {"delta": delta.detach(), "dx": x.grad, "dgate": gate.grad}
+    for e, flag in enumerate(inputs.trainable):
+        if flag:
+            results |= {f"da_{e}": lora_a[e].grad, f"db_{e}": lora_b[e].grad}
+    missing = [name for name, tensor in results.items() if tensor is None]
+    if missing:
+        raise ValueError(f"no gradient for {', '.join(missing)}; expected one for each differentiable input.")
+    return {name: tensor for name, tensor in results.items() if tensor is not None}
+
+
+def run_kernels(
+    forward: Callable[..., tuple[Tensor, Tensor]], backward: Callable[..., tuple[Tensor, ...]], inputs: LoraInputs
+) -> Results:
+    """The same from a pair with the signatures of `reference.multi_lora_forward` and `_backward`, called directly."""
+    gate_GE = inputs.gate.reshape(-1, len(inputs.scale))
+    seed = inputs.seed if inputs.dropout > 0.0 else None
+    switches = (list(inputs.scale), inputs.dropout, inputs.per_expert, seed)
+    experts = (list(inputs.lora_a), list(inputs.lora_b), gate_GE)
+    delta, shrunk_NR = forward(inputs.x, None, *experts, *switches)
+    dx, da_RD, db_RP, dgate_GE = backward(
+        inputs.grad, inputs.x, shrunk_NR, *experts, *switches, True, True, list(inputs.trainable)
+    )
+    results = {"delta": delta, "dx": dx, "dgate": dgate_GE.view(inputs.gate.shape)}
+    chosen = [e for e, flag in enumerate(inputs.trainable) if flag]
+    if chosen:
+        ranks = [inputs.lora_a[e].shape[0] for e in chosen]
+        for e, da, db in zip(chosen, torch.split(da_RD, ranks), torch.split(db_RP, ranks), strict=True):
+            results |= {f"da_{e}": da, f"db_{e}": db.t()}
+    return results
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """One tensor's errors: accepted when `error <= allowed`; a NaN anywhere is not."""
+
+    name: str
+    error: float
+    yardstick_error: float
+    allowed: float
+
+    @property
+    def accepted(self) -> bool:
+        return self.error <= self.allowed
+
+
+def worst_row_error(actual: Tensor, truth: Tensor) -> float:
+    """The largest root mean square error of a row (the last dimension); 0.0 without rows."""
+    if truth.numel() == 0:
+        return 0.0
+    difference = actual.double().reshape(-1, actual.shape[-1]) - truth.double().reshape(-1, truth.shape[-1])
+    return float(difference.square().mean(1).sqrt().max())
+
+
+def judge(actual: Results, yardstick: Results, truth: Results, *, factor: float = 2.0) -> list[Verdict]:
+    """One verdict a tensor. Raises ValueError when tensors are missing or have other shapes than the truth's.
+
+    Where the yardstick happens to be exact (one product, no rounding) half its dtype's epsilon is allowed.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in truth.items()}
+    got = {name: tuple(tensor.shape) for name, tensor in actual.items()}
+    if got != shapes:
+        raise ValueError(f"results have shapes {got}; expected {shapes}. Return what the oracle returns.")
+    verdicts = []
+    for name, exact in truth.items():
+        yardstick_error = worst_row_error(yardstick[name], exact)
+        rounding = torch.finfo(yardstick[name].dtype).eps / 2 * worst_row_error(torch.zeros_like(exact), exact)
+        verdicts.append(
+            Verdict(
+                name=name,
+                error=worst_row_error(actual[name], exact),
+                yardstick_error=yardstick_error,
+                allowed=max(factor * yardstick_error, rounding),
+            )
+        )
+    return verdicts
+
+
+def run_reference(inputs: LoraInputs) -> Results:
+    return run_kernels(reference.multi_lora_forward, reference.multi_lora_backward, inputs)
+
+
+def judge_run(
+    run: Callable[[LoraInputs], Results],
+    workload: Workload,
+    dtype: torch.dtype,
+    *,
+    yardstick: Callable[[LoraInputs], Results] = run_reference,
+    factor: float = 2.0,
+    draws: int = 4,
+) -> list[Verdict]:
+    """The rule on all outputs of `run` for a workload: its worst row in several draws against the yardstick's worst.
+
+    A single draw of a small tensor has few rows, and the yardstick's worst of few rows is a matter of luck.
+    """
+    kinds: tuple[list[Results], list[Results], list[Results]] = ([], [], [])
+    for seed in range(draws):
+        inputs = make_inputs(workload, dtype, seed)
+        kinds[0].append(run(inputs))
+        kinds[1].append(yardstick(inputs))
+        kinds[2].append(run_autograd(multi_lora_loop, inputs.to(torch.float64)))
+    actual, measured, truth = ({name: torch.stack([r[name] for r in kind]) for name in kind[0]} for kind in kinds)
+    return judge(actual, measured, truth, factor=factor)
+
+
+def rejected(verdicts: Sequence[Verdict]) -> list[str]:
+    """Readable lines for what failed; empty when all was accepted."""
+    return [
+        f"{v.name}: worst-row error {v.error:.3g} above {v.allowed:.3g} (yardstick {v.yardstick_error:.3g})"
+        for v in verdicts
+        if not v.accepted
+    ]
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Every `torch.empty` in the block is full of NaN (or the largest integer): what is read unwritten shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    fill = deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True)
+    deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables in Markdown files come from results; the repository's own files are up to date."""
+
+from pathlib import Path
+
+import pytest
+
+from dmole.reports.readme import filled, stale, update
+from dmole.reports.stored import ResultsError
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def page(results: Path, *markers: str) -> Path:
+    path = results.parent / "README.md"
+    blocks = [f"<!-- results: {marker} -->\nold\n<!-- /results -->" for marker in markers]
+    path.write_text("# Title\n\n" + "\n\ntext\n\n".join(blocks) + "\n\nend\n")
+    return path
+
+
+def test_tables_are_made_between_the_markers(results: Path) -> None:
+    path = page(results, "summary results", "comparison results keeper loser", "last results")
+    assert stale(path)
+    assert update(path) and not stale(path) and not update(path)
+    text = path.read_text()
+    assert text.startswith("# Title\n\n<!-- results: summary results -->\n\n| method | AVG |")
+    assert "| keeper | 65.28 ± 1.96 | 87.50 ± 5.89 |" in text
+    assert "| keeper - loser | default | Last |" in text and "old" not in text and text.endswith("\n\nend\n")
+
+
+def test_an_edited_table_is_stale(results: Path) -> None:
+    path = page(results, "summary results")
+    update(path)
+    path.write_text(path.read_text().replace("87.50", "88.50"))
+    assert stale(path)
+
+
+def test_errors_name_the_file_and_the_marker(results: Path) -> None:
+    path = page(results, "sumary results")
+    with pytest.raises(ResultsError, match=r"README.md: marker has 'sumary results'; expected one of summary, last"):
+        filled(path)
+    path = page(results, "summary nowhere")
+    with pytest.raises(ResultsError, match=r"README.md: .*nowhere has no finished run"):
+        filled(path)
+    path.write_text("<!-- results: summary results -->\n")
+    with pytest.raises(ResultsError, match="README.md: a marker has no partner"):
+        filled(path)
+
+
+def marked_files() -> list[Path]:
+    found = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "dmole").rglob("*.md")]
+    return sorted(path for path in found if "<!-- results:" in path.read_text(encoding="utf-8"))
+
+
+def test_the_repository_s_own_tables_are_up_to_date() -> None:
+    assert [path.name for path in marked_files() if stale(path)] == []

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables show means and spreads over seeds, and nothing where a protocol defines nothing."""
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from dmole.reports import tables
+from dmole.reports.stored import read_runs
+
+
+def by_method(table: tables.Table) -> dict[str, dict[str, str]]:
+    return {row["method"]: row for row in tables.rows_of(table)}
+
+
+def test_summary(results: Path) -> None:
+    rows = by_method(tables.summary_table(read_runs(results)))
+    # Last of the keeper: seed 0 (100 + 75 + 100) / 3 = 91.67, seed 1 (100 + 50 + 100) / 3 = 83.33.
+    assert rows["keeper"]["Last"] == "87.50 ± 5.89"
+    assert rows["keeper"]["seeds"] == "2" and rows["keeper"]["routing accuracy %"] == "75.00 ± 0.00"
+    assert rows["loser"]["BWT"] == "-68.75 ± 0.00" and rows["loser"]["routing accuracy %"] == "-"
+    assert rows["finetune"]["AVG"] == "-" and rows["finetune"]["BWT"] == "-" and rows["finetune"]["Last"] == "91.67"
+
+
+def test_last_per_task(results: Path) -> None:
+    rows = by_method(tables.last_table(read_runs(results)))
+    assert [rows["loser"][task] for task in ("boxes", "words", "letters")] == [
+        "0.00 ± 0.00",
+        "25.00 ± 0.00",
+        "100.00 ± 0.00",
+    ]
+    assert [rows["finetune"][task] for task in ("boxes", "words", "letters")] == ["100.00", "75.00", "100.00"]
+
+
+def test_matrix(results: Path) -> None:
+    table = tables.matrix_table(read_runs(results)[0])
+    assert table.title == "finetune, seed 0, order default"
+    assert table.rows == (
+        ("0 untrained", "0.0", "25.0", "0.0"),
+        ("1 boxes", "100.0", "", ""),
+        ("2 words", "", "75.0", ""),
+        ("3 letters", "", "", "100.0"),
+    )
+
+
+def test_time_and_routing_and_conventions(results: Path) -> None:
+    runs = read_runs(results)
+    times = by_method(tables.time_table(runs))
+    assert times["keeper"]["proxy % of train"] == "4.00 ± 0.00" and times["loser"]["router s"] == "0.00 ± 0.00"
+    assert list(by_method(tables.routing_table(runs))) == ["keeper"]
+    conventions = by_method(tables.conventions_table(runs))
+    assert set(conventions) == {"keeper", "loser"}
+    assert conventions["loser"]["GEM BWT (over N-1)"] == "-75.00 ± 0.00"
+    assert conventions["loser"]["CoIN BWT (over N)"] == "-50.00 ± 0.00"
+
+
+def test_markdown_and_terminal_show_the_same(results: Path) -> None:
+    table = tables.summary_table(read_runs(results))
+    markdown = table.markdown().splitlines()
+    assert markdown[0].startswith("| method | AVG | Last | BWT |") and markdown[1].startswith("|---|---:|")
+    assert markdown[-1] == tables.CONVENTION + "."
+    console = Console(width=200, record=True, file=(Path(results) / "log").open("w"))
+    console.print(table.rich())
+    shown = console.export_text()
+    console.file.close()
+    assert all(cell in shown for row in table.rows for cell in row)
+
+
+def test_cells_are_text_not_markup() -> None:
+    table = tables.Table(title="[x]", columns=("a|b",), rows=(("[bold]y",),))
+    assert table.markdown().splitlines()[0] == "| a\\|b |"
+    console = Console(width=80)
+    with console.capture() as captured:
+        console.print(table.rich())
+    assert "[bold]y" in captured.get() and "[x]" in captured.get()
+
+
+@pytest.mark.parametrize(
+    ("values", "text"), [([1.0], "1.00"), ([1.0, 3.0], "2.00 ± 1.41"), ([None], "-"), ([1.0, None], "-"), ([], "-")]
+)
+def test_spread(values: list[float | None], text: str) -> None:
+    assert tables.spread(values) == text

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Orders of tasks, and what makes two runs the same run."""
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+
+from dmole.config import ConfigError, RunConfig
+from dmole.data.sample import Stream
+from dmole.models.multimodal import MultimodalModel
+from dmole.plan import fresh_copy, order_label, order_names, plan_runs, stream_digest
+
+NAMES = ("a", "b", "c", "d")
+
+
+def test_orders() -> None:
+    assert order_names("default", NAMES) == ["a", "b", "c", "d"]
+    assert order_names("reversed", NAMES) == ["d", "c", "b", "a"]
+    assert order_names("b, a,d,c", NAMES) == ["b", "a", "d", "c"]
+    shuffled = order_names("shuffled2", NAMES)
+    assert sorted(shuffled) == list(NAMES)
+    assert shuffled == order_names("shuffled2", NAMES)
+    assert len({tuple(order_names(f"shuffled{k}", NAMES)) for k in range(8)}) > 2
+    assert order_label("shuffled2") == "shuffled2"
+    assert order_label("b,a,d,c") == "order-" + order_label("b,a,d,c")[-8:]
+
+
+@pytest.mark.parametrize("order", ["random", "shuffled", "shuffledx", "a,b,c", "a,b,c,c", "a,b,c,e"])
+def test_unknown_orders(order: str) -> None:
+    with pytest.raises(ConfigError, match=rf"orders has '{order}'; expected 'default', 'reversed', .*\(a, b, c, d\)"):
+        order_names(order, NAMES)
+
+
+def test_plans_cover_the_grid_and_know_what_matters(
+    toy_config: Callable[..., RunConfig], toy_stream: Stream, tiny_model: MultimodalModel
+) -> None:
+    grid = ("methods=[dmole, seq_ft]", "seeds=[0, 1]", "orders=[default, reversed]")
+    plans = plan_runs(toy_config(*grid), toy_stream, tiny_model)
+    assert len({plan.folder.name for plan in plans}) == len({plan.fingerprint for plan in plans}) == 8
+    assert plans[0].folder.name == "dmole-seed0-default"
+
+    def prints(*overrides: str) -> set[str]:
+        return {plan.fingerprint for plan in plan_runs(toy_config(*grid, *overrides), toy_stream, tiny_model)}
+
+    same = {plan.fingerprint for plan in plans}
+    assert prints("output=elsewhere", "checkpoint_every_steps=9") == same
+    for override in ("training.epochs=2", "dmole.router.top_k=1", "lora.rank=2", "evaluation.batch_size=3"):
+        assert not prints(override) & same
+    assert len(prints("seq_ft.mode=merge_and_restart") & same) == 4
+
+
+def test_stream_digest_sees_content_and_not_order(toy_stream: Stream) -> None:
+    digest = stream_digest(toy_stream)
+    assert stream_digest(toy_stream.reorder(tuple(reversed(toy_stream.task_names)))) == digest
+    assert stream_digest(toy_stream.limit(train=5)) != digest
+    first = toy_stream.tasks[0]
+    sample = dataclasses.replace(first.test[0], answers=("other",))
+    changed = dataclasses.replace(first, test=(sample, *first.test[1:]))
+    assert stream_digest(dataclasses.replace(toy_stream, tasks=(changed, *toy_stream.tasks[1:]))) != digest
+
+
+def test_a_fresh_copy_shares_no_weight(tiny_model: MultimodalModel) -> None:
+    copied = fresh_copy(tiny_model)
+    own = {p.data_ptr() for p in tiny_model.model.parameters()}
+    assert not own & {p.data_ptr() for p in copied.model.parameters()}
+    assert copied.model.lm_head.weight is copied.model.model.language_model.embed_tokens.weight

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Deliberately broken kernels: the error rule must catch every one of them, in float32 and in bfloat16."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from dmole_kernels import reference
+from dmole_kernels.testing import WORKLOADS, LoraInputs, Results, judge_run, rejected, run_kernels
+
+Pair = tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]]
+FORWARD, BACKWARD = reference.multi_lora_forward, reference.multi_lora_backward
+FORWARD_NAMES = ("x", "base", "lora_a", "lora_b", "gate", "scale", "dropout", "per_expert", "seed")
+BACKWARD_NAMES = (
+    "grad", "x", "shrunk", "lora_a", "lora_b", "gate", "scale", "dropout", "per_expert", "seed", "need_x", "need_gate",
+    "trainable",
+)  # fmt: skip
+Arguments = dict[str, object]
+
+
+def with_arguments(change: Callable[[Arguments], Arguments], *, forward: bool = True, backward: bool = True) -> Pair:
+    """The reference called with changed arguments: a kernel that reads the wrong thing."""
+
+    def broken_forward(*arguments: object) -> tuple[Tensor, Tensor]:
+        named = dict(zip(FORWARD_NAMES, arguments, strict=True))
+        return FORWARD(*(change(named) if forward else named).values())
+
+    def broken_backward(*arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        named = dict(zip(BACKWARD_NAMES, arguments, strict=True))
+        return BACKWARD(*(change(named) if backward else named).values())
+
+    return broken_forward, broken_backward
+
+
+def with_results(place: int, change: Callable[[Tensor], Tensor]) -> Pair:
+    """The reference with one result of backward changed: a kernel that writes the wrong thing."""
+
+    def broken_backward(*arguments: object) -> tuple[Tensor, ...]:
+        results = list(BACKWARD(*arguments))
+        if results[place].numel():
+            results[place] = change(results[place])
+        return tuple(results)
+
+    return FORWARD, broken_backward
+
+
+def zero_last(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [*tensors[:-1], torch.zeros_like(tensors[-1])]
+
+
+def one_rank_short(tensors: Sequence[Tensor]) -> list[Tensor]:
+    shortened = [tensor.clone() for tensor in tensors]
+    shortened[-1][-1] = 0
+    return shortened
+
+
+def neighbours_gate(gate: Tensor) -> Tensor:
+    return gate.roll(1, 0)
+
+
+def last_row_zero(tensor: Tensor) -> Tensor:
+    changed = tensor.clone()
+    changed.view(-1, tensor.shape[-1])[-1] = 0
+    return changed
+
+
+def last_column_unwritten(tensor: Tensor) -> Tensor:
+    changed = tensor.clone()
+    changed[..., -1] = float("nan")
+    return changed
+
+
+def low_precision_forward(*arguments: object) -> tuple[Tensor, Tensor]:
+    named = dict(zip(FORWARD_NAMES, arguments, strict=True))
+    y, shrunk = FORWARD(*arguments)
+    # A tile held in half the mantissa on its way to memory.
+    coarse = torch.bfloat16 if named["x"].dtype == torch.float32 else torch.float8_e4m3fn  # type: ignore[attr-defined]
+    return y.to(coarse).to(y.dtype), shrunk
+
+
+def ragged_forward(*arguments: object) -> tuple[Tensor, Tensor]:
+    y, shrunk = FORWARD(*arguments)
+    rows = y.view(-1, y.shape[-1])
+    if rows.shape[0] % 4:
+        rows[-(rows.shape[0] % 4) :] = 0
+    return y, shrunk
+
+
+BROKEN: dict[str, Pair] = {
+    "last_expert_missing": with_arguments(lambda a: a | {"lora_b": zero_last(a["lora_b"])}, backward=False),
+    "last_rank_missing": with_arguments(lambda a: a | {"lora_a": one_rank_short(a["lora_a"])}, backward=False),
+    "gate_ignored": with_arguments(lambda a: a | {"gate": torch.ones_like(a["gate"])}),
+    "gate_as_a_switch": with_arguments(lambda a: a | {"gate": (a["gate"] != 0).to(a["gate"].dtype)}),
+    "gate_without_sign": with_arguments(lambda a: a | {"gate": a["gate"].abs()}),
+    "gate_of_the_neighbour": with_arguments(lambda a: a | {"gate": neighbours_gate(a["gate"])}),
+    "gate_columns_swapped": with_arguments(lambda a: a | {"gate": a["gate"].flip(1)}),
+    "scale_ignored": with_arguments(lambda a: a | {"scale": [1.0] * len(a["scale"])}),
+    "one_scale_for_all": with_arguments(lambda a: a | {"scale": [a["scale"][0]] * len(a["scale"])}),
+    "backward_ungated": with_arguments(lambda a: a | {"gate": torch.ones_like(a["gate"])}, forward=False),
+    "ragged_tail_not_written": (ragged_forward, BACKWARD),
+    "accumulates_in_low_precision": (low_precision_forward, BACKWARD),
+    "mask_of_another_seed_in_backward": with_arguments(
+        lambda a: a | {"seed": None if a["seed"] is None else a["seed"] + 1}, forward=False
+    ),
+    "no_dropout_in_backward": with_arguments(lambda a: a | {"dropout": 0.0}, forward=False),
+    "no_dropout_at_all": with_arguments(lambda a: a | {"dropout": 0.0}),
+    "shared_mask_in_backward_only": with_arguments(lambda a: a | {"per_expert": False}, forward=False),
+    "dx_without_frozen_experts": with_arguments(
+        lambda a: a | {"lora_a": [w * t for w, t in zip(a["lora_a"], a["trainable"], strict=True)]}, forward=False
+    ),
+    "dx_last_row_missing": with_results(0, last_row_zero),
+    "dx_last_column_unwritten": with_results(0, last_column_unwritten),
+    "dx_halved": with_results(0, lambda dx: dx / 2),
+    "da_last_row_missing": with_results(1, last_row_zero),
+    "da_added_twice": with_results(1, lambda da: da * 2),
+    "db_last_column_unwritten": with_results(2, last_column_unwritten),
+    "db_rows_rotated": with_results(2, lambda db: db.roll(1, 0) if db.shape[0] > 1 else -db),
+    "dgate_without_last_expert": with_results(3, lambda dg: dg * torch.eye(dg.shape[1], dtype=dg.dtype)[0]),
+    "dgate_mean_for_sum": with_results(3, lambda dg: dg / 2),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_kernel_is_caught(name: str, dtype: torch.dtype) -> None:
+    forward, backward = BROKEN[name]
+
+    def run(inputs: LoraInputs) -> Results:
+        return run_kernels(forward, backward, inputs)
+
+    assert any(rejected(judge_run(run, workload, dtype, draws=1)) for workload in WORKLOADS)
+
+
+def test_the_set_is_large_enough_and_the_rule_spares_the_reference() -> None:
+    assert len(BROKEN) >= 15
+    for workload in WORKLOADS:
+        assert not rejected(judge_run(lambda inputs: run_kernels(FORWARD, BACKWARD, inputs), workload, torch.float32))
+
+
+def test_base_and_delta_together_would_hide_a_missing_expert() -> None:
+    """Why the rule looks at the delta alone: a small expert under a large base is lost in bfloat16 rounding."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 32, generator=generator).bfloat16()
+    base = 8 * torch.randn(64, 48, generator=generator).bfloat16()
+    a = torch.randn(4, 32, generator=generator).bfloat16() / 16
+    b = torch.randn(48, 4, generator=generator).bfloat16() / 64
+    gate = torch.ones(64, 1, dtype=torch.bfloat16)
+    arguments = ([a], [b], gate, [1.0], 0.0, False, None)
+    exact = base.double() + FORWARD(x.double(), None, [a.double()], [b.double()], *arguments[2:])[0]
+    yardstick = FORWARD(x, base, *arguments)[0].double() - exact
+    without_expert = base.double() - exact
+    assert without_expert.square().mean(1).sqrt().max() <= 2 * yardstick.square().mean(1).sqrt().max()

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dmole_kernels import (
+    accumulate_gradient,
+    accumulate_sketch,
+    grad_norm_per_batch,
+    grad_norm_per_sample,
+    reference,
+    sketch_relative_std,
+)
+from dmole_kernels.grad_norm import cheaper_method
+from dmole_kernels.testing import poisoned_memory
+
+METHODS = ("auto", "direct", "ghost")
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def definition(x: Tensor, grad: Tensor) -> Tensor:
+    return torch.einsum("btp,btd->bpd", grad.double(), x.double()).flatten(1).norm(dim=1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_by_hand(method: str) -> None:
+    """x = [[1, 0], [1, 1]], g = [[2], [1]]: G^T X = [3, 1], norm sqrt(10)."""
+    x, grad = torch.tensor([[[1.0, 0.0], [1.0, 1.0]]]), torch.tensor([[[2.0], [1.0]]])
+    assert float(grad_norm_per_sample(x, grad, method=method)) == pytest.approx(math.sqrt(10))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float64], ids=["float32", "bfloat16", "float64"]
+)
+def test_equals_the_definition_across_tiles(method: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "GHOST_TILE", 4)
+    monkeypatch.setattr(reference, "DIRECT_TILE", 5)
+    x, grad = draw(3, 11, 7, dtype=dtype), draw(3, 11, 13, seed=1, dtype=dtype)
+    with poisoned_memory():
+        norm = grad_norm_per_sample(x, grad, method=method)  # type: ignore[arg-type]
+    assert norm.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(norm.double(), definition(x, grad), rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(st.integers(0, 3), st.integers(0, 9), st.integers(1, 9), st.integers(1, 9), st.sampled_from(METHODS))
+def test_any_shape(samples: int, tokens: int, width: int, outputs: int, method: str) -> None:
+    x, grad = draw(samples, tokens, width), draw(samples, tokens, outputs, seed=1)
+    norm = grad_norm_per_sample(x, grad, method=method)  # type: ignore[arg-type]
+    torch.testing.assert_close(norm, definition(x, grad), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["direct", "ghost"])
+def test_gradcheck(method: str) -> None:
+    x, grad = draw(2, 3, 4).requires_grad_(), draw(2, 3, 5, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, g: grad_norm_per_sample(x, g, method=method), (x, grad))  # type: ignore[arg-type]
+
+
+def test_gradient_at_zero_is_zero() -> None:
+    x = torch.zeros(1, 2, 3, requires_grad=True)
+    grad_norm_per_sample(x, torch.zeros(1, 2, 4)).sum().backward()
+    assert not x.grad.any()
+
+
+@pytest.mark.parametrize("method", ["direct", "ghost"])
+def test_opcheck(method: str) -> None:
+    arguments = (draw(2, 3, 4).requires_grad_(), draw(2, 3, 5).requires_grad_(), method, "reference")
+    torch.library.opcheck(torch.ops.dmole_kernels.grad_norm_per_sample.default, arguments)
+
+
+def test_opcheck_of_the_accumulators() -> None:
+    x, grad = draw(6, 4), draw(6, 5)
+    utils = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(
+        torch.ops.dmole_kernels.accumulate_gradient.default, (draw(5, 4), x, grad, "reference"), test_utils=utils
+    )
+    torch.library.opcheck(
+        torch.ops.dmole_kernels.accumulate_sketch.default,
+        (draw(3, 2), x, grad, draw(5, 3), draw(4, 2), "reference"),
+        test_utils=utils,
+    )
+
+
+def test_per_batch_is_the_norm_of_the_sum() -> None:
+    x, grad = draw(2, 3, 4), draw(2, 3, 5, seed=1)
+    expected = torch.einsum("btp,btd->pd", grad, x).norm()
+    for method in METHODS:
+        torch.testing.assert_close(grad_norm_per_batch(x, grad, method=method), expected)  # type: ignore[arg-type]
+
+
+def test_the_choice_follows_the_flops() -> None:
+    assert cheaper_method(32, 1024, 1024) == "ghost"
+    assert cheaper_method(1024, 1024, 1024) == "direct"
+    assert cheaper_method(0, 8, 8) == "direct"
+    # Just above d p / (d + p) = 512 a second tile appears and symmetry pays.
+    assert cheaper_method(600, 1024, 1024) == "ghost"
+
+
+def test_accumulate_gradient_adds_batches() -> None:
+    buffer = torch.zeros(5, 4, dtype=torch.float64)
+    batches = [(draw(6, 4, seed=s), draw(6, 5, seed=s + 9)) for s in range(3)]
+    for x, grad in batches:
+        accumulate_gradient(buffer, x, grad)
+    torch.testing.assert_close(buffer, sum(grad.t() @ x for x, grad in batches))
+
+
+def test_the_sketch_is_linear_in_the_gradient() -> None:
+    left, right = draw(5, 3), draw(4, 2, seed=1)
+    whole, parts = (torch.zeros(3, 2, dtype=torch.float64) for _ in range(2))
+    x, grad = draw(6, 4, seed=2), draw(6, 5, seed=3)
+    accumulate_sketch(whole, x, grad, left, right)
+    accumulate_sketch(parts, x[:2], grad[:2], left, right)
+    accumulate_sketch(parts, x[2:], grad[2:], left, right)
+    torch.testing.assert_close(whole, parts)
+    torch.testing.assert_close(whole, left.t() @ (grad.t() @ x) @ right)
+
+
+@pytest.mark.parametrize("rank", [1, 30])
+def test_the_sketch_is_unbiased_and_reports_its_spread(rank: int) -> None:
+    """300 sketches of one matrix: mean of the squares right, and the reported spread close to the one seen."""
+    x, grad = draw(rank, 40), draw(rank, 50, seed=1)
+    exact = float((grad.t() @ x).norm())
+    size, norms, reported = 16, [], []
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(300):
+        left = torch.randn(50, size, dtype=torch.float64, generator=generator) / math.sqrt(size)
+        right = torch.randn(40, size, dtype=torch.float64, generator=generator) / math.sqrt(size)
+        sketch = torch.zeros(size, size, dtype=torch.float64)
+        accumulate_sketch(sketch, x, grad, left, right)
+        norms.append(float(sketch.norm()) / exact)
+        reported.append(sketch_relative_std(sketch))
+    ratios = torch.tensor(norms, dtype=torch.float64)
+    assert float(ratios.square().mean()) == pytest.approx(1.0, abs=0.1)
+    seen, said = float(ratios.std()), sum(reported) / len(reported)
+    # Errs upwards, by 1/k + 1/l in the flatness: much for a flat spectrum at size 16, nothing for rank one.
+    assert 0.85 * seen < said < (1.15 if rank == 1 else 2.0) * seen
+
+
+def test_the_spread_of_an_empty_sketch_is_zero_and_of_any_64_x_64_small() -> None:
+    assert sketch_relative_std(torch.zeros(64, 64)) == 0.0
+    assert sketch_relative_std(draw(64, 1) @ draw(1, 64, seed=1)) < 0.13
+
+
+def test_errors_tell_what_to_do() -> None:
+    with pytest.raises(
+        ValueError, match=r"x has shape \(2, 3, 4\) and grad \(2, 4, 5\); expected \[samples, tokens, feat"
+    ):
+        grad_norm_per_sample(draw(2, 3, 4), draw(2, 4, 5))
+    with pytest.raises(ValueError, match="method='fast'; expected 'auto', 'direct' or 'ghost'"):
+        grad_norm_per_sample(draw(2, 3, 4), draw(2, 3, 5), method="fast")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"buffer has shape \(4, 5\); expected \(5, 4\). Allocate torch.zeros\(5, 4\)"):
+        accumulate_gradient(draw(4, 5), draw(6, 4), draw(6, 5))
