@@ -217,4 +217,6 @@ def base_model(folder: Path) -> Finding:
     else:
         size = (folder / "model.safetensors").stat().st_size / 2**20
         found = f"{size:.1f} MiB"
-    return Finding(what="mini base model", found=found, ok=not lacking, fix=f"python -m dmole.pretraining --output {folder}")
+    return Finding(
+        what="mini base model", found=found, ok=not lacking, fix=f"python -m dmole.pretraining --output {folder}"
+    )

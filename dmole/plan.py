@@ -50,7 +50,7 @@ def plan_runs(config: RunConfig, stream: Stream, model: MultimodalModel) -> list
     for name in config.training.epochs_of:
         if name not in stream.task_names:
             raise ConfigError(f"training.epochs_of has {name!r}; expected a task of {', '.join(stream.task_names)}.")
-    base = checkpoint.weights_digest(model.model)
+    base, data = checkpoint.weights_digest(model.model), stream_digest(stream)
     plain = config.to_dict()
     # Where results go and how often state is saved changes no number.
     shared = {key: value for key, value in plain.items() if key in ("training", "evaluation", "lora", "candidates")}
@@ -63,7 +63,7 @@ def plan_runs(config: RunConfig, stream: Stream, model: MultimodalModel) -> list
                     "method": method,
                     "seed": seed,
                     "tasks": list(ordered.task_names),
-                    "stream": stream_digest(stream),
+                    "stream": data,
                     "base_weights": base,
                     "options": plain.get(method, {}),
                     "dmole": plain["dmole"],
@@ -124,11 +124,11 @@ def check_plan(plan: RunPlan, config: RunConfig, model: MultimodalModel) -> list
     """The stages of a run; raises ValueError for whatever would fail hours into it."""
     method = method_class(plan.method)(fresh_copy(model), config.method_settings(plan.method), seed=plan.seed)
     method.check(plan.stream)
-    _check_lengths(plan.stream, model, config.evaluation.max_new_tokens)
     return method.stages(plan.stream)
 
 
-def _check_lengths(stream: Stream, model: MultimodalModel, max_new_tokens: int) -> None:
+def check_lengths(stream: Stream, model: MultimodalModel, max_new_tokens: int) -> None:
+    """Raise `ConfigError` for a sample that is longer than the model's positions."""
     room = int(model.model.config.get_text_config().max_position_embeddings)
     for task in stream.tasks:
         for split, samples in (("train", task.train), ("test", task.test)):

@@ -26,7 +26,7 @@ import torch
 from rich.console import Console
 
 from dmole.config import RunConfig
-from dmole.plan import check_folder, check_plan, fresh_copy, plan_runs, work_units
+from dmole.plan import check_folder, check_lengths, check_plan, fresh_copy, plan_runs, work_units
 from dmole.progress import RunProgress
 from dmole.results import write_summary
 from dmole.single_run import SingleRun
@@ -47,6 +47,7 @@ def run(config: RunConfig, *, console: Console | None = None, fresh: bool = Fals
             train=config.train_samples, validation=config.validation_samples, test=config.test_samples
         )
         plans = plan_runs(config, stream, model)
+        check_lengths(stream, model, config.evaluation.max_new_tokens)
         stages = {plan.folder: check_plan(plan, config, model) for plan in plans}
         if fresh:
             for plan in plans:

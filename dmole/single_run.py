@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One run from wherever its folder stands to its results: stages, checkpoints, evaluation.
 
-Phases of a checkpoint: "begin" (the stage comes next), "train" (inside its steps), "evaluate" (trained, test comes next).
+A checkpoint's phase: "begin" (the stage comes next), "train" (inside its steps), "evaluate" (trained, not yet tested).
 """
 
 from __future__ import annotations

@@ -57,7 +57,9 @@ def multi_lora_forward(
     b_RP = _packed_b(lora_b, dtype)
     pieces = []
     for stream, members in mask_streams(len(ranks), per_expert):
-        dropped_ND = x_ND if seed is None else x_ND * keep_mask(x_ND.shape[0], x_ND.shape[1], dropout, seed, stream, x_ND.device)
+        dropped_ND = (
+            x_ND if seed is None else x_ND * keep_mask(x_ND.shape[0], x_ND.shape[1], dropout, seed, stream, x_ND.device)
+        )
         pieces.append(dropped_ND @ _packed([lora_a[e] for e in members], dtype).t())
     s_NR = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
     if seed is not None:

@@ -34,8 +34,11 @@ class StemProcessor:
     """Image file -> standardised stem features [C, S/32, S/32] (``dmole.models.stem``), cached on disk.
 
     Standardised per channel with the mean and deviation over the pretraining images: the three depths joined in the map
-    differ by an order of magnitude, and one of them would otherwise drown the others.
+    differ by an order of magnitude, and one of them would otherwise drown the others. Clipped at five deviations: the network's
+    channels are sparse, and single values of sixty deviations would decide the first layer's output.
     """
+
+    CLIP = 5.0
 
     def __init__(self, side: int, mean: Tensor, deviation: Tensor, folder: Path | None = None):
         self.side = side
@@ -43,7 +46,7 @@ class StemProcessor:
         self.deviation = deviation
         self._stem: EfficientNetLite0 | None = None
         digest = hashlib.sha256(mean.numpy().tobytes() + deviation.numpy().tobytes()).hexdigest()
-        version = f"efficientnet-lite0/{side}/{digest}"
+        version = f"efficientnet-lite0/{side}/{self.CLIP}/{digest}"
         self.cache = ImageFeatureCache((folder or cache_folder()) / "stem_features", version, self.compute)
 
     def __call__(self, images: Sequence[Path]) -> Tensor:
@@ -57,7 +60,11 @@ class StemProcessor:
         if self._stem is None:
             self._stem = EfficientNetLite0()
         raw = self._stem(torch.from_numpy(images_BHWC).permute(0, 3, 1, 2).contiguous())
-        return (raw - self.mean[:, None, None]) / self.deviation[:, None, None]
+        return self.standardise(raw)
+
+    def standardise(self, features_BCHW: Tensor) -> Tensor:
+        """(x - mean) / deviation per channel, clipped."""
+        return ((features_BCHW - self.mean[:, None, None]) / self.deviation[:, None, None]).clamp_(-self.CLIP, self.CLIP)
 
     def save(self, folder: Path) -> None:
         (folder / PROCESSOR_FILE).write_text(json.dumps({"kind": "efficientnet-lite0", "side": self.side}, indent=2) + "\n")

@@ -70,7 +70,7 @@ def tiny_model() -> MultimodalModel:
 
 @pytest.fixture
 def toy_config(toy_folder: Path, tmp_path: Path) -> Callable[..., RunConfig]:
-    """`toy_config("seeds=[0, 1]", ...)`: a configuration of the toy stream on the tiny model that writes below tmp_path."""
+    """`toy_config("seeds=[0, 1]", ...)`: the toy stream, the tiny model, results below tmp_path."""
 
     def make(*overrides: str) -> RunConfig:
         return load_config(

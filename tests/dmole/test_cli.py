@@ -47,7 +47,7 @@ def test_run_leaves_everything_on_disk(finished: Path) -> None:
             "losses.csv", "matrix.png", "result.json",
         ):  # fmt: skip
             assert (folder / name).stat().st_size > 0, name
-    rows = list(csv.DictReader((finished / "summary.csv").open()))
+    rows = list(csv.DictReader((finished / "summary.csv").read_text().splitlines()))
     assert [row["method"] for row in rows] == ["dmole", "seq_ft"]
     assert all(float(row["AVG"]) >= 0 and row["BWT"] for row in rows)
 
@@ -130,7 +130,10 @@ ERRORS: dict[str, tuple[list[str], str]] = {
     "unknown setting": (["run", "--set", "training.epoch=3"], "error: unknown key 'training.epoch'"),
     "setting without value": (["run", "--set", "epochs"], "error: --set got 'epochs'; expected key=value"),
     "seed a word": (["run", "--seed", "0,x"], "error: --seed is 'x'; expected a whole number"),
-    "empty method": (["run", "--method", "dmole,,joint"], "error: --method is 'dmole,,joint'; expected names with commas"),
+    "empty method": (
+        ["run", "--method", "dmole,,joint"],
+        "error: --method is 'dmole,,joint'; expected names with commas",
+    ),
     "missing configuration": (["run", "--config", "/no/such.yaml"], "error: /no/such.yaml cannot be read"),
     "resume and fresh": (["run", "--resume", "--fresh"], "error: --resume and --fresh were both given"),
     "nothing to verify": (["verify", "/no/such/folder"], "error: /no/such/folder has no finished run"),
@@ -138,7 +141,7 @@ ERRORS: dict[str, tuple[list[str], str]] = {
     "no stream": (["tasks", "check", "/no/such/folder"], "stream.yaml: file is missing"),
     "no readme": (["readme", "/no/such/README.md"], "error: /no/such/README.md: No such file or directory"),
     "no model": (["run", "--model", "/no/such/model", "-o", "/tmp/no/such/output"], "error: "),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", ERRORS)
@@ -231,6 +234,11 @@ def test_python_dash_m(tmp_path: Path) -> None:
     )
     assert done.returncode == WRONG_INPUT and done.stdout == ""
     assert done.stderr.startswith(f"error: {tmp_path} has no finished run") and len(done.stderr.splitlines()) == 1
-    assert subprocess.run(
-        [sys.executable, "-m", "dmole", "--version"], capture_output=True, check=True
-    ).stdout.startswith(b"dmole ")
+
+
+def test_version_and_help_are_quick_to_ask_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert status(["--version"]) == 0 and capsys.readouterr().out.startswith("dmole ")
+    assert status([]) == 0 and "Usage: dmole" in capsys.readouterr().out
+    # Neither needs torch, which takes seconds to import.
+    code = "import sys, dmole.cli; dmole.cli.status(['--version']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0

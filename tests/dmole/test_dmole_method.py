@@ -293,7 +293,7 @@ def test_placement_depends_on_seed_stage_and_task_alone(stream: Stream) -> None:
 
 def test_ablations(stream: Stream) -> None:
     full = DMoLESettings(proxy_min_samples=4, router=ROUTER)
-    v1, v2, v3, v4 = (make(ablated(full, name)) for name in ("v1", "v2", "v3", "v4"))  # type: ignore[arg-type]
+    v1, v2, v3, v4 = (make(ablated(full, name)) for name in ("v1", "v2", "v3", "v4"))
     for method in (v1, v2, v3, v4):
         method.check(stream)
         learn(method, stream, 1)

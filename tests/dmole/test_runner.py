@@ -169,7 +169,7 @@ def test_stopping_at_any_checkpoint_changes_nothing(
     save, phases = checkpoint.save, []
 
     def save_and_stop(root: Path, tensors: dict, documents: dict) -> Path:  # type: ignore[type-arg]
-        folder = save(root, tensors, documents)
+        save(root, tensors, documents)
         phases.append(documents["position"]["phase"])
         # Each process gets one checkpoint further than the last one.
         raise Stopped

@@ -44,11 +44,10 @@ PACKAGES: Final = (
     "matplotlib",
     "numpy",
     "pillow",
-    "pycountry",
-    "pygal_maps_world",
     "rdkit",
     "resvg_py",
     "scikit-learn",
+    "shapely",
     "statsmodels",
     "vega-datasets",
 )

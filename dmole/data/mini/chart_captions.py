@@ -26,7 +26,7 @@ from dmole.data.mini.charts import (
 )
 
 NAME: Final = "chart_captions"
-METRIC: Final = "cider"
+METRIC: Final = "cider_percent"
 PART: Final = 0
 POINTS: Final[dict[Kind, tuple[int, int]]] = {"line": (8, 16), "bar": (8, 10), "area": (8, 16), "dot": (8, 12)}
 

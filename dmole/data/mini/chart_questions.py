@@ -35,6 +35,8 @@ METRIC: Final = "vqa"
 PART: Final = 1
 UNANSWERABLE: Final = "unanswerable"
 ANNOTATORS: Final = 10
+# Not A, B, C: the normalisation of VQA drops the article "a", and with it the whole answer.
+BAR_LETTERS: Final = ("X", "Y", "Z")
 
 TREND_ANSWERS: Final[dict[Trend, tuple[str, ...]]] = {
     "rise": ("rising", "up", "increasing"),
@@ -71,7 +73,7 @@ def _trend(rng: random.Random, candidates: tuple[Series, ...], side: int) -> Dra
 
 
 def _tallest(rng: random.Random, candidates: tuple[Series, ...], side: int) -> Drawn:
-    letters = ("A", "B", "C")
+    letters = BAR_LETTERS
     wanted = rng.randrange(len(letters))
     while True:
         one = rng.choice(candidates)

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from dmole.data import DataError, Sample, Stream, read_stream
+from dmole.metrics import METRICS
 
 
 def row(index: int, **changes: Any) -> dict[str, Any]:
@@ -159,8 +160,14 @@ CASES: dict[str, tuple[Damage, str]] = {
     "missing image": (captions_row(image="images/none.png"), AT + "image images/none.png is missing"),
     "image outside": (captions_row(image="../../x.png"), "is missing; paths are relative to the .jsonl file"),
     "image is a folder": (captions_row(image="images"), AT + "image images is missing"),
-    "truncated jpeg": (truncated_jpeg, "captions/train.jsonl:3: image images/photo.jpg cannot be decoded (OSError: image file is truncated"),
-    "text as png": (text_as_png, "captions/train.jsonl:2: image images/1.png cannot be decoded (UnidentifiedImageError"),
+    "truncated jpeg": (
+        truncated_jpeg,
+        "captions/train.jsonl:3: image images/photo.jpg cannot be decoded (OSError: image file is truncated",
+    ),
+    "text as png": (
+        text_as_png,
+        "captions/train.jsonl:2: image images/1.png cannot be decoded (UnidentifiedImageError",
+    ),
     "broken png": (broken_png, "captions/train.jsonl:2: image images/1.png cannot be decoded ("),
     "truncated png": (truncated_png, "captions/train.jsonl:2: image images/1.png cannot be decoded ("),
     "empty image": (empty_image, "captions/train.jsonl:2: image images/1.png cannot be decoded ("),
@@ -180,12 +187,18 @@ CASES: dict[str, tuple[Damage, str]] = {
     ),
     "letter beyond the options": (
         question_row(answers=["C"]),
-        "questions/test.jsonl:2: answers is ['C']; expected exactly one of the option letters A, B (2 options are listed)",
+        "questions/test.jsonl:2: answers is ['C']; expected exactly one of the option letters A, B (2 options are",
     ),
-    "options missing": (question_row(options=None), "questions/test.jsonl:2: options is missing; the metric option_letter"),
+    "options missing": (
+        question_row(options=None),
+        "questions/test.jsonl:2: options is missing; the metric option_letter",
+    ),
     "one option": (question_row(options=["cat"]), "questions/test.jsonl:2: options has 1 entries; expected at least 2"),
     "option twice": (question_row(options=["cat", "cat"]), "questions/test.jsonl:2: options holds a text twice"),
-    "too many options": (question_row(options=[str(i) for i in range(27)]), "options has 27 entries; expected at most 26"),
+    "too many options": (
+        question_row(options=[str(i) for i in range(27)]),
+        "options has 27 entries; expected at most 26",
+    ),
     # lines
     "bad json": (captions_line('{"id": "x",'), AT + "is not JSON: "),
     "two objects": (captions_line("{} {}"), AT + "is not JSON: Extra data at column 4"),
@@ -193,9 +206,16 @@ CASES: dict[str, tuple[Damage, str]] = {
     "a string": (captions_line('"x"'), AT + "is the string 'x'; expected one JSON object per line"),
     "not utf-8": (captions_line(b'{"id": "\xff"}'), AT + "is not UTF-8 text (invalid start byte at byte 8)"),
     "nested too deeply": (captions_line("[" * 200_000), AT + "is not "),
-    "unknown key": (captions_row(answer="cat"), AT + "unknown key 'answer'; expected id, image, instruction, answers, options, entities (did you mean 'answers'?)"),
+    "unknown key": (
+        captions_row(answer="cat"),
+        AT
+        + "unknown key 'answer'; expected id, image, instruction, answers, options, entities (did you mean 'answers'?)",
+    ),
     "missing key": (captions_row(instruction=None), AT + "key 'instruction' is missing"),
-    "key twice": (captions_line('{"id": "x", "id": "y", "image": "images/1.png", "instruction": "i", "answers": ["a"]}'), AT + "key 'id' is given twice"),
+    "key twice": (
+        captions_line('{"id": "x", "id": "y", "image": "images/1.png", "instruction": "i", "answers": ["a"]}'),
+        AT + "key 'id' is given twice",
+    ),
     "id a number": (captions_row(id=7), AT + "id is the number 7; expected a string"),
     "empty instruction": (captions_row(instruction=" "), AT + "instruction is empty; expected some text"),
     "image true": (captions_row(image=True), AT + "image is true; expected a string"),
@@ -206,7 +226,10 @@ CASES: dict[str, tuple[Damage, str]] = {
         write("captions/train.jsonl", json.dumps(row(0))),
         "captions/train.jsonl: the train split has 1 sample; task 'captions' needs at least 2",
     ),
-    "empty train split": (write("captions/train.jsonl", "\n"), "captions/train.jsonl: the train split is empty; task 'captions' needs at least 2"),
+    "empty train split": (
+        write("captions/train.jsonl", "\n"),
+        "captions/train.jsonl: the train split is empty; task 'captions' needs at least 2",
+    ),
     "empty test split": (
         write("questions/test.jsonl", ""),
         "questions/test.jsonl: the test split is empty; the metric option_letter of task 'questions' needs at least 1",
@@ -222,15 +245,36 @@ CASES: dict[str, tuple[Damage, str]] = {
     # stream.yaml
     "unknown metric": (
         replace_in_yaml("metric: option_letter", "metric: option_leter"),
-        "stream.yaml:5: metric is 'option_leter'; expected one of cider, exact_match, iou, option_letter, vqa (did you mean 'option_letter'?)",
+        f"stream.yaml:5: metric is 'option_leter'; expected one of {', '.join(METRICS)} (did you mean 'option_letter'?)",
     ),
-    "unknown task key": (replace_in_yaml("    directory", "    folder"), "stream.yaml:6: unknown key 'folder'; expected name, metric, directory"),
-    "missing task key": (replace_in_yaml("    directory: questions\n", ""), "stream.yaml:4: key 'directory' is missing"),
-    "unknown top key": (replace_in_yaml("name: small", "name: small\ntaks: 1"), "stream.yaml:2: unknown key 'taks'; expected name, tasks (did you mean 'tasks'?)"),
-    "task twice": (replace_in_yaml("name: questions", "name: captions"), "stream.yaml:4: task 'captions' is already defined on line 3"),
-    "bad task name": (replace_in_yaml("name: questions", "name: my questions"), "stream.yaml:4: name is 'my questions'; expected letters, digits"),
-    "reserved task name": (replace_in_yaml("name: questions", "name: stage"), "stream.yaml:4: name is 'stage', a word of the result tables"),
-    "missing directory": (replace_in_yaml("directory: questions", "directory: question"), "stream.yaml:4: task 'questions': directory 'question' is missing"),
+    "unknown task key": (
+        replace_in_yaml("    directory", "    folder"),
+        "stream.yaml:6: unknown key 'folder'; expected name, metric, directory",
+    ),
+    "missing task key": (
+        replace_in_yaml("    directory: questions\n", ""),
+        "stream.yaml:4: key 'directory' is missing",
+    ),
+    "unknown top key": (
+        replace_in_yaml("name: small", "name: small\ntaks: 1"),
+        "stream.yaml:2: unknown key 'taks'; expected name, tasks (did you mean 'tasks'?)",
+    ),
+    "task twice": (
+        replace_in_yaml("name: questions", "name: captions"),
+        "stream.yaml:4: task 'captions' is already defined on line 3",
+    ),
+    "bad task name": (
+        replace_in_yaml("name: questions", "name: my questions"),
+        "stream.yaml:4: name is 'my questions'; expected letters, digits",
+    ),
+    "reserved task name": (
+        replace_in_yaml("name: questions", "name: stage"),
+        "stream.yaml:4: name is 'stage', a word of the result tables",
+    ),
+    "missing directory": (
+        replace_in_yaml("directory: questions", "directory: question"),
+        "stream.yaml:4: task 'questions': directory 'question' is missing",
+    ),
     "no tasks": (write("stream.yaml", "name: x\ntasks: []\n"), "stream.yaml:2: tasks is missing or empty"),
     "tasks missing": (write("stream.yaml", "name: x\n"), "stream.yaml:1: tasks is missing or empty"),
     "task a string": (write("stream.yaml", "name: x\ntasks: [a]\n"), "stream.yaml:2: expected a task like"),
@@ -238,8 +282,11 @@ CASES: dict[str, tuple[Damage, str]] = {
     "yaml a list": (write("stream.yaml", "- 1\n"), "stream.yaml:1: expected the keys name and tasks"),
     "yaml empty": (write("stream.yaml", ""), "stream.yaml:1: expected the keys name and tasks"),
     "yaml name a list": (replace_in_yaml("name: small", "name: [small]"), "stream.yaml:1: name is not a text"),
-    "no stream.yaml": (lambda folder: (folder / "stream.yaml").unlink(), "stream.yaml: file is missing; a data set is a folder"),
-}  # fmt: skip
+    "no stream.yaml": (
+        lambda folder: (folder / "stream.yaml").unlink(),
+        "stream.yaml: file is missing; a data set is a folder",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -251,8 +251,8 @@ def test_normal_form() -> None:
     ("text", "letter"),
     [
         ("B", "B"), ("b", "B"), ("B.", "B"), ("(B)", "B"), ("B) a cat", "B"), ("B: a cat", "B"), ("Answer: B", "B"),
-        ("The answer is B.", "B"), ("Option C", "C"), ("A cat", None), ("cat", None), ("", None), ("D", None), ("BC", None),
-        ("1", None), ("B or C", None),
+        ("The answer is B.", "B"), ("Option C", "C"), ("A cat", None), ("cat", None), ("", None), ("D", None),
+        ("BC", None), ("1", None), ("B or C", None),
     ],
 )  # fmt: skip
 def test_parse_letter_among_three(text: str, letter: str | None) -> None:
@@ -283,4 +283,6 @@ def test_option_letter_wants_a_listed_letter() -> None:
 
 def test_cider_percent_is_a_tenth_of_cider() -> None:
     samples, said = SAMPLES["cider"], ["a red anchor", "a leaf on blue"]
-    assert METRICS["cider_percent"].evaluate(said, samples) == pytest.approx(METRICS["cider"].evaluate(said, samples) / 10)
+    assert METRICS["cider_percent"].evaluate(said, samples) == pytest.approx(
+        METRICS["cider"].evaluate(said, samples) / 10
+    )

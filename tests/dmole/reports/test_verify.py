@@ -183,14 +183,26 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "truncated result": (truncate(f"{RUN}/result.json"), "result.json: is not JSON"),
     "missing environment": (lambda r: (r / RUN / "environment.json").unlink(), "environment.json: cannot be read"),
     "missing matrix": (lambda r: (r / RUN / "matrix.csv").unlink(), "matrix.csv: cannot be read"),
-    "a word in the matrix": (edit(f"{RUN}/matrix.csv", "75.0", "good"), "matrix.csv:4: cell is 'good'; expected a number"),
+    "a word in the matrix": (
+        edit(f"{RUN}/matrix.csv", "75.0", "good"),
+        "matrix.csv:4: cell is 'good'; expected a number",
+    ),
     "infinity in the matrix": (edit(f"{RUN}/matrix.csv", "75.0", "inf"), "cell is 'inf'; expected a number or nothing"),
     "a short row": (edit(f"{RUN}/matrix.csv", "3,100.0,", "3,"), "matrix.csv:5: has 3 cells; expected 4"),
     "a stage twice": (edit(f"{RUN}/matrix.csv", "3,100.0", "2,100.0"), "matrix.csv:5: stage is '2'; expected 0..3"),
-    "a header": (edit(f"{RUN}/matrix.csv", "stage,", "row,"), "matrix.csv:1: header is row,boxes,words,letters; expected"),
+    "a header": (
+        edit(f"{RUN}/matrix.csv", "stage,", "row,"),
+        "matrix.csv:1: header is row,boxes,words,letters; expected",
+    ),
     "missing summary": (lambda r: (r / "summary.csv").unlink(), "summary.csv: cannot be read"),
-    "summary without seeds": (edit("summary.csv", "method,seed", "method,sead"), "summary.csv: header: stored method,sead"),
-    "result without summary": (edit(f"{RUN}/result.json", '"summary"', '"sumary"'), "expected an object with the key 'summary'"),
+    "summary without seeds": (
+        edit("summary.csv", "method,seed", "method,sead"),
+        "summary.csv: header: stored method,sead",
+    ),
+    "result without summary": (
+        edit(f"{RUN}/result.json", '"summary"', '"sumary"'),
+        "expected an object with the key 'summary'",
+    ),
     "summary without method": (edit(f"{RUN}/result.json", '"method"', '"methd"'), "result.json: summary has no method"),
     "a number as prediction": (
         edit_lines(PREDICTIONS, lambda rows: rows[0].update(prediction=3)),
@@ -208,7 +220,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
         edit_lines(REFERENCES, lambda rows: rows.append(rows[0])),
         "references.jsonl.gz: task 'boxes' has an id twice",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", DAMAGE)
