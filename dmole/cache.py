@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where things that can be made again are kept: the mini benchmark's images and the image features of the stem.
 
-The folder is ``$DMOLE_CACHE`` if set, else ``$XDG_CACHE_HOME/dmole``, else ``~/.cache/dmole``. Deleting it costs time only.
+The folder is ``$DMOLE_CACHE`` if set, else ``$XDG_CACHE_HOME/dmole``, else ``~/.cache/dmole``. Deleting it
+costs time only.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class ImageFeatureCache:
     """One float16 array per image content: ``features(paths)`` computes what is missing and reads the rest.
 
     The key is the SHA-256 of the image file's bytes and of ``version`` (which names the processor and its settings), so
-    an image that changes, or another processor, never meets an old entry. Files appear by rename: processes may share it.
+    an image that changes, or another processor, never meets an old entry. Files appear by rename: processes may
+    share the folder.
     """
 
     def __init__(self, folder: Path, version: str, compute: Callable[[Sequence[Path]], Tensor], batch_size: int = 32):

@@ -245,13 +245,14 @@ def report(
     """Show the tables of a results folder again, and paired differences between two methods."""
     from dmole.reports.stored import read_runs
 
-    _show_tables(Console(), read_runs(results), compare=compare, markdown=markdown, matrices=matrices)
+    _show_tables(Console(), read_runs(results), everything=True, compare=compare, markdown=markdown, matrices=matrices)
 
 
 def _show_tables(
     console: Console,
     runs: Sequence[StoredRun],
     *,
+    everything: bool = False,
     compare: str | None = None,
     markdown: Path | None = None,
     matrices: bool = False,
@@ -264,10 +265,13 @@ def _show_tables(
     if len({run.tasks for run in runs}) > 1:
         shown = [tables.summary_table(runs)]
     else:
-        shown = [tables.last_table(runs), tables.summary_table(runs)]
-    for optional in (tables.conventions_table(runs), tables.routing_table(runs)):
-        shown += [optional] if optional.rows else []
+        shown = [tables.last_table(runs), tables.well_formed_table(runs), tables.summary_table(runs)]
+    routing = tables.routing_table(runs)
+    shown += [routing] if routing.rows else []
     shown.append(tables.time_table(runs))
+    if everything:
+        conventions = tables.conventions_table(runs)
+        shown += [conventions] if conventions.rows else []
     if compare is not None:
         pair = _split("--compare", [compare])
         if len(pair) != 2:

@@ -30,7 +30,7 @@ class Batch:
 
 
 def collate(model: MultimodalModel, samples: Sequence[Sample], *, with_answers: bool) -> Batch:
-    """``with_answers``: prompt + ``answers[0]``, right-padded, labels on the answer. Else the prompt alone, left-padded."""
+    """``with_answers``: prompt + ``answers[0]``, right-padded, labels on it. Else the prompt, left-padded."""
     prompts = [model.prompt_ids(sample.instruction) for sample in samples]
     answers = [model.answer_ids(sample.answers[0]) if with_answers else [] for sample in samples]
     lengths = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]

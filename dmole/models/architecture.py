@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -41,8 +42,12 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", additional_special_tokens=["<user>", "<assistant>", "<image>"]
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        additional_special_tokens=["<user>", "<assistant>", "<image>"],
     )
 
 
@@ -59,7 +64,7 @@ def build_network(
     heads: int,
     positions: int = 512,
 ) -> LlavaForConditionalGeneration:
-    """SigLIP-type vision tower + two-layer projector + Llama; tied embeddings; weights from torch's default generator."""
+    """SigLIP-type vision tower + two-layer projector + Llama; tied embeddings; torch's default generator."""
     vision = SiglipVisionConfig(
         hidden_size=vision_width,
         intermediate_size=4 * vision_width,
@@ -86,8 +91,7 @@ def build_network(
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_index=cast(int, tokenizer.convert_tokens_to_ids("<image>")),
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
         image_seq_length=grid * grid,
@@ -97,7 +101,7 @@ def build_network(
 
 
 def build_mini_network(tokenizer: PreTrainedTokenizerFast, side: int) -> LlavaForConditionalGeneration:
-    """The mini model: 4 vision layers of width 192 over the stem's map, 4 language layers of width 256; 7 M parameters."""
+    """The mini model: 4 vision layers of width 192 over the stem's map, 4 language layers of width 256; 7 M weights."""
     return build_network(
         tokenizer,
         channels=STEM_CHANNELS,
@@ -113,7 +117,12 @@ def build_mini_network(tokenizer: PreTrainedTokenizerFast, side: int) -> LlavaFo
 
 def build_tiny_model(seed: int = 0, *, texts: Iterable[str] = (), side: int = 16) -> MultimodalModel:
     """Random weights, two 32-wide layers a tower, pixels as input: the real classes in milliseconds, for tests."""
-    corpus = [*texts, "Describe the image in one sentence.", "Answer with the letter.", "Answer briefly. yes no red green"]
+    corpus = [
+        *texts,
+        "Describe the image in one sentence.",
+        "Answer with the letter.",
+        "Answer briefly. yes no red green",
+    ]
     tokenizer = train_tokenizer(corpus, vocabulary=400)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

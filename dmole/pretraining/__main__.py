@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m dmole.pretraining``: writes the corpus (about 8 GB), then trains the mini benchmark's base model on it."""
+"""``python -m dmole.pretraining``: writes the corpus (about 8 GB) and trains the mini benchmark's base model on it."""
 
 from __future__ import annotations
 

@@ -23,7 +23,13 @@ from dmole.data.mini.charts import (
 from dmole.pretraining.scene import SIDE, Scene, Turn, multiple_choice
 
 # Other words than the tasks': pretraining teaches to see a trend, not how a task wants it told.
-_TREND_NAMES: dict[Trend, str] = {"rise": "goes up", "fall": "goes down", "peak": "hill", "dip": "hollow", "zigzag": "jumps"}
+_TREND_NAMES: dict[Trend, str] = {
+    "rise": "goes up",
+    "fall": "goes down",
+    "peak": "hill",
+    "dip": "hollow",
+    "zigzag": "jumps",
+}
 
 
 def _heights(rng: random.Random, points: int) -> tuple[Values, Trend | None]:
@@ -52,7 +58,9 @@ def chart_scene(rng: random.Random) -> Scene:
     ]
     if trend is not None:
         turns.append(Turn("What shape has the curve? Answer briefly.", _TREND_NAMES[trend]))
-        turns.append(multiple_choice(rng, "What shape has the curve?", _TREND_NAMES[trend], list(_TREND_NAMES.values())))
+        turns.append(
+            multiple_choice(rng, "What shape has the curve?", _TREND_NAMES[trend], list(_TREND_NAMES.values()))
+        )
     if side is not None:
         turns.append(Turn("Where is the maximum? Answer briefly.", side))
     rng.shuffle(turns)
@@ -80,7 +88,9 @@ def comparison_scene(rng: random.Random) -> Scene:
         letters = rng.sample(("A", "B", "C", "D", "X", "Y", "Z"), count) if rng.random() < 0.5 else list("ABCD"[:count])
         heights = np.array(rng.sample([0.1, 0.25, 0.4, 0.55, 0.7, 0.85, 1.0], count))
         colour = rng.choice(CHART_COLOURS)
-        image = draw_chart(rng, SIDE, "bar", [Trace(heights=heights, colour=colour)], letters if rng.random() < 0.8 else None)
+        image = draw_chart(
+            rng, SIDE, "bar", [Trace(heights=heights, colour=colour)], letters if rng.random() < 0.8 else None
+        )
         order = np.argsort(heights)
         places = {0: "first", count - 1: "last"}
         turns = [
@@ -90,6 +100,10 @@ def comparison_scene(rng: random.Random) -> Scene:
         ]
         if (place := places.get(int(order[-1]))) is not None:
             turns.append(Turn("Is the first or the last bar the tallest? Answer briefly.", place))
-        turns.append(multiple_choice(rng, "Counted from the left, which bar is the lowest?", str(int(order[0]) + 1), list("123456")))
+        turns.append(
+            multiple_choice(
+                rng, "Counted from the left, which bar is the lowest?", str(int(order[0]) + 1), list("123456")
+            )
+        )
     rng.shuffle(turns)
     return Scene(image, tuple(turns[:5]))

@@ -59,7 +59,9 @@ def icon_grid_scene(rng: random.Random) -> Scene:
     if kind < 0.4:  # n copies of one icon
         icon, ink = rng.choice(icons), rng.choice(inks)
         count = rng.randint(1, 6)
-        cells = rng.sample([(i, j) for i in range(3) for j in range(3)], count) if count > 4 or rng.random() < 0.5 else None
+        cells = (
+            rng.sample([(i, j) for i in range(3) for j in range(3)], count) if count > 4 or rng.random() < 0.5 else None
+        )
         side = 53 if cells else 80
         cells = cells or rng.sample([(i, j) for i in range(2) for j in range(2)], count)
         for i, j in cells:
@@ -91,14 +93,18 @@ def icon_grid_scene(rng: random.Random) -> Scene:
         k, icon = cells_k[pick], chosen[pick]
         left, top = 6 + 80 * (k % 2), 6 + 80 * (k // 2)
         turns = [
-            Turn("List what you see.", ", ".join(f"{i.noun} {_PLACES[c]}" for c, i in zip(cells_k, chosen, strict=True))),
+            Turn(
+                "List what you see.", ", ".join(f"{i.noun} {_PLACES[c]}" for c, i in zip(cells_k, chosen, strict=True))
+            ),
             Turn(f"What is at the {_PLACES[k]}? Answer briefly.", icon.noun),
             Turn(f"What color is the icon at the {_PLACES[k]}? Answer briefly.", shades[pick]),
             multiple_choice(rng, f"What is at the {_PLACES[k]}?", icon.noun, [i.noun for i in icons]),
             Turn("How many icons are there? Answer briefly.", str(count)),
         ]
         if [i.noun for i in chosen].count(icon.noun) == 1:
-            turns.append(Turn(f"Give the box of the {icon.noun} as x1 y1 x2 y2.", box_text(left, top, left + 68, top + 68)))
+            turns.append(
+                Turn(f"Give the box of the {icon.noun} as x1 y1 x2 y2.", box_text(left, top, left + 68, top + 68))
+            )
             turns.append(multiple_choice(rng, f"Where is the {icon.noun}?", _PLACES[k], _PLACES))
     rng.shuffle(turns)
     return Scene(image, tuple(turns[:5]))

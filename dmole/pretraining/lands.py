@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Outlines of the countries that no task asks about: name, capital and world region, so that outlines come to matter."""
+"""Outlines of the countries that no task asks about: name, capital and world region, so that outlines matter."""
 
 from __future__ import annotations
 

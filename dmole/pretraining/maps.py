@@ -31,7 +31,12 @@ def map_scene(rng: random.Random) -> Scene:
         Turn(f"Give the box of the {target.colour} region as x1 y1 x2 y2.", box),
         Turn(f"Where is the {target.colour} region? Answer briefly.", _side_of(target.box)),
         Turn(f"{name} is the {target.colour} one. Where is {name}? Answer briefly.", _side_of(target.box)),
-        multiple_choice(rng, "Which color is on the map?", target.colour, [c for c in MAP_COLOURS if c not in colours] + ["black", "white", "pink"]),
+        multiple_choice(
+            rng,
+            "Which color is on the map?",
+            target.colour,
+            [c for c in MAP_COLOURS if c not in colours] + ["black", "white", "pink"],
+        ),
     ]
     asked = rng.choice(MAP_COLOURS)
     turns.append(Turn(f"Is there a {asked} region? Answer briefly.", "yes" if asked in colours else "no"))

@@ -20,7 +20,7 @@ _PLACES = ("top", "middle", "bottom")
 
 @cache
 def place_names() -> tuple[str, ...]:
-    """Every 30th city name of 3 to 9 plain letters (bokeh-sampledata, from GeoNames, CC-BY), without capitals' names."""
+    """Every 30th city name of 3 to 9 plain letters (bokeh-sampledata, GeoNames, CC-BY), without the capitals."""
     answers = {text.lower() for country in countries("train") for text in (country.name, country.capital)}
     names = sorted({row["name"] for row in read_table("bokeh_sampledata", "_data", "world_cities.csv.gz")})
     plain = [n for n in names if n.isascii() and n.isalpha() and 3 <= len(n) <= 9 and n.lower() not in answers]
@@ -43,7 +43,11 @@ def poster_scene(rng: random.Random) -> Scene:
     shown = rng.choice((word, word.upper(), word.capitalize()))
     bold = tuple(name for name in FONTS if "Bol" in name)
     layer = text_layer(rng, shown, ink_rgb, rng.randint(40, 64), 0.0, faces=bold if rng.random() < 0.7 else FONTS)
-    top = {"top": rng.randint(4, 14), "middle": (SIDE - layer.height) // 2 + rng.randint(-6, 6), "bottom": SIDE - layer.height - rng.randint(4, 14)}[place]
+    top = {
+        "top": rng.randint(4, 14),
+        "middle": (SIDE - layer.height) // 2 + rng.randint(-6, 6),
+        "bottom": SIDE - layer.height - rng.randint(4, 14),
+    }[place]
     image.paste(layer, (max(0, (SIDE - layer.width) // 2), top), layer)
     if small:
         line = text_layer(rng, small.upper(), ink_rgb, 15, 0.0)

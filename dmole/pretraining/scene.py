@@ -28,6 +28,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "cyan": (40, 190, 210),
 }
 
+
 @dataclass(frozen=True)
 class Turn:
     """One question and its answer."""

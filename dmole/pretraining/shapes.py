@@ -11,7 +11,19 @@ from PIL import Image, ImageDraw
 
 from dmole.pretraining.scene import COLOURS, SIDE, Scene, Turn, background, box_text, jittered, multiple_choice
 
-SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross", "ring", "hexagon", "pentagon", "half circle", "bar")
+SHAPES = (
+    "circle",
+    "square",
+    "triangle",
+    "star",
+    "diamond",
+    "cross",
+    "ring",
+    "hexagon",
+    "pentagon",
+    "half circle",
+    "bar",
+)
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
@@ -46,7 +58,15 @@ def _polygon(sides: int, cx: float, cy: float, r: float, turn: float, inner: flo
     ]
 
 
-def _draw(draw: ImageDraw.ImageDraw, shape: str, fill: tuple[int, int, int], cx: float, cy: float, r: float, rng: random.Random) -> tuple[float, float, float, float]:
+def _draw(
+    draw: ImageDraw.ImageDraw,
+    shape: str,
+    fill: tuple[int, int, int],
+    cx: float,
+    cy: float,
+    r: float,
+    rng: random.Random,
+) -> tuple[float, float, float, float]:
     """Draws the shape; returns its bounding box."""
     box = (cx - r, cy - r, cx + r, cy + r)
     if shape == "circle":
@@ -82,7 +102,9 @@ def _draw(draw: ImageDraw.ImageDraw, shape: str, fill: tuple[int, int, int], cx:
     return (min(xs), min(ys), max(xs), max(ys))
 
 
-def _place(rng: random.Random, count: int, same_shape: str | None, same_colour: str | None) -> tuple[Image.Image, str, list[_Item]]:
+def _place(
+    rng: random.Random, count: int, same_shape: str | None, same_colour: str | None
+) -> tuple[Image.Image, str, list[_Item]]:
     ground, ground_rgb = background(rng)
     image = Image.new("RGB", (SIDE, SIDE), ground_rgb)
     draw = ImageDraw.Draw(image)
@@ -110,7 +132,9 @@ def shapes_scene(rng: random.Random) -> Scene:
     )
     items.sort(key=lambda item: (round(item.box[1] / 50), item.box[0]))
     names = [item.name for item in items]
-    turns = [Turn("List what you see.", ", ".join(f"{item.name} {item.place}" for item in items) + f", {ground} background")]
+    turns = [
+        Turn("List what you see.", ", ".join(f"{item.name} {item.place}" for item in items) + f", {ground} background")
+    ]
     turns.append(Turn("How many shapes are there? Answer briefly.", str(count)))
     turns.append(multiple_choice(rng, "How many shapes are there?", str(count), [str(n) for n in range(1, 8)]))
     unique = [item for item in items if names.count(item.name) == 1]
@@ -122,9 +146,13 @@ def shapes_scene(rng: random.Random) -> Scene:
     if sum(item.shape == shape_of.shape for item in items) == 1:
         turns.append(Turn(f"What color is the {shape_of.shape}? Answer briefly.", shape_of.colour))
         turns.append(multiple_choice(rng, f"What color is the {shape_of.shape}?", shape_of.colour, list(COLOURS)))
-        label = rng.choice(("Alma", "Bor", "Cora", "Dell", "Elm", "Fargo", "Gale", "Hill", "Iona", "Jura", "Kent", "Lee"))
+        label = rng.choice(
+            ("Alma", "Bor", "Cora", "Dell", "Elm", "Fargo", "Gale", "Hill", "Iona", "Jura", "Kent", "Lee")
+        )
         if sum(item.colour == shape_of.colour for item in items) == 1:
-            turns.append(Turn(f"{label} is the {shape_of.colour} one. What shape is {label}? Answer briefly.", shape_of.shape))
+            turns.append(
+                Turn(f"{label} is the {shape_of.colour} one. What shape is {label}? Answer briefly.", shape_of.shape)
+            )
     if sum(item.colour == shape_of.colour for item in items) == 1:
         turns.append(multiple_choice(rng, f"Which shape is {shape_of.colour}?", shape_of.shape, list(SHAPES)))
     present = rng.choice(items).name
@@ -155,7 +183,9 @@ def odd_one_scene(rng: random.Random) -> Scene:
     turns = [
         Turn("Which one is different? Answer briefly.", places[odd]),
         multiple_choice(rng, "Where is the odd one out?", places[odd], places),
-        multiple_choice(rng, "Which shape is at the " + places[odd] + "?", shapes[0] if by_colour else shapes[1], list(SHAPES)),
+        multiple_choice(
+            rng, "Which shape is at the " + places[odd] + "?", shapes[0] if by_colour else shapes[1], list(SHAPES)
+        ),
         Turn("How do the others look? Answer briefly.", f"{colours[0]} {shapes[0]}"),
     ]
     rng.shuffle(turns)

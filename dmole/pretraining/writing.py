@@ -68,7 +68,9 @@ def word_scene(rng: random.Random, words: tuple[str, ...]) -> Scene:
     image = Image.new("RGB", (SIDE, SIDE), ground_rgb)
     band = SIDE // count
     for i, text in enumerate(shown):
-        layer = text_layer(rng, text, ink_rgb, rng.randint(26, 46) if count < 3 else rng.randint(24, 36), rng.uniform(-6, 6))
+        layer = text_layer(
+            rng, text, ink_rgb, rng.randint(26, 46) if count < 3 else rng.randint(24, 36), rng.uniform(-6, 6)
+        )
         x = rng.randint(0, max(0, SIDE - layer.width))
         y = i * band + rng.randint(0, max(0, band - layer.height))
         image.paste(layer, (x, y), layer)
@@ -109,7 +111,9 @@ def number_scene(rng: random.Random) -> Scene:
         Turn(f"What is the {ordinal} digit? Answer briefly.", digits[k]),
         Turn("How many digits are there? Answer briefly.", str(len(digits))),
         Turn("Write the digits apart.", " ".join(digits)),
-        multiple_choice(rng, "Which number is printed?", digits, [w for w in wrong if w != digits] + ["12345", "00", "77777", "421"]),
+        multiple_choice(
+            rng, "Which number is printed?", digits, [w for w in wrong if w != digits] + ["12345", "00", "77777", "421"]
+        ),
         Turn("What color is the number? Answer briefly.", ink),
     ]
     first, rest = turns[0], turns[1:]

@@ -25,6 +25,7 @@ from dmole.reports.tables import (
     routing_table,
     summary_table,
     time_table,
+    well_formed_table,
 )
 
 _BLOCK = re.compile(
@@ -36,6 +37,7 @@ _MARKER = re.compile(r"^<!-- (?:results:.*|/results) -->$", re.MULTILINE)
 TABLES: Mapping[str, Callable[[Sequence[StoredRun]], Table]] = {
     "summary": summary_table,
     "last": last_table,
+    "well_formed": well_formed_table,
     "conventions": conventions_table,
     "time": time_table,
     "routing": routing_table,

@@ -111,14 +111,35 @@ def summary_table(runs: Sequence[StoredRun]) -> Table:
 
 
 def last_table(runs: Sequence[StoredRun]) -> Table:
-    """Last score of every task: A[N][i], for Finetune A[i][i], for Zero-shot A[0][i]."""
-    tasks = runs[0].tasks
+    """Last score of every task: A[N][i], for Finetune A[i][i], for Zero-shot A[0][i]. One row per task."""
 
     def value(task: str) -> Callable[[StoredRun], float | None]:
         return lambda run: final_points(run).get(task)
 
-    names = {task: value(task) for task in tasks}
-    return _by_group("Score per task after the last stage", runs, names, caption="points of each task's own metric")
+    names = {task: value(task) for task in runs[0].tasks}
+    title = "Score per task after the last stage"
+    return _turned(_by_group(title, runs, names, caption="points of each task's own metric", seeds=False), "task")
+
+
+def well_formed_table(runs: Sequence[StoredRun]) -> Table:
+    """Share of predictions with the form of an answer, in the row that `last_table` shows. One row per task.
+
+    A score that fell together with this share was lost to the form of the answer, not to its content.
+    """
+
+    def value(task: str) -> Callable[[StoredRun], float | None]:
+        return lambda run: final_well_formed(run).get(task)
+
+    names = {task: value(task) for task in runs[0].tasks}
+    title = "Well-formed answers after the last stage, %"
+    return _turned(_by_group(title, runs, names, digits=dict.fromkeys(names, 1), seeds=False), "task")
+
+
+def _turned(table: Table, corner: str) -> Table:
+    """Rows for columns: methods stand side by side and many tasks stay readable on a terminal."""
+    columns = (corner, *(row[0] for row in table.rows))
+    rows = tuple((name, *(row[i] for row in table.rows)) for i, name in enumerate(table.columns) if i > 0)
+    return Table(title=table.title, columns=columns, rows=rows, caption=table.caption)
 
 
 def final_points(run: StoredRun) -> dict[str, float]:
@@ -129,6 +150,15 @@ def final_points(run: StoredRun) -> dict[str, float]:
         if measured:
             points[task] = measured[-1]
     return points
+
+
+def final_well_formed(run: StoredRun) -> dict[str, float]:
+    """Percent of well-formed answers per task, in the last row where the task was measured."""
+    stored = run.result.get("well_formed") or {}
+    shares: dict[str, float] = {}
+    for stage in sorted(stored, key=int):
+        shares.update({task: 100.0 * float(share) for task, share in stored[stage].items()})
+    return shares
 
 
 def matrix_table(run: StoredRun) -> Table:
@@ -153,7 +183,9 @@ def conventions_table(runs: Sequence[StoredRun]) -> Table:
     def value(name: str) -> Callable[[StoredRun], float | None]:
         return lambda run: other_conventions(run.matrix).get(name)
 
-    return _by_group("Other conventions", complete, {name: value(name) for name in names})
+    return _turned(
+        _by_group("Other conventions", complete, {name: value(name) for name in names}, seeds=False), "number"
+    )
 
 
 def time_table(runs: Sequence[StoredRun]) -> Table:

@@ -36,7 +36,7 @@ def table(path: Path) -> list[dict[str, str]]:
 
 
 def measured(run_folder: Path) -> set[tuple[int, int]]:
-    rows = list(csv.reader((run_folder / "matrix.csv").open()))[1:]
+    rows = list(csv.reader((run_folder / "matrix.csv").read_text().splitlines()))[1:]
     assert [int(row[0]) for row in rows] == [0, 1, 2, 3]
     return {(stage, column) for stage, row in enumerate(rows) for column, cell in enumerate(row[1:]) if cell}
 

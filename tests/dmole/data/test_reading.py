@@ -245,7 +245,7 @@ CASES: dict[str, tuple[Damage, str]] = {
     # stream.yaml
     "unknown metric": (
         replace_in_yaml("metric: option_letter", "metric: option_leter"),
-        f"stream.yaml:5: metric is 'option_leter'; expected one of {', '.join(METRICS)} (did you mean 'option_letter'?)",
+        f"stream.yaml:5: metric is 'option_leter'; expected one of {', '.join(METRICS)} (did you mean 'option_letter'",
     ),
     "unknown task key": (
         replace_in_yaml("    directory", "    folder"),

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables show means and spreads over seeds, and nothing where a protocol defines nothing."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -24,13 +25,23 @@ def test_summary(results: Path) -> None:
 
 
 def test_last_per_task(results: Path) -> None:
-    rows = by_method(tables.last_table(read_runs(results)))
-    assert [rows["loser"][task] for task in ("boxes", "words", "letters")] == [
-        "0.00 ± 0.00",
-        "25.00 ± 0.00",
-        "100.00 ± 0.00",
-    ]
-    assert [rows["finetune"][task] for task in ("boxes", "words", "letters")] == ["100.00", "75.00", "100.00"]
+    table = tables.last_table(read_runs(results))
+    assert table.columns == ("task", "finetune", "keeper", "loser")
+    assert table.rows == (
+        ("boxes", "100.00", "100.00 ± 0.00", "0.00 ± 0.00"),
+        ("words", "75.00", "62.50 ± 17.68", "25.00 ± 0.00"),
+        ("letters", "100.00", "100.00 ± 0.00", "100.00 ± 0.00"),
+    )
+
+
+def test_well_formed_shares_stand_in_the_same_rows(results: Path) -> None:
+    path = results / "runs" / "finetune-seed0-default" / "result.json"
+    result = json.loads(path.read_text())
+    result["well_formed"]["2"]["words"] = 0.25
+    path.write_text(json.dumps(result))
+    table = tables.well_formed_table(read_runs(results))
+    assert table.rows[1] == ("words", "25.0", "100.0 ± 0.0", "100.0 ± 0.0")
+    assert table.rows[0] == ("boxes", "100.0", "100.0 ± 0.0", "100.0 ± 0.0")
 
 
 def test_matrix(results: Path) -> None:
@@ -49,10 +60,10 @@ def test_time_and_routing_and_conventions(results: Path) -> None:
     times = by_method(tables.time_table(runs))
     assert times["keeper"]["proxy % of train"] == "4.00 ± 0.00" and times["loser"]["router s"] == "0.00 ± 0.00"
     assert list(by_method(tables.routing_table(runs))) == ["keeper"]
-    conventions = by_method(tables.conventions_table(runs))
-    assert set(conventions) == {"keeper", "loser"}
-    assert conventions["loser"]["GEM BWT (over N-1)"] == "-75.00 ± 0.00"
-    assert conventions["loser"]["CoIN BWT (over N)"] == "-50.00 ± 0.00"
+    conventions = tables.conventions_table(runs)
+    assert conventions.columns == ("number", "keeper", "loser")
+    loser = {row[0]: row[2] for row in conventions.rows}
+    assert loser["GEM BWT (over N-1)"] == "-75.00 ± 0.00" and loser["CoIN BWT (over N)"] == "-50.00 ± 0.00"
 
 
 def test_markdown_and_terminal_show_the_same(results: Path) -> None:
