@@ -20,7 +20,7 @@ from pathlib import Path
 MINIMUM_PYTHON = (3, 10)
 MINIMUM_MEMORY_GIB = 6.0
 MINIMUM_DISK_GIB = 2.0
-MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
+MODEL_FILES = ("config.json", "model.safetensors", "image_processor.json", "tokenizer.json")
 SHOWN_PACKAGES = ("torch", "transformers", "peft")
 
 _REQUIREMENT = re.compile(
@@ -56,7 +56,7 @@ def examine() -> list[Finding]:
             Finding(what="dmole", found="not installed as a package", ok=False, fix='pip install -e ".[data,peft]"')
         )
     findings += [package_finding(item) for item in needed if item.extra == "" or item.name in SHOWN_PACKAGES]
-    findings += [_backend(), *_machine(), _cache(), _benchmark(needed), base_model(_model_folder())]
+    findings += [_backend(), *_machine(), _cache(), _benchmark(needed), base_model(model_folder())]
     return findings
 
 
@@ -205,8 +205,9 @@ def _benchmark(needed: Sequence[Requirement]) -> Finding:
     return Finding(what="mini benchmark", found=found, ok=ok, fix='pip install -e ".[data]"')
 
 
-def _model_folder() -> Path:
-    return Path(__file__).resolve().parent / "models" / "mini"
+def model_folder() -> Path:
+    """Where the package ships the weights of the model called `mini`."""
+    return Path(__file__).resolve().parent / "models" / "mini_weights"
 
 
 def base_model(folder: Path) -> Finding:

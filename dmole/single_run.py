@@ -76,7 +76,6 @@ class SingleRun:
         self.position = Position()
         self.method: Method = method_class(plan.method)(model, config.method_settings(plan.method), seed=plan.seed)
         self.stages = self.method.stages(plan.stream)
-        self.step_seconds: list[float] = []
 
     def run(self) -> None:
         folder, label = self.plan.folder, self.plan.folder.name

@@ -7,8 +7,8 @@ A file asks for a table between two markers, which stay:
     (made by `dmole readme`)
     <!-- /results -->
 
-The words after `results:` are the table's name, the results folder relative to the file, and for `comparison` the two
-methods. `dmole readme --check` compares without writing; a test does the same.
+The words after `results:` are the table's name, the results folder relative to the file (for `admission` a CSV), and for
+`comparison` the two methods. `dmole readme --check` compares without writing; a test does the same.
 """
 
 import re
@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from dmole.checkpoint import write_atomically
+from dmole.reports.admission import admission_table
 from dmole.reports.comparison import compare, comparison_table
 from dmole.reports.stored import ResultsError, StoredRun, read_runs
 from dmole.reports.tables import (
@@ -46,10 +47,12 @@ TABLES: Mapping[str, Callable[[Sequence[StoredRun]], Table]] = {
 
 def render(words: Sequence[str], folder: Path) -> str:
     """The Markdown that one marker asks for; `folder` is where the marked file lies."""
-    usage = f"{' '.join(words)!r}; expected one of {', '.join(TABLES)} or comparison, then a folder"
+    usage = f"{' '.join(words)!r}; expected one of {', '.join(TABLES)}, admission or comparison, then a path"
     if len(words) == 4 and words[0] == "comparison":
         runs = read_runs(folder / words[1])
         return comparison_table(compare(runs, words[2], words[3])).markdown()
+    if len(words) == 2 and words[0] == "admission":
+        return admission_table(folder / words[1]).markdown()
     if len(words) != 2 or words[0] not in TABLES:
         raise ResultsError(f"marker has {usage} (comparison: and two methods).")
     return TABLES[words[0]](read_runs(folder / words[1])).markdown()

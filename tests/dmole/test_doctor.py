@@ -52,13 +52,22 @@ def test_a_version_outside_the_tested_range() -> None:
 
 def test_base_model(tmp_path: Path) -> None:
     finding = doctor.base_model(tmp_path)
-    assert not finding.ok and finding.found == "lacks config.json, model.safetensors, tokenizer.json"
+    assert not finding.ok and finding.found == f"lacks {', '.join(doctor.MODEL_FILES)}"
     assert finding.fix.startswith("python -m dmole.pretraining --output ")
     for name in doctor.MODEL_FILES:
         (tmp_path / name).write_bytes(b"x" * 2**20)
     assert doctor.base_model(tmp_path) == doctor.Finding(
         what="mini base model", found="1.0 MiB", ok=True, fix=finding.fix
     )
+
+
+def test_the_doctor_looks_where_the_model_is_read() -> None:
+    # The doctor must work without torch and so cannot import these.
+    from dmole.models.mini import MINI_WEIGHTS
+    from dmole.models.multimodal import PROCESSOR_FILE, WEIGHTS_FILE
+
+    assert doctor.model_folder() == MINI_WEIGHTS
+    assert {PROCESSOR_FILE, WEIGHTS_FILE} < set(doctor.MODEL_FILES)
 
 
 def test_the_whole_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_killed_runs_end_with_the_same_files(toy_folder: Path, tmp_path: Path) -> None:
     overrides = [
         f"stream={toy_folder}",

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pretraining scenes: the same on every machine, of entities that no task uses; a small run learns and is saved."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from dmole.data.mini.countries import countries
+from dmole.data.mini.films import films_in_pool
+from dmole.models.multimodal import load_model
+from dmole.pretraining.corpus import read_shard, write_corpus
+from dmole.pretraining.curriculum import CURRICULUM
+from dmole.pretraining.posters import place_names
+from dmole.pretraining.scene import SIDE, box_text
+from dmole.pretraining.shapes import odd_one_scene, shapes_scene
+from dmole.pretraining.train import PretrainingSettings, pretrain
+
+
+@pytest.mark.parametrize("family", CURRICULUM)
+def test_a_scene_is_decided_by_its_seed(family: str) -> None:
+    make, count = CURRICULUM[family]
+    first, second = make(random.Random(f"{family}/7")), make(random.Random(f"{family}/7"))
+    assert first.image.tobytes() == second.image.tobytes() and first.turns == second.turns
+    assert first.image.size == (SIDE, SIDE) and count >= 2000
+    assert 2 <= len(first.turns) <= 6 and all(turn.question and turn.answer for turn in first.turns)
+
+
+@pytest.mark.parametrize("family", CURRICULUM)
+def test_no_task_s_country_title_or_question_is_taught(family: str) -> None:
+    make, _ = CURRICULUM[family]
+    asked = {country.name for country in countries("test")} | {country.capital for country in countries("test")}
+    # A title of one word is an everyday word too; of longer ones none may be an answer.
+    films = [film.title for pool in ("train", "validation", "test") for film in films_in_pool(pool)]
+    titles = {title for title in films if " " in title}
+    for index in range(40):
+        for turn in make(random.Random(f"{family}/{index}")).turns:
+            assert turn.answer not in asked | titles
+            assert turn.question not in (
+                "Which country is shown? Answer briefly.",
+                "Describe the image in one sentence.",
+            )
+
+
+def test_place_names_leave_out_the_asked_capitals() -> None:
+    assert len(place_names()) > 300
+    assert {name.lower() for name in place_names()}.isdisjoint(c.capital.lower() for c in countries("test"))
+
+
+def test_boxes_are_hundredths_of_the_side() -> None:
+    assert box_text(0, 16, 80, 160) == "0 10 50 99"
+
+
+def test_a_small_run_is_written_and_loads(tmp_path: Path) -> None:
+    families = {"shapes": (shapes_scene, 24), "odd_one": (odd_one_scene, 24)}
+    write_corpus(tmp_path / "corpus", families, workers=1)
+    shard = read_shard(tmp_path / "corpus", "shapes")
+    assert shard.features.shape == (24, 2368, 5, 5) and shard.turns[3] == shapes_scene(random.Random("shapes/3")).turns
+    settings = PretrainingSettings(epochs=1, batch_size=8, vision_batch_size=8, held_out=4, vocabulary=300)
+    pretrain(tmp_path / "corpus", list(families), settings, tmp_path / "model", processes=1)
+    assert "phase,step,images" in (tmp_path / "model" / "pretraining.csv").read_text()
+    model = load_model(tmp_path / "model")
+    assert model.image_tokens == 25 and sum(p.numel() for p in model.model.parameters()) > 6e6
