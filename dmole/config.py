@@ -91,6 +91,8 @@ class EvaluationSettings:
 
     batch_size: int = 64
     max_new_tokens: int = 32
+    # Autocast of generation to bfloat16, as in training.
+    bf16: bool = False
 
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, "evaluation.batch_size", self.batch_size, "an integer of at least 1")

@@ -119,7 +119,8 @@ def predict(
             with profile.part("evaluation_data"):
                 batch = collate(method.mm, [sample for _, sample in items], with_answers=False)
             with profile.part("evaluation_generate"), method.evaluation_gates(batch) as routing:
-                answers = generate(method.mm, batch, max_new_tokens=settings.max_new_tokens)
+                with torch.autocast("cpu", torch.bfloat16, enabled=settings.bf16):
+                    answers = generate(method.mm, batch, max_new_tokens=settings.max_new_tokens)
         routes: Sequence[tuple[str, ...] | None] = [None] * len(items) if routing is None else routing.chosen
         yield [
             Prediction(task=task, id=sample.id, text=answer, route=route)

@@ -19,12 +19,19 @@ FIVE_EPOCHS = ("sk_vg", "vizwiz_vqa", "iconqa")
 
 
 def mini() -> RunConfig:
-    """The committed results: every method, three seeds, the nine tasks of the mini benchmark in full."""
+    """The committed results: every method, three seeds, the nine tasks of the mini benchmark in full.
+
+    Unlike the paper: all linears of both towers are candidates and the rank is 16, for every method alike, because rank
+    8 on attention alone is 0.1 M weights on so small a base; and no dropout, whose mask costs as much as the experts do
+    with the plain PyTorch backend.
+    """
     return RunConfig(
         methods=("zero_shot", "finetune", "joint", "seq_ft", "dmole"),
         seeds=(0, 1, 2),
-        training=TrainingSettings(epochs=3, batch_size=16, learning_rate=1e-3),
-        evaluation=EvaluationSettings(batch_size=64, max_new_tokens=32),
+        lora=LoraSettings(rank=16, alpha=32.0, dropout=0.0),
+        training=TrainingSettings(epochs=2, batch_size=16, learning_rate=2e-3, bf16=True),
+        evaluation=EvaluationSettings(batch_size=64, max_new_tokens=32, bf16=True),
+        test_samples=100,
         output="results/mini",
     )
 
@@ -36,7 +43,6 @@ def mini_small() -> RunConfig:
         seeds=(0,),
         train_samples=500,
         test_samples=60,
-        training=TrainingSettings(epochs=3, batch_size=16, learning_rate=1e-3),
         output="results/demo",
     )
 

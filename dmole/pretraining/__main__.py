@@ -17,6 +17,9 @@ def main(
     corpus: Annotated[Path | None, typer.Option(help="Folder for the corpus; default: below the cache.")] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the corpus.")] = 3.0,
     seed: Annotated[int, typer.Option(help="Weights and data order.")] = 0,
+    start_from: Annotated[str, typer.Option(help="A saved model to go on with.")] = "",
+    learning_rate: Annotated[float, typer.Option(help="Peak of the cosine.")] = 2e-3,
+    vision_share: Annotated[float, typer.Option(help="Share of the seconds for the vision tower alone.")] = 0.15,
     processes: Annotated[int, typer.Option(help="Data-parallel processes of one thread each.")] = 2,
     max_seconds: Annotated[float, typer.Option(help="Ends the cosine earlier, by the clock.")] = math.inf,
 ) -> None:
@@ -30,7 +33,14 @@ def main(
         raise typer.BadParameter(f"{output} already holds a model; expected a new folder. Name another, or remove it.")
     folder = corpus or cache_folder() / "pretraining"
     write_corpus(folder, CURRICULUM)
-    settings = PretrainingSettings(epochs=epochs, seed=seed, max_seconds=max_seconds)
+    settings = PretrainingSettings(
+        epochs=epochs,
+        seed=seed,
+        learning_rate=learning_rate,
+        vision_share=vision_share,
+        max_seconds=max_seconds,
+        start_from=start_from,
+    )
     pretrain(folder, list(CURRICULUM), settings, output, processes=processes)
 
 

@@ -7,7 +7,7 @@ A file asks for a table between two markers, which stay:
     (made by `dmole readme`)
     <!-- /results -->
 
-The words after `results:` are the table's name, the results folder relative to the file (for `admission` a CSV), and for
+The words after `results:` are the table's name, the results folder relative to the file (`admission`: a CSV), and for
 `comparison` the two methods. `dmole readme --check` compares without writing; a test does the same.
 """
 
