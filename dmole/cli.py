@@ -68,6 +68,8 @@ def status(arguments: Sequence[str] | None = None) -> int:
         return _fail("interrupted; the same command with --resume goes on from the last checkpoint", INTERRUPTED)
     except ValueError as error:
         return _fail(f"error: {error}", WRONG_INPUT)
+    except ImportError as error:
+        return _fail(f"error: {error} (`dmole doctor` lists what is missing)", WRONG_INPUT)
     except OSError as error:
         named = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
         return _fail(f"error: {named}", WRONG_INPUT)

@@ -105,12 +105,16 @@ def order_label(order: str) -> str:
 
 
 def stream_digest(stream: Stream) -> str:
-    """Which data a run used: the sha256 over all samples, whatever the order of the tasks."""
+    """Which data a run used: the sha256 over all samples and their images' bytes, whatever the order of the tasks."""
     digest = hashlib.sha256()
+    images: dict[Path, str] = {}
     for task in sorted(stream.tasks, key=lambda task: task.name):
         for split in ("train", "validation", "test"):
             for sample in getattr(task, split):
-                parts = (task.name, task.metric, split, sample.id, sample.image.name, sample.instruction)
+                if sample.image not in images:
+                    # Its bytes and not its name: a picture drawn anew under the old name is other data.
+                    images[sample.image] = checkpoint.file_digest(sample.image)
+                parts = (task.name, task.metric, split, sample.id, images[sample.image], sample.instruction)
                 digest.update(json.dumps([*parts, sample.answers, sample.options]).encode())
     return digest.hexdigest()
 
@@ -128,13 +132,26 @@ def check_plan(plan: RunPlan, config: RunConfig, model: MultimodalModel) -> list
 
 
 def check_lengths(stream: Stream, model: MultimodalModel, max_new_tokens: int) -> None:
-    """Raise `ConfigError` for a sample that is longer than the model's positions."""
+    """Raise `ConfigError` for a sample that is longer than the model's positions, or that holds a special token.
+
+    "<image>" in an instruction, as other projects' files have it, would stand for an image token that no image fills.
+    """
     room = int(model.model.config.get_text_config().max_position_embeddings)
+    special = {number: token.content for number, token in model.tokenizer.added_tokens_decoder.items() if token.special}
+    frame = len(model.prompt_ids("")) - len(model.text_ids(""))
     for task in stream.tasks:
         for split, samples in (("train", task.train), ("test", task.test)):
             for sample in samples:
+                instruction = model.text_ids(sample.instruction)
+                taught = [] if split == "test" else model.text_ids(sample.answers[0])
+                for what, ids in (("instruction", instruction), ("answer", taught)):
+                    if found := [special[number] for number in ids if number in special]:
+                        raise ConfigError(
+                            f"{task.name}/{split} sample {sample.id!r} has the model's special token {found[0]!r} in "
+                            f"its {what}; expected plain text. Remove it: the prompt puts the image in front itself."
+                        )
                 answer = max_new_tokens if split == "test" else len(model.answer_ids(sample.answers[0]))
-                length = len(model.prompt_ids(sample.instruction)) + answer
+                length = frame + len(instruction) + answer
                 if length > room:
                     raise ConfigError(
                         f"{task.name}/{split} sample {sample.id!r} takes {length} tokens with its answer; the model "
@@ -146,7 +163,14 @@ def check_folder(plan: RunPlan) -> None:
     path = plan.folder / "config.json"
     if not path.exists():
         return
-    found = json.loads(path.read_bytes())
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ConfigError(
+            f"{path} is not JSON: it was truncated or edited. Restore it, or pass --fresh to delete that run."
+        ) from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} holds no settings of a run. Restore it, or pass --fresh to delete that run.")
     if found.get("fingerprint") == plan.fingerprint:
         return
     old = found.get("identity", {})

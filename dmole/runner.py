@@ -29,14 +29,14 @@ from dmole.config import RunConfig
 from dmole.plan import check_folder, check_lengths, check_plan, fresh_copy, plan_runs, work_units
 from dmole.progress import RunProgress
 from dmole.results import write_summary
-from dmole.single_run import SingleRun
+from dmole.single_run import ZERO_SHOT, SingleRun
 from dmole.sources import open_model, open_stream
 
 
 def run(config: RunConfig, *, console: Console | None = None, fresh: bool = False) -> Path:
     """Run everything `config` asks for and return its output folder; finished runs are kept, half-done ones resumed.
 
-    fresh: delete earlier runs of the same names first.
+    fresh: delete earlier runs of the same names first, and the shared row 0, which other code may have measured.
     Raises ValueError (`ConfigError`, `DataError`, `CheckpointError`) before any training for whatever cannot be run.
     """
     console = console or Console()
@@ -52,6 +52,7 @@ def run(config: RunConfig, *, console: Console | None = None, fresh: bool = Fals
         if fresh:
             for plan in plans:
                 shutil.rmtree(plan.folder, ignore_errors=True)
+            shutil.rmtree(output / ZERO_SHOT, ignore_errors=True)
         for plan in plans:
             check_folder(plan)
         units = {plan.folder: work_units(stages[plan.folder], plan.stream, config) for plan in plans}

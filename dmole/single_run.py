@@ -360,9 +360,15 @@ def _read_row(path: Path, digest: str | None) -> Evaluation:
             f"{path} was truncated or edited: its sha256 is not the checkpoint's. "
             f"Delete {path.parent.parent} to start the run over."
         )
-    plain = json.loads(data)
-    predictions = tuple(
-        Prediction(**{**said, "route": None if said["route"] is None else tuple(said["route"])})
-        for said in plain["predictions"]
-    )
-    return Evaluation(points=plain["points"], well_formed=plain["well_formed"], predictions=predictions)
+    try:
+        plain = json.loads(data)
+        predictions = tuple(
+            Prediction(**{**said, "route": None if said["route"] is None else tuple(said["route"])})
+            for said in plain["predictions"]
+        )
+        return Evaluation(points=plain["points"], well_formed=plain["well_formed"], predictions=predictions)
+    except (ValueError, KeyError, TypeError) as error:
+        # Only the shared row 0 comes without a digest.
+        raise CheckpointError(
+            f"{path} was truncated or edited: it is no evaluation. Delete it to test again."
+        ) from error

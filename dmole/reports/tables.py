@@ -17,7 +17,10 @@ from rich.markup import escape
 from dmole.metrics.continual import other_conventions
 from dmole.reports.stored import StoredRun
 
-CONVENTION = "AVG, Last, BWT: D-MoLE Eq. 16-18, mean over tasks, points; stage 0 (untrained) counts in none of them"
+CONVENTION = (
+    "AVG, Last, BWT: D-MoLE Eq. 16-18, mean over tasks, points; stage 0 (untrained) counts in none of them, except that "
+    "Last is stage 0 for zero_shot and the diagonal for finetune"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,23 +192,30 @@ def conventions_table(runs: Sequence[StoredRun]) -> Table:
 
 
 def time_table(runs: Sequence[StoredRun]) -> Table:
-    """Training time, and the method's own work as shares of it."""
+    """Training and test time, and the method's own work as shares of their sum: the router works in both."""
+
+    def tested(run: StoredRun) -> float | None:
+        seconds = (run.result.get("profile") or {}).get("evaluation_seconds")
+        return None if seconds is None else float(seconds)
 
     def share(column: str) -> Callable[[StoredRun], float | None]:
         def value(run: StoredRun) -> float | None:
-            part, whole = _summary(column)(run), _summary("train_seconds")(run)
-            return None if part is None or not whole else 100.0 * part / whole
+            part, trained, test = _summary(column)(run), _summary("train_seconds")(run), tested(run)
+            if part is None or trained is None or test is None or trained + test == 0:
+                return None
+            return 100.0 * part / (trained + test)
 
         return value
 
     columns = {
         "train s": _summary("train_seconds"),
+        "test s": tested,
         "proxy s": _summary("proxy_seconds"),
         "router s": _summary("router_seconds"),
-        "proxy % of train": share("proxy_seconds"),
-        "router % of train": share("router_seconds"),
+        "proxy % of run": share("proxy_seconds"),
+        "router % of run": share("router_seconds"),
     }
-    return _by_group("Time", runs, columns, digits={"train s": 0})
+    return _by_group("Time", runs, columns, caption="run: train + test", digits={"train s": 0, "test s": 0})
 
 
 def routing_table(runs: Sequence[StoredRun]) -> Table:

@@ -242,3 +242,16 @@ def test_version_and_help_are_quick_to_ask_for(capsys: pytest.CaptureFixture[str
     # Neither needs torch, which takes seconds to import.
     code = "import sys, dmole.cli; dmole.cli.status(['--version']); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def test_a_missing_package_is_one_line_and_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lacking(**given: object) -> None:
+        raise ModuleNotFoundError("no module named 'stem'. Run `pip install stem`.")
+
+    monkeypatch.setattr("dmole.cli.run_config", lacking)
+    assert status(["run", "mini"]) == WRONG_INPUT
+    assert capsys.readouterr().err == (
+        "error: no module named 'stem'. Run `pip install stem`. (`dmole doctor` lists what is missing)\n"
+    )

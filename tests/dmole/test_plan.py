@@ -2,14 +2,17 @@
 """Orders of tasks, and what makes two runs the same run."""
 
 import dataclasses
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from dmole.config import ConfigError, RunConfig
 from dmole.data.sample import Stream
 from dmole.models.multimodal import MultimodalModel
-from dmole.plan import fresh_copy, order_label, order_names, plan_runs, stream_digest
+from dmole.plan import check_folder, check_lengths, fresh_copy, order_label, order_names, plan_runs, stream_digest
 
 NAMES = ("a", "b", "c", "d")
 
@@ -58,6 +61,47 @@ def test_stream_digest_sees_content_and_not_order(toy_stream: Stream) -> None:
     sample = dataclasses.replace(first.test[0], answers=("other",))
     changed = dataclasses.replace(first, test=(sample, *first.test[1:]))
     assert stream_digest(dataclasses.replace(toy_stream, tasks=(changed, *toy_stream.tasks[1:]))) != digest
+
+
+def test_stream_digest_sees_a_picture_drawn_anew_under_its_old_name(toy_stream: Stream, tmp_path: Path) -> None:
+    first = toy_stream.tasks[0]
+    image = tmp_path / first.test[0].image.name
+    shutil.copy(first.test[0].image, image)
+    moved = dataclasses.replace(first, test=(dataclasses.replace(first.test[0], image=image), *first.test[1:]))
+    stream = dataclasses.replace(toy_stream, tasks=(moved, *toy_stream.tasks[1:]))
+    assert stream_digest(stream) == stream_digest(toy_stream)
+    Image.new("RGB", (16, 16), "#0000ff").save(image)
+    assert stream_digest(stream) != stream_digest(toy_stream)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"instruction": "<image>\nDescribe."}, r"colours/train sample .* special token '<image>' in its instruction"),
+        ({"answers": ("red<eos>",)}, r"colours/train sample .* special token '<eos>' in its answer; expected plain"),
+    ],
+    ids=["instruction", "answer"],
+)
+def test_special_tokens_in_texts_are_refused(
+    change: dict[str, object], message: str, toy_stream: Stream, tiny_model: MultimodalModel
+) -> None:
+    check_lengths(toy_stream, tiny_model, 8)
+    first = toy_stream.tasks[0]
+    sample = dataclasses.replace(first.train[1], **change)  # type: ignore[arg-type]
+    changed = dataclasses.replace(first, train=(first.train[0], sample))
+    with pytest.raises(ConfigError, match=message):
+        check_lengths(dataclasses.replace(toy_stream, tasks=(changed,)), tiny_model, 8)
+
+
+@pytest.mark.parametrize(("text", "why"), [('{"fingerprint', "is not JSON"), ("[]", "holds no settings of a run")])
+def test_a_damaged_config_file_is_named(
+    text: str, why: str, toy_config: Callable[..., RunConfig], toy_stream: Stream, tiny_model: MultimodalModel
+) -> None:
+    plan = plan_runs(toy_config("methods=seq_ft"), toy_stream, tiny_model)[0]
+    plan.folder.mkdir(parents=True)
+    (plan.folder / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=rf"seq_ft-seed0-default/config.json {why}.*--fresh"):
+        check_folder(plan)
 
 
 def test_a_fresh_copy_shares_no_weight(tiny_model: MultimodalModel) -> None:

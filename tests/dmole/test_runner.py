@@ -239,6 +239,18 @@ def test_a_folder_of_other_settings_is_left_alone(toy_config: Configure) -> None
     run(other.replace(checkpoint_every_steps=7, seeds=(0, 1)), console=quiet())
 
 
+def test_the_shared_row_is_refused_when_damaged_and_measured_again_when_fresh(toy_config: Configure) -> None:
+    config = toy_config("methods=zero_shot")
+    output = run(config, console=quiet())
+    (shared,) = (output / "zero_shot").iterdir()
+    good = shared.read_bytes()
+    shared.write_bytes(good[:-1])
+    with pytest.raises(CheckpointError, match=rf"{shared.name} was truncated or edited"):
+        run(config.replace(seeds=(1,)), console=quiet())
+    run(config, console=quiet(), fresh=True)
+    assert shared.read_bytes() == good
+
+
 def test_everything_wrong_is_found_before_training(toy_config: Configure) -> None:
     cases = [
         (("dmole.budget_fraction=1.5",), r"budget: got \d+ linears, more than the \d+ candidates"),

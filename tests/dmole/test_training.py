@@ -84,6 +84,26 @@ def test_resuming_inside_a_stage_gives_the_same_bits(toy_stream: Stream) -> None
     assert all(torch.equal(expected[name], got[name]) for name in expected)
 
 
+def test_a_parameter_without_gradients_does_not_hinder_resuming(toy_stream: Stream) -> None:
+    def with_idle(method: Method) -> StageTraining:
+        running = training(method, toy_stream)
+        running.parameters["idle"] = torch.nn.Parameter(torch.zeros(2))
+        return running
+
+    method = begun(toy_stream)
+    running = with_idle(method)
+    running.optimizer.add_param_group({"params": [running.parameters["idle"]]})
+    running.run(lambda running: None)
+    tensors, meta = running.state()
+    assert not any(name.startswith("idle/") for name in tensors)
+    resumed = with_idle(method)
+    resumed.load_state(tensors, meta)
+    assert len(resumed.optimizer.state) == len(running.parameters) - 1
+    del tensors[f"{next(iter(running.parameters))}/exp_avg"]
+    with pytest.raises(ValueError, match=r"lacks \['.*/exp_avg'\]"):
+        with_idle(method).load_state(tensors, meta)
+
+
 def test_dropout_is_on_in_training_only(toy_stream: Stream) -> None:
     method = begun(toy_stream, dropout=0.5)
     with torch.no_grad():
