@@ -31,6 +31,13 @@ $(READY): pyproject.toml constraints.txt
 	  { echo "setup: a package above could not be installed. With no network, install it from a wheel into $(VENV) and run make again." >&2; exit 1; }; fi
 	touch $(READY)
 
+# Hours: the committed results, from nothing, and the tables made of them. A stopped run goes on.
+results: setup
+	$(BIN)/python scripts/admission.py --output results/admission.csv
+	$(BIN)/dmole run mini --recipe mini --output results/mini --resume
+	$(BIN)/python -m dmole verify results/mini
+	$(BIN)/dmole readme README.md dmole/data/mini/README.md
+
 data: setup
 	$(BIN)/dmole data build
 

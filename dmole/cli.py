@@ -120,7 +120,8 @@ def run(
 ) -> None:
     """Learn the tasks of a stream one after another with each method, testing all tasks after every stage.
 
-    Settings come from the recipe, then --config, then the options, then --set; the last one wins.
+    Settings come from the recipe, then --config, then the options, then --set; the last one wins. `dmole run mini` alone
+    starts from the recipe `mini` with one seed.
     """
     if resume and fresh:
         raise ValueError("--resume and --fresh were both given; expected at most one of them. Drop one.")
@@ -165,7 +166,8 @@ def run_config(
     output: str | None,
 ) -> RunConfig:
     """The configuration that the options of `dmole run` ask for."""
-    from dmole.config import load_config
+    from dmole.config import RunConfig, load_config
+    from dmole.recipes import RECIPES
 
     overrides = []
     for key, text in (("stream", stream), ("model", model), ("output", output)):
@@ -178,9 +180,11 @@ def run_config(
     if orders is not None:
         overrides.append(f"orders={json.dumps(orders)}")
     base = None
+    if recipe is None and config is None and stream in (None, "mini"):
+        # The benchmark by its name is the benchmark as published: its training, but one seed and nobody's results folder.
+        plain = RunConfig()
+        base = RECIPES["mini"]().replace(methods=plain.methods, seeds=plain.seeds, output=plain.output)
     if recipe is not None:
-        from dmole.recipes import RECIPES
-
         if recipe not in RECIPES:
             raise ValueError(f"--recipe is {recipe!r}; expected one of {', '.join(RECIPES)}. Name one of these.")
         base = RECIPES[recipe]()

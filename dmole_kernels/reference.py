@@ -18,14 +18,18 @@ from torch import Tensor
 from dmole_kernels.philox import dropout_keep_mask
 
 
+def _joined(pieces: Sequence[Tensor], dimension: int) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces), dimension)
+
+
 def _packed(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    packed = tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
-    return packed.to(dtype)
+    return _joined(tensors, 0).to(dtype)
 
 
 def _packed_b(lora_b: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """B^T [R, P], contiguous: PyTorch's products with a P x 8 matrix are three times slower."""
-    return _packed([b.t() for b in lora_b], dtype).contiguous()
+    # Cast and transposition in one pass; with nothing to cast, `to` hands the transposed view back as it is.
+    return _joined([b.t() for b in lora_b], 0).to(dtype, memory_format=torch.contiguous_format).contiguous()
 
 
 def column_gate(gate_GE: Tensor, scale: Sequence[float], ranks: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -61,7 +65,7 @@ def multi_lora_forward(
             x_ND if seed is None else x_ND * keep_mask(x_ND.shape[0], x_ND.shape[1], dropout, seed, stream, x_ND.device)
         )
         pieces.append(dropped_ND @ _packed([lora_a[e] for e in members], dtype).t())
-    s_NR = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+    s_NR = _joined(pieces, 1)
     if seed is not None:
         # On S, which is small, rather than on x^.
         s_NR.mul_(1.0 / (1.0 - dropout))
@@ -132,7 +136,7 @@ def multi_lora_backward(
     nothing = grad.new_empty(0)
     return (
         nothing if dx is None else dx.view(*grad.shape[:-1], features),
-        torch.cat(da_pieces) if da_pieces else nothing.clone(),
+        _joined(da_pieces, 0) if da_pieces else nothing.clone(),
         nothing.clone() if db_RP is None else db_RP,
         nothing.clone() if dgate_GE is None else dgate_GE,
     )
@@ -152,7 +156,8 @@ def _gate_gradient(p_NR: Tensor, s_NR: Tensor, gates: int, ranks: Sequence[int],
 def _columns(packed_NR: Tensor, parts: Sequence[slice]) -> Tensor:
     """The named column ranges side by side; a view when they are neighbours (one trainable expert: always)."""
     if all(left.stop == right.start for left, right in zip(parts, parts[1:], strict=False)):
-        return packed_NR[:, parts[0].start : parts[-1].stop]
+        start, stop = parts[0].start, parts[-1].stop
+        return packed_NR if stop - start == packed_NR.shape[1] else packed_NR[:, start:stop]
     return torch.cat([packed_NR[:, part] for part in parts], 1)
 
 

@@ -20,6 +20,7 @@ def main(
     start_from: Annotated[str, typer.Option(help="A saved model to go on with.")] = "",
     learning_rate: Annotated[float, typer.Option(help="Peak of the cosine.")] = 2e-3,
     vision_share: Annotated[float, typer.Option(help="Share of the seconds for the vision tower alone.")] = 0.15,
+    bag_weight: Annotated[float, typer.Option(help="Weight of the bag of words beside the answers.")] = 0.3,
     processes: Annotated[int, typer.Option(help="Data-parallel processes of one thread each.")] = 2,
     max_seconds: Annotated[float, typer.Option(help="Ends the cosine earlier, by the clock.")] = math.inf,
 ) -> None:
@@ -38,6 +39,7 @@ def main(
         seed=seed,
         learning_rate=learning_rate,
         vision_share=vision_share,
+        bag_weight=bag_weight,
         max_seconds=max_seconds,
         start_from=start_from,
     )

@@ -12,6 +12,9 @@ Beside it, the image's tokens v_t alone have to name what the open answers speak
 The vision tower first trains on that alone (`vision_share` of the time), at several times the speed of the whole model.
 Without it both towers start blind: 24,000 images brought the answers no further than the words' frequencies.
 
+Every step of the whole model also reads a batch of scenes told in words (`dmole.pretraining.told`), whose text stands
+where the image's tokens stand.
+
 Turns are shuffled anew each epoch, so each of them is often the first, which is the form of the benchmark.
 
 Data parallel over processes of one thread each (gloo, one all-reduce of the flattened gradient a step): on a few CPU
@@ -44,6 +47,7 @@ from dmole.models.architecture import build_mini_network, train_tokenizer
 from dmole.models.multimodal import MultimodalModel, StemProcessor, load_model
 from dmole.pretraining.corpus import Shard, read_shard
 from dmole.pretraining.scene import SIDE, Turn
+from dmole.pretraining.told import told_scene
 
 _IGNORE = -100
 _BUCKET = 32  # batches that are sorted by length together
@@ -64,6 +68,7 @@ class PretrainingSettings:
     vision_share: float = 0.15  # of the run, the vision tower alone
     vision_batch_size: int = 64  # images a process
     turns: int = 4  # asked of an image in one pass
+    told_batch_size: int = 24  # scenes told in words a step and process
     vocabulary: int = 2048
     held_out: int = 64  # images a family
     bfloat16: bool = True
@@ -115,6 +120,8 @@ class Pretraining:
         vision = cast(SiglipVisionConfig, self.network.config.vision_config)
         self.bag_head = torch.nn.Linear(vision.hidden_size, len(self.mm.tokenizer))
         self._log: list[dict[str, float | str]] = []
+        self._told_rng = random.Random(f"told/{settings.seed}/{rank}")
+        self._told_losses: list[float] = []
         self._token_ids: dict[str, list[int]] = {}
         held = settings.held_out
         self.held_out = [[_Example(f, i) for i in range(held)] for f in range(len(self.shards))]
@@ -130,7 +137,8 @@ class Pretraining:
         """Trains, writes ``output`` (model) and ``output/pretraining.csv`` (the log) with the recipe beside it."""
         s = self.settings
         passes = len(self.examples) * s.epochs
-        self._phase("vision", output, s.vision_batch_size, passes, s.max_seconds * s.vision_share)
+        if s.vision_share > 0:
+            self._phase("vision", output, s.vision_batch_size, passes, s.max_seconds * s.vision_share)
         self._phase("answers", output, s.batch_size, passes, s.max_seconds * (1 - s.vision_share))
 
     def _phase(self, phase: str, output: Path, batch_size: int, passes: float, max_seconds: float) -> None:
@@ -145,7 +153,7 @@ class Pretraining:
             {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW(groups, lr=s.learning_rate, betas=(0.9, 0.98), fused=True)
-        loss_of = self._bag_loss if phase == "vision" else self._loss
+        loss_of = self._bag_loss if phase == "vision" else self._answers_loss
         started = time.monotonic()
         window: list[float] = []
         batches = self._batches(batch_size, texts=phase == "answers")
@@ -172,7 +180,9 @@ class Pretraining:
                     "seconds": round(time.monotonic() - started, 1),
                     "loss": round(sum(window) / len(window), 4),
                 }
-                window = []
+                if self._told_losses:
+                    row["loss_told"] = round(sum(self._told_losses) / len(self._told_losses), 4)
+                window, self._told_losses = [], []
                 if phase == "answers" and (step % 250 == 0 or progress >= 1.0):
                     row |= {f"accuracy_{sh.family}": a for sh, a in zip(self.shards, self.accuracies(), strict=True)}
                     self._save(output)
@@ -240,20 +250,24 @@ class Pretraining:
         return sum(3 + len(self._ids(turn.question)) + len(self._ids(turn.answer)) for turn in turns)
 
     def _assemble(self, examples: Sequence[_Example], rng: random.Random) -> _Inputs:
-        sequences, spans = [], []
+        sequences = []
         for example in examples:
             turns = self.shards[example.family].turns[example.index]
-            ids, span = self._sequence(rng.sample(turns, min(len(turns), self.settings.turns)))
-            sequences.append(ids)
-            spans.append(span)
-        width = max(map(len, sequences))
+            sequences.append(self._sequence(rng.sample(turns, min(len(turns), self.settings.turns))))
+        ids_BT, labels_BT = self._padded(sequences)
+        spans = tuple(spans for _, spans in sequences)
+        return replace(self._images(examples), ids_BT=ids_BT, labels_BT=labels_BT, spans=spans)
+
+    def _padded(self, sequences: Sequence[tuple[list[int], list[tuple[int, int]]]]) -> tuple[Tensor, Tensor]:
+        """Token ids and labels [B, T], padded on the right; labels on the answers alone."""
+        width = max(len(ids) for ids, _ in sequences)
         ids_BT = torch.full((len(sequences), width), int(self.mm.tokenizer.pad_token_id or 0))
         labels_BT = torch.full_like(ids_BT, _IGNORE)
-        for row, (ids, span) in enumerate(zip(sequences, spans, strict=True)):
+        for row, (ids, spans) in enumerate(sequences):
             ids_BT[row, : len(ids)] = torch.tensor(ids)
-            for start, stop in span:
+            for start, stop in spans:
                 labels_BT[row, start:stop] = ids_BT[row, start:stop]
-        return replace(self._images(examples), ids_BT=ids_BT, labels_BT=labels_BT, spans=tuple(spans))
+        return ids_BT, labels_BT
 
     def _images(self, examples: Sequence[_Example]) -> _Inputs:
         raw = np.stack([self.shards[e.family].features[e.index] for e in examples]).astype(np.float32)
@@ -268,9 +282,13 @@ class Pretraining:
                     bag_BV[row, self._ids(turn.answer)] = 1.0
         return bag_BV / bag_BV.sum(1, keepdim=True).clamp_min(1.0)
 
-    def _sequence(self, turns: Sequence[Turn]) -> tuple[list[int], list[tuple[int, int]]]:
-        ids = self.mm.prompt_ids("")[:-2]
-        user, assistant = self.mm.prompt_ids("")[-2:]
+    def _sequence(
+        self, turns: Sequence[Turn], context: Sequence[int] | None = None
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Tokens and the spans of the answers; ``context`` in the image's place makes it a told scene."""
+        prompt = self.mm.prompt_ids("")
+        user, assistant = prompt[1 + self.mm.image_tokens], prompt[-1]
+        ids = [*prompt[: 1 + self.mm.image_tokens]] if context is None else [prompt[0], *context]
         spans = []
         for turn in turns:
             ids += [user, *self._ids(turn.question), assistant]
@@ -301,6 +319,25 @@ class Pretraining:
     def _forward(self, batch: _Inputs) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.settings.bfloat16):
             return cast(Tensor, self.network.lm_head(self._hidden(batch)[0]))
+
+    def _answers_loss(self, batch: _Inputs) -> Tensor:
+        return self._loss(batch) + self._told_loss()
+
+    def _told_loss(self) -> Tensor:
+        sequences = []
+        for _ in range(self.settings.told_batch_size):
+            scene = told_scene(self._told_rng)
+            ids, spans = self._sequence(scene.turns, context=self.mm.text_ids(scene.context))
+            sequences.append((ids, spans))
+        ids_BT, labels_BT = self._padded(sequences)
+        targets = labels_BT[:, 1:]
+        answered = targets != _IGNORE
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.settings.bfloat16):
+            hidden = self.network.model.language_model(input_ids=ids_BT, use_cache=False).last_hidden_state
+            logits = self.network.lm_head(hidden[:, :-1][answered])
+        loss = F.cross_entropy(logits.float(), targets[answered])
+        self._told_losses.append(float(loss.detach()))
+        return loss
 
     def _loss(self, batch: _Inputs) -> Tensor:
         targets = batch.labels_BT[:, 1:]

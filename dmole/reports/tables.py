@@ -18,8 +18,8 @@ from dmole.metrics.continual import other_conventions
 from dmole.reports.stored import StoredRun
 
 CONVENTION = (
-    "AVG, Last, BWT: D-MoLE Eq. 16-18, mean over tasks, points; stage 0 (untrained) counts in none of them, except that "
-    "Last is stage 0 for zero_shot and the diagonal for finetune"
+    "AVG, Last, BWT: D-MoLE Eq. 16-18, mean over tasks, points; stage 0 (untrained) counts in none of them, "
+    "except that Last is stage 0 for zero_shot and the diagonal for finetune"
 )
 
 

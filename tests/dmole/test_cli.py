@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from dmole.cli import FAILED, USAGE_ERROR, WRONG_INPUT, run_config, status
+from dmole.recipes import RECIPES
 
 FAST = [
     "--model", "tiny", "--set", "threads=1", "--set", "training.epochs=1", "--set", "training.batch_size=4",
@@ -255,3 +256,14 @@ def test_a_missing_package_is_one_line_and_no_traceback(
     assert capsys.readouterr().err == (
         "error: no module named 'stem'. Run `pip install stem`. (`dmole doctor` lists what is missing)\n"
     )
+
+
+def test_the_benchmark_by_its_name_is_trained_as_published() -> None:
+    nothing = dict.fromkeys(("stream", "methods", "seeds", "orders", "model", "recipe", "config", "output"))
+    named = run_config(**{**nothing, "stream": "mini"}, settings=["training.epochs=7"])  # type: ignore[arg-type]
+    published = RECIPES["mini"]()
+    assert (named.lora, named.test_samples) == (published.lora, published.test_samples)
+    assert (named.training.epochs, named.training.learning_rate) == (7, published.training.learning_rate)
+    assert (named.methods, named.seeds, named.output) == (("dmole", "seq_ft"), (0,), "runs")
+    own = run_config(**{**nothing, "stream": "my_stream"}, settings=[])  # type: ignore[arg-type]
+    assert own.lora.rank == 8 and own.test_samples is None
