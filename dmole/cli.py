@@ -120,8 +120,8 @@ def run(
 ) -> None:
     """Learn the tasks of a stream one after another with each method, testing all tasks after every stage.
 
-    Settings come from the recipe, then --config, then the options, then --set; the last one wins. `dmole run mini` alone
-    starts from the recipe `mini` with one seed.
+    Settings come from the recipe, then --config, then the options, then --set; the last one wins. Without a
+    recipe or a file, the stream `mini` starts from the recipe `mini` with one seed.
     """
     if resume and fresh:
         raise ValueError("--resume and --fresh were both given; expected at most one of them. Drop one.")
@@ -181,7 +181,7 @@ def run_config(
         overrides.append(f"orders={json.dumps(orders)}")
     base = None
     if recipe is None and config is None and stream in (None, "mini"):
-        # The benchmark by its name is the benchmark as published: its training, but one seed and nobody's results folder.
+        # The benchmark by its name is the benchmark as published: its training, but one seed and another folder.
         plain = RunConfig()
         base = RECIPES["mini"]().replace(methods=plain.methods, seeds=plain.seeds, output=plain.output)
     if recipe is not None:

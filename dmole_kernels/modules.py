@@ -158,17 +158,19 @@ class MultiLoRALinear(nn.Module):
 
         Experts named by the gate that this layer does not hold are skipped. `experts` defaults to the bank's own order.
         """
-        y: Tensor = self.base(x)
         if gate is not None:
             plan: GatePlan | None = GatePlan(gate, self.bank.names if experts is None else experts)
         else:
             plan = self.gates.plan if self.gates is not None else None
-        if plan is None:
-            return y
         held = self.bank.experts._modules
-        names = tuple(name for name in plan.active if name in held)
-        if not names:
-            return y
+        names = () if plan is None else tuple(name for name in plan.active if name in held)
+        if plan is None or not names:
+            unchanged: Tensor = self.base(x)
+            return unchanged
+        # Autocast would cast x in the base, the op cast it again, and once more in backward, and each cast its dx back.
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        y = self.base(x)
         chosen = [self.bank.expert(name) for name in names]
         return multi_lora(
             x,

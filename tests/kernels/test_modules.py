@@ -210,6 +210,32 @@ def test_autocast() -> None:
     torch.testing.assert_close(y.float(), layer.base(X) + delta(layer, X, "films"), rtol=0.05, atol=0.05)
 
 
+def test_autocast_casts_x_once_for_base_and_experts() -> None:
+    layer = make_layer(dropout=0.3)
+    gate = torch.ones(3, 1)
+    seen: list[Tensor] = []
+    layer.base.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+
+    def run(forward: object) -> list[Tensor]:
+        x = X.clone().requires_grad_()
+        layer.zero_grad()
+        torch.manual_seed(5)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = forward(x, gate, ["films"])  # type: ignore[operator]
+        y.float().square().sum().backward()
+        films = layer.bank.expert("films")
+        return [y.detach(), x.grad, films.lora_a.grad, films.lora_b.grad]
+
+    eager = run(layer)
+    assert [x.dtype for x in seen] == [torch.bfloat16]
+    assert eager[1].dtype == torch.float32
+    assert all(torch.equal(one, two) for one, two in zip(eager, run(torch.compile(layer, backend="aot_eager")), strict=True))
+    # Without experts the base sees what it always saw.
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        layer(X)
+    assert seen[-1] is X
+
+
 def test_strided_x_no_samples_and_deeper_leading_dimensions() -> None:
     layer = make_layer()
     strided = torch.randn(5, 3, 20).transpose(0, 1)

@@ -10,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmole_kernels import multi_lora
@@ -142,6 +143,36 @@ def test_experts_in_float32_beside_a_bfloat16_model() -> None:
     y = multi_lora(x, base, [inputs.lora_a[0], a], [inputs.lora_b[0], b], inputs.gate, inputs.scale)
     y.float().square().sum().backward()
     assert (y.dtype, x.grad.dtype, a.grad.dtype, b.grad.dtype) == (torch.bfloat16,) * 2 + (torch.float32,) * 2
+
+
+def test_eager_call_and_registered_op_give_the_same_bits() -> None:
+    inputs = make_inputs(BY_NAME["dropout_per_expert"])
+
+    def run_registered(inputs: LoraInputs) -> Tensor:
+        y, _ = torch.ops.dmole_kernels.multi_lora(
+            inputs.x, None, list(inputs.lora_a), list(inputs.lora_b), inputs.gate, list(inputs.scale), inputs.dropout,
+            inputs.per_expert, inputs.seed, "reference",
+        )  # fmt: skip
+        return y
+
+    eager, registered = run_op(inputs), run_autograd(run_registered, inputs)
+    assert all(torch.equal(eager[name], registered[name]) for name in registered)
+
+
+def test_dispatch_modes_see_the_op() -> None:
+    x, a, b = torch.zeros(2, 3, 4), torch.zeros(5, 4), torch.zeros(6, 5)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = [mode.from_tensor(t) for t in (x, a, b, torch.ones(2, 1))]
+        y = multi_lora(fake[0], None, [fake[1]], [fake[2]], fake[3], [1.0], dropout=0.5, seed=torch.tensor(1))
+    assert y.shape == (2, 3, 6)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    x = torch.ones(1, 4, requires_grad=True)
+    y = multi_lora(x, None, [torch.ones(2, 4)], [torch.ones(3, 2)], torch.ones(1, 1), [1.0])
+    (dx,) = torch.autograd.grad(y.sum() * x.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
 
 
 def test_two_runs_are_bit_equal() -> None:
