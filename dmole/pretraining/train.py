@@ -32,8 +32,9 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import repeat
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -66,6 +67,7 @@ class PretrainingSettings:
     clip: float = 1.0
     bag_weight: float = 0.3
     vision_share: float = 0.15  # of the run, the vision tower alone
+    told_share: float = 0.15  # of the run, the language model alone on scenes told in words
     vision_batch_size: int = 64  # images a process
     turns: int = 4  # asked of an image in one pass
     told_batch_size: int = 24  # scenes told in words a step and process
@@ -139,7 +141,9 @@ class Pretraining:
         passes = len(self.examples) * s.epochs
         if s.vision_share > 0:
             self._phase("vision", output, s.vision_batch_size, passes, s.max_seconds * s.vision_share)
-        self._phase("answers", output, s.batch_size, passes, s.max_seconds * (1 - s.vision_share))
+        if s.told_share > 0:
+            self._phase("told", output, s.told_batch_size, passes, s.max_seconds * s.told_share)
+        self._phase("answers", output, s.batch_size, passes, s.max_seconds * (1 - s.vision_share - s.told_share))
 
     def _phase(self, phase: str, output: Path, batch_size: int, passes: float, max_seconds: float) -> None:
         """One warm-up and cosine, over ``passes`` images or ``max_seconds``, whichever ends first."""
@@ -153,10 +157,12 @@ class Pretraining:
             {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW(groups, lr=s.learning_rate, betas=(0.9, 0.98), fused=True)
-        loss_of = self._bag_loss if phase == "vision" else self._answers_loss
+        loss_of = {"vision": self._bag_loss, "told": lambda _: self._told_loss(), "answers": self._answers_loss}[phase]
         started = time.monotonic()
         window: list[float] = []
-        batches = self._batches(batch_size, texts=phase == "answers")
+        batches: Iterator[Any] = (
+            repeat(None) if phase == "told" else self._batches(batch_size, texts=phase == "answers")
+        )
         progress = 0.0
         step = 0
         while progress < 1.0:
