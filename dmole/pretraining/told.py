@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from dmole.data.mini import building
 from dmole.pretraining.scene import COLOURS, Turn, multiple_choice
 from dmole.pretraining.shapes import SHAPES
 from dmole.pretraining.words import words
@@ -91,14 +92,36 @@ def _spelled_scene(rng: random.Random) -> ToldScene:
     return ToldScene(text, (Turn(spell, apart), Turn(ask, text)))
 
 
-_KINDS: tuple[Callable[[random.Random], ToldScene], ...] = (
-    _option_scene,
-    _option_scene,
-    _objects_scene,
-    _spelled_scene,
+def _repeat_scene(rng: random.Random) -> ToldScene:
+    """Many answer tokens for one context: the densest lesson in looking back."""
+    text = " ".join(rng.choice(words()) for _ in range(rng.randint(5, 12)))
+    return ToldScene(text, (Turn("Repeat.", text),))
+
+
+def _recall_scene(rng: random.Random) -> ToldScene:
+    """Pairs of a letter and a thing, and every pair asked for, by its thing or by its letter."""
+    count = rng.randint(3, 6)
+    things = rng.sample(sorted(set(_pool(rng))), count)
+    letters = building.LETTERS[:count]
+    told = "\n".join(f"{letter}. {thing}" for letter, thing in zip(letters, things, strict=True))
+    asked = rng.sample(range(count), count)
+    if rng.random() < 0.7:
+        return ToldScene(told, tuple(Turn(things[k], letters[k]) for k in asked))
+    return ToldScene(told, tuple(Turn(letters[k], things[k]) for k in asked))
+
+
+# (kind, weight): the dense lessons first make the circuits that the others use.
+_KINDS: tuple[tuple[Callable[[random.Random], ToldScene], int], ...] = (
+    (_repeat_scene, 2),
+    (_recall_scene, 5),
+    (_option_scene, 3),
+    (_objects_scene, 2),
+    (_spelled_scene, 1),
 )
 
 
 def told_scene(rng: random.Random) -> ToldScene:
     """One scene of any kind."""
-    return rng.choice(_KINDS)(rng)
+    kinds, weights = zip(*_KINDS, strict=True)
+    make: Callable[[random.Random], ToldScene] = rng.choices(kinds, weights)[0]
+    return make(rng)

@@ -218,7 +218,9 @@ class Pretraining:
 
     def _save(self, output: Path) -> None:
         self.mm.save(output)
-        (output / "pretraining.json").write_text(json.dumps(asdict(self.settings), indent=2) + "\n")
+        # The name alone of what it went on from: a path means nothing on another machine.
+        recipe = asdict(self.settings) | {"start_from": Path(self.settings.start_from).name}
+        (output / "pretraining.json").write_text(json.dumps(recipe, indent=2) + "\n")
 
     def accuracies(self) -> list[float]:
         """Per family: share of held-out answers whose every token is the most likely one (teacher forcing)."""
