@@ -30,13 +30,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from dmole.config import MethodSettings
+from dmole.data.collate import IGNORE, Batch
 
 if TYPE_CHECKING:
-    from dmole.data.collate import Batch
     from dmole.data.sample import Stream, Task
     from dmole.models.multimodal import MultimodalModel
 
-IGNORE = -100  # the label of tokens that are not part of the answer
 JSON = Any  # what json.dumps takes: dict, list, str, int, float, bool, None
 
 

@@ -44,13 +44,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import SiglipVisionConfig
 
+from dmole.data.collate import IGNORE
 from dmole.models.architecture import build_mini_network, train_tokenizer
 from dmole.models.multimodal import MultimodalModel, StemProcessor, load_model
 from dmole.pretraining.corpus import Shard, read_shard
 from dmole.pretraining.scene import SIDE, Turn
 from dmole.pretraining.told import told_scene
 
-_IGNORE = -100
 _BUCKET = 32  # batches that are sorted by length together
 
 
@@ -125,6 +125,7 @@ class Pretraining:
         self._told_rng = random.Random(f"told/{settings.seed}/{rank}")
         self._told_losses: list[float] = []
         self._token_ids: dict[str, list[int]] = {}
+        self._prompt = self.mm.prompt_ids("")  # once: only its markers and the image's placeholders are used
         held = settings.held_out
         self.held_out = [[_Example(f, i) for i in range(held)] for f in range(len(self.shards))]
         self.examples = [_Example(f, i) for f, s in enumerate(self.shards) for i in range(held, len(s.turns))]
@@ -270,7 +271,7 @@ class Pretraining:
         """Token ids and labels [B, T], padded on the right; labels on the answers alone."""
         width = max(len(ids) for ids, _ in sequences)
         ids_BT = torch.full((len(sequences), width), int(self.mm.tokenizer.pad_token_id or 0))
-        labels_BT = torch.full_like(ids_BT, _IGNORE)
+        labels_BT = torch.full_like(ids_BT, IGNORE)
         for row, (ids, spans) in enumerate(sequences):
             ids_BT[row, : len(ids)] = torch.tensor(ids)
             for start, stop in spans:
@@ -294,9 +295,9 @@ class Pretraining:
         self, turns: Sequence[Turn], context: Sequence[int] | None = None
     ) -> tuple[list[int], list[tuple[int, int]]]:
         """Tokens and the spans of the answers; ``context`` in the image's place makes it a told scene."""
-        prompt = self.mm.prompt_ids("")
-        user, assistant = prompt[1 + self.mm.image_tokens], prompt[-1]
-        ids = [*prompt[: 1 + self.mm.image_tokens]] if context is None else [prompt[0], *context]
+        image_end = 1 + self.mm.image_tokens
+        user, assistant = self._prompt[image_end], self._prompt[-1]
+        ids = self._prompt[:image_end] if context is None else [self._prompt[0], *context]
         spans = []
         for turn in turns:
             ids += [user, *self._ids(turn.question), assistant]
@@ -339,7 +340,7 @@ class Pretraining:
             sequences.append((ids, spans))
         ids_BT, labels_BT = self._padded(sequences)
         targets = labels_BT[:, 1:]
-        answered = targets != _IGNORE
+        answered = targets != IGNORE
         with torch.autocast("cpu", torch.bfloat16, enabled=self.settings.bfloat16):
             hidden = self.network.model.language_model(input_ids=ids_BT, use_cache=False).last_hidden_state
             logits = self.network.lm_head(hidden[:, :-1][answered])
@@ -349,7 +350,7 @@ class Pretraining:
 
     def _loss(self, batch: _Inputs) -> Tensor:
         targets = batch.labels_BT[:, 1:]
-        answered = targets != _IGNORE
+        answered = targets != IGNORE
         with torch.autocast("cpu", torch.bfloat16, enabled=self.settings.bfloat16):
             hidden, seen_BND = self._hidden(batch)
             # The head runs where there is something to predict: one position in eight.

@@ -141,7 +141,7 @@ ERRORS: dict[str, tuple[list[str], str]] = {
     "nothing to report": (["report", "/no/such/folder"], "error: /no/such/folder has no finished run"),
     "no stream": (["tasks", "check", "/no/such/folder"], "stream.yaml: file is missing"),
     "no readme": (["readme", "/no/such/README.md"], "error: /no/such/README.md: No such file or directory"),
-    "no model": (["run", "--model", "/no/such/model", "-o", "/tmp/no/such/output"], "error: "),
+    "no model": (["run", "--model", "/no/such/model", "-o", "/no/such/output"], "error: "),
 }
 
 
