@@ -50,7 +50,7 @@ def plan_runs(config: RunConfig, stream: Stream, model: MultimodalModel) -> list
     for name in config.training.epochs_of:
         if name not in stream.task_names:
             raise ConfigError(f"training.epochs_of has {name!r}; expected a task of {', '.join(stream.task_names)}.")
-    base, data = checkpoint.weights_digest(model.model), stream_digest(stream)
+    base, data, inputs = checkpoint.weights_digest(model.model), stream_digest(stream), model.inputs_digest()
     plain = config.to_dict()
     # Where results go and how often state is saved changes no number.
     shared = {key: value for key, value in plain.items() if key in ("training", "evaluation", "lora", "candidates")}
@@ -65,6 +65,7 @@ def plan_runs(config: RunConfig, stream: Stream, model: MultimodalModel) -> list
                     "tasks": list(ordered.task_names),
                     "stream": data,
                     "base_weights": base,
+                    "inputs": inputs,
                     "options": plain.get(method, {}),
                     "dmole": plain["dmole"],
                     **shared,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from dmole.data.mini.build import TASKS
 from dmole.reports.admission import COLUMNS, admission_table
 from dmole.reports.stored import ResultsError
 
@@ -32,6 +33,17 @@ def test_a_missing_or_foreign_file_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "bad.csv").write_text("task,metric\na,b\n")
     with pytest.raises(ResultsError, match="bad.csv lacks columns of task, metric, finetune"):
         admission_table(tmp_path / "bad.csv")
+
+
+def test_the_committed_table_admits_every_task_of_the_benchmark() -> None:
+    with (ROOT / "results" / "admission.csv").open(newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    assert [row["task"] for row in rows] == list(TASKS)
+    for row in rows:
+        rivals = max(float(row[name]) for name in ("zero_shot", "text_only", "constant"))
+        margin = float(row["finetune"]) - rivals
+        assert float(row["margin"]) == pytest.approx(margin, abs=0.011)
+        assert margin >= 10.0 and row["admitted"] == "yes", row["task"]
 
 
 def test_the_script_says_what_it_takes() -> None:

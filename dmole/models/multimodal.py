@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -38,7 +38,10 @@ TOWER_PREFIX = {"vision": "model.vision_tower.", "language": "model.language_mod
 
 
 class ImageProcessor(Protocol):
-    """Image files -> ``pixel_values`` [B, C, H, W] float32."""
+    """Image files -> ``pixel_values`` [B, C, H, W] float32; equal ``version``, equal values."""
+
+    @property
+    def version(self) -> str: ...
 
     def __call__(self, images: Sequence[Path]) -> Tensor: ...
 
@@ -61,8 +64,8 @@ class StemProcessor:
         self.deviation = deviation
         self._stem: EfficientNetLite0 | None = None
         digest = hashlib.sha256(mean.numpy().tobytes() + deviation.numpy().tobytes()).hexdigest()
-        version = f"efficientnet-lite0/{side}/{self.CLIP}/{digest}"
-        self.cache = ImageFeatureCache((folder or cache_folder()) / "stem_features", version, self.compute)
+        self.version = f"efficientnet-lite0/{side}/{self.CLIP}/{digest}"
+        self.cache = ImageFeatureCache((folder or cache_folder()) / "stem_features", self.version, self.compute)
 
     def __call__(self, images: Sequence[Path]) -> Tensor:
         return self.cache.features(images)
@@ -101,6 +104,7 @@ class PixelProcessor:
 
     def __init__(self, side: int):
         self.side = side
+        self.version = f"pixels/{side}"
 
     def __call__(self, images: Sequence[Path]) -> Tensor:
         pixels = np.stack([read_image(image, self.side) for image in images])
@@ -156,6 +160,13 @@ class MultimodalModel:
         A space goes in front so that a word has the same tokens at the start of a text as inside it.
         """
         return cast(list[int], self.tokenizer.encode(f" {text}", add_special_tokens=False))
+
+    def inputs_digest(self) -> str:
+        """The sha256 of what turns samples into tensors: the image processor and the tokenizer's rules."""
+        # Padding and truncation are left out: calls change them.
+        rules = json.loads(cast(Any, self.tokenizer).backend_tokenizer.to_str())
+        parts = [rules[name] for name in ("added_tokens", "normalizer", "pre_tokenizer", "model")]
+        return hashlib.sha256(json.dumps([self.pixel_values.version, *parts]).encode()).hexdigest()
 
     def decode(self, ids: Sequence[int]) -> str:
         """Generated tokens -> text, cut at the end token."""

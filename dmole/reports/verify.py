@@ -4,7 +4,7 @@
     predictions.jsonl.gz + references.jsonl.gz  ->  each cell of matrix.csv, each share of well-formed answers
     the routes in predictions.jsonl.gz          ->  the routing numbers of result.json
     matrix.csv                                  ->  AVG, Last, BWT of result.json
-    result.json                                 ->  its row of summary.csv and of profile.csv
+    result.json                                 ->  its row of summary.csv and of profile.csv, the steps of losses.csv
     config.json                                 ->  its fingerprint, the name of the run's folder, the columns
 
 A difference above 1e-6 (floats are stored with all their digits; another machine's logarithm may differ in the last
@@ -35,6 +35,7 @@ from dmole.reports.stored import (
 
 TOLERANCE = 1e-6
 KEY_COLUMNS = ("method", "seed", "order")
+LOSS_COLUMNS = ("stage", "task", "step", "loss")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,11 +151,29 @@ def _verify_run(results: Path, run: StoredRun, report: Verification) -> None:
     for column, value in (("AVG", computed.avg), ("Last", computed.last), ("BWT", computed.bwt)):
         _expect(report, name("result.json"), f"summary.{column}", run.summary.get(column), value)
         report.aggregates += 1
+    _verify_losses(run, name("losses.csv"), report)
     counts = run.result.get("trainable_parameters_by_stage")
     if isinstance(counts, list):
         mean = round(sum(counts) / len(counts)) if counts else 0
         stored_count = run.summary.get("trainable_parameters")
         _expect(report, name("result.json"), "summary.trainable_parameters", stored_count, mean)
+
+
+def _verify_losses(run: StoredRun, file: str, report: Verification) -> None:
+    """Every step of every stage has one finite loss, in order, and there are as many as the run says."""
+    header, rows = read_csv(run.folder / "losses.csv")
+    if tuple(header) != LOSS_COLUMNS:
+        _expect(report, file, "header", ",".join(header), ",".join(LOSS_COLUMNS))
+        return
+    last: dict[str, int] = {}
+    for stage, _, step, loss in rows:
+        last[stage] = last.get(stage, 0) + 1
+        _expect(report, file, f"stage {stage}, step", _parsed(step), last[stage])
+        value = _parsed(loss)
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            _expect(report, file, f"stage {stage}, step {step}, loss", loss, "a finite number")
+    steps = (run.result.get("profile") or {}).get("steps")
+    _expect(report, file, "steps", len(rows), steps)
 
 
 def _verify_config(run: StoredRun, file: str, report: Verification) -> None:
@@ -263,6 +282,8 @@ def _verify_profile(results: Path, runs: Sequence[StoredRun], report: Verificati
         tuple(str(run.summary[key]) for key in KEY_COLUMNS): (run.result.get("profile") or {}).get("step_ms")
         for run in runs
     }
+    for key in (key for key, own in times.items() if own is not None and key not in rows):
+        _expect(report, "profile.csv", f"row {' '.join(key)}", "no row", "a row")
     for key, cells in rows.items():
         where, own = f"row {' '.join(key)}", times.get(key)
         rival = times.get(("seq_ft", *key[1:]))

@@ -227,13 +227,6 @@ def box_question(what: str) -> str:
     return f"Give the box of {what} as x1 y1 x2 y2."
 
 
-def shuffled_options(rng: random.Random, answer: str, others: Sequence[str]) -> tuple[tuple[str, ...], str]:
-    """(options in random order, letter of the answer); the letter is uniform, so a constant answer stays at chance."""
-    options = [answer, *others]
-    rng.shuffle(options)
-    return tuple(options), LETTERS[options.index(answer)]
-
-
 def rgb(colour: str) -> tuple[int, int, int]:
     """The bytes of a named colour of `COLOURS` (or of any colour PIL knows)."""
     red, green, blue, *_ = ImageColor.getrgb(COLOURS.get(colour, colour))

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Task 2, map grounding (the form of SK-VG): told the colour of a region, give its box; metric IoU >= 0.5.
+"""Task 2, map grounding (the form of SK-VG): told the color of a region, give its box; metric IoU >= 0.5.
 
-"Ohio is the green one. Give the box of Ohio as x1 y1 x2 y2." Two to four regions in different colours, none
-overlapping; the answer is in 1/100 of the image side. Without the image nothing tells one place from another: places
-and colours are drawn independently of the names.
+"Ohio is the green one. Give the box of Ohio as x1 y1 x2 y2." One region in a strong color, on a third of the maps with
+a gray one beside it, each in its own quarter; the answer is in 1/100 of the image side. Without the image nothing tells
+one place from another: quarters and colors are drawn independently of the names. A second strong color would ask for
+more than a language model of a few million parameters can do: to find, among several things, the one that was named.
 """
 
 from __future__ import annotations
@@ -12,21 +13,21 @@ import random
 from typing import Final
 
 from dmole.data.mini.building import BuildContext, Drawn, TaskRows, box_question, build_task
-from dmole.data.mini.regions import draw_map, place, regions
+from dmole.data.mini.regions import MAP_COLOURS, draw_map, place_in_cells, regions
 
 NAME: Final = "map_grounding"
 METRIC: Final = "iou"
-# Regions on a map; two are the easy case, four the hard one.
-COUNTS: Final = (2, 2, 2, 2, 3, 3, 4)
+COUNTS: Final = (1, 1, 2)  # regions on a map
+GRAY: Final = "#b4b4b4"
 
 
 def draw(rng: random.Random, pool: str, side: int) -> Drawn:
-    """A map of two to four regions; the first one placed is asked for."""
+    """A map of one or two regions; the one that is not gray is asked for."""
     count = rng.choice(COUNTS)
     chosen = rng.sample(regions(pool), count)
     while len({region.entity for region in chosen}) < count:
         chosen = rng.sample(regions(pool), count)
-    placements = place(rng, chosen)
+    placements = place_in_cells(rng, chosen, (rng.choice(MAP_COLOURS), GRAY)[:count])
     target = placements[0]
     name = target.region.name
     return Drawn(

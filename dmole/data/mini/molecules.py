@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Task 9, molecules (the form of PMC-VQA): rings, elements and groups of a drawn compound; metric option letter.
 
-Three questions of four options. The options are drawn first and one of them is made the answer, then a compound is
-sought that has it and none of the other three; so the options alone say nothing about the answer, and the letter is
-uniform. Compounds are disjoint between the splits.
+Three questions of four options, which stand in one order always (see `icon_questions`). The option is drawn first, then
+a compound is sought that has it and none of the other three: the letter is uniform, and the question says nothing about
+it. Compounds are disjoint between the splits.
 """
 
 from __future__ import annotations
@@ -12,31 +12,33 @@ import functools
 import random
 from typing import Final
 
-from dmole.data.mini.building import BuildContext, Drawn, TaskRows, build_task, multiple_choice, shuffled_options
-from dmole.data.mini.compounds import ELEMENTS, GROUPS, Compound, compounds, draw_compound
+from dmole.data.mini.building import LETTERS, BuildContext, Drawn, TaskRows, build_task, multiple_choice
+from dmole.data.mini.compounds import Compound, compounds, draw_compound
 
 NAME: Final = "molecules"
 METRIC: Final = "option_letter"
 # Elements and groups are asked of smaller molecules than rings: the fewer atoms, the larger each is drawn.
 FEW_ATOMS: Final = 8
+# The options of a question, in their order.
 RINGS: Final = ("0", "1", "2", "3")
-Question = tuple[str, str, tuple[str, ...], tuple[Compound, ...]]
+ELEMENT_OPTIONS: Final = ("bromine", "chlorine", "nitrogen", "sulfur")
+GROUP_OPTIONS: Final = ("alcohol", "benzene ring", "nitrile", "nitro group")
+Question = tuple[str, tuple[str, ...], int, tuple[Compound, ...]]
 
 
 def _rings(rng: random.Random, pool: str) -> Question:
-    answer = rng.choice(RINGS)
-    others = tuple(count for count in RINGS if count != answer)
-    return "How many rings does the molecule have?", answer, others, _with_rings(pool, int(answer))
+    place = rng.randrange(4)
+    return "How many rings does the molecule have?", RINGS, place, _with_rings(pool, place)
 
 
 def _element(rng: random.Random, pool: str) -> Question:
-    answer, *others = rng.sample(tuple(ELEMENTS), 4)
-    return "Which element is in the molecule?", answer, tuple(others), _with(pool, "elements", answer, tuple(others))
+    place = rng.randrange(4)
+    return "Which element is in the molecule?", ELEMENT_OPTIONS, place, _with_one(pool, "elements", place)
 
 
 def _group(rng: random.Random, pool: str) -> Question:
-    answer, *others = rng.sample(tuple(GROUPS), 4)
-    return "Which group is in the molecule?", answer, tuple(others), _with(pool, "groups", answer, tuple(others))
+    place = rng.randrange(4)
+    return "Which group is in the molecule?", GROUP_OPTIONS, place, _with_one(pool, "groups", place)
 
 
 @functools.cache
@@ -45,14 +47,13 @@ def _with_rings(pool: str, count: int) -> tuple[Compound, ...]:
 
 
 @functools.cache
-def _with(pool: str, feature: str, wanted: str, unwanted: tuple[str, ...]) -> tuple[Compound, ...]:
-    """Compounds that have one feature and none of the others."""
+def _with_one(pool: str, feature: str, place: int) -> tuple[Compound, ...]:
+    """Small compounds that have the option at ``place`` and none of the other three."""
+    options = ELEMENT_OPTIONS if feature == "elements" else GROUP_OPTIONS
     return tuple(
         one
         for one in compounds(pool)
-        if one.atoms <= FEW_ATOMS
-        and wanted in _features(one, feature)
-        and not _features(one, feature).intersection(unwanted)
+        if one.atoms <= FEW_ATOMS and _features(one, feature) & {*options} == {options[place]}
     )
 
 
@@ -66,16 +67,12 @@ KINDS: Final = (_rings, _element, _element, _group)
 
 def draw(rng: random.Random, pool: str, side: int) -> Drawn:
     """One compound and one question with four options."""
-    ask = rng.choice(KINDS)
-    question, answer, others, candidates = ask(rng, pool)
-    while not candidates:
-        question, answer, others, candidates = ask(rng, pool)
+    question, options, place, candidates = rng.choice(KINDS)(rng, pool)
     compound = rng.choice(candidates)
-    options, letter = shuffled_options(rng, answer, others)
     return Drawn(
         image=draw_compound(rng, side, compound),
         instruction=multiple_choice(question, options),
-        answers=(letter,),
+        answers=(LETTERS[place],),
         options=options,
         entities=(compound.entity,),
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Task 5, number reading (the form of OCR-VQA): two to four handwritten digits side by side; metric exact match.
+"""Task 5, number reading (the form of OCR-VQA): two or three handwritten digits side by side; metric exact match.
 
 The digits are real (scikit-learn's), each image of a digit is in one pool only, and every digit is equally likely: a
 constant answer or a blind model gets next to nothing.
@@ -26,7 +26,7 @@ from dmole.data.mini.digits import Digit, digit_images
 
 NAME: Final = "number_reading"
 METRIC: Final = "exact_match"
-LENGTHS: Final = (2, 3, 4)
+LENGTHS: Final = (2, 3)
 QUESTION: Final = "Which digits are shown, from left to right?"
 
 

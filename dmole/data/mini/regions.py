@@ -32,6 +32,8 @@ MAP_BACKGROUNDS: Final = ("#f4f1e8", "#e6eef5", "#ffffff", "#e9e9e9", "#edf3e6")
 # grid: the box is exact, and a model that sees 5 x 5 features has only 18 numbers to choose from.
 GRID: Final = 5
 FIRST, LAST = 2, 19
+# Two cells of this size, from one step off the edge.
+CELL, FIRST_CELL = 9, 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +95,19 @@ def place(rng: random.Random, chosen: Sequence[Region]) -> tuple[Placement, ...]
         Placement(region=region, colour=colour, box=(GRID * box[0], GRID * box[1], GRID * box[2], GRID * box[3]))
         for region, colour, box in zip(chosen, colours, boxes, strict=True)
     )
+
+
+def place_in_cells(rng: random.Random, chosen: Sequence[Region], colours: Sequence[str]) -> tuple[Placement, ...]:
+    """Each region in the middle of its own cell of a 2 x 2 grid, as large as that allows; `colours` in their order."""
+    cells = rng.sample([(column, row) for row in range(2) for column in range(2)], len(chosen))
+    placements = []
+    for region, colour, (column, row) in zip(chosen, colours, cells, strict=True):
+        width, height = _grid_size(region.outline.aspect, CELL)
+        left = FIRST_CELL + CELL * column + (CELL - width) // 2
+        top = FIRST_CELL + CELL * row + (CELL - height) // 2
+        box = (GRID * left, GRID * top, GRID * (left + width), GRID * (top + height))
+        placements.append(Placement(region=region, colour=colour, box=box))
+    return tuple(placements)
 
 
 def _grid_size(aspect: float, longest: int) -> tuple[int, int]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dmole.data.mini import icon_captions, icon_questions, number_reading, poster_captions
+from dmole.data.mini import icon_captions, icon_questions, molecules, number_reading, poster_captions
 from dmole.data.mini.building import (
     POOL_SHARES,
     SPLITS,
@@ -22,7 +22,6 @@ from dmole.data.mini.building import (
     part_of,
     pool_of,
     short_answer,
-    shuffled_options,
     textured_canvas,
 )
 from dmole.data.mini.digits import digit_images
@@ -108,10 +107,20 @@ def words_of(icon: Icon) -> set[str]:
 @pytest.mark.parametrize("pool", POOLS)
 def test_the_two_icon_tasks_share_no_icon(pool: str) -> None:
     captions = {icon.name for icons in icon_captions._icons(pool).values() for icon in icons}
-    named = icon_questions._named(pool)
-    questions = {icon.name for icons in named.values() for icon in icons} | set(icon_questions._drawings(pool))
+    questions = set(icon_questions._drawings(pool))
     assert captions and questions and not captions & questions
-    assert len(named) >= 4, "a question needs three other nouns"
+
+
+@pytest.mark.parametrize("task", [icon_questions, molecules])
+def test_letters_are_even_and_an_option_keeps_its_letter(task: ModuleType) -> None:
+    rng = random.Random(0)
+    rows = [task.draw(rng, "train", 64) for _ in range(400)]
+    letters = Counter(row.answers[0] for row in rows)
+    assert sorted(letters) == ["A", "B", "C", "D"] and max(letters.values()) < 150
+    orders: dict[str, set[tuple[str, ...]]] = {}
+    for row in rows:
+        orders.setdefault(row.instruction.split("\n")[0], set()).add(row.options)
+    assert len(orders) == 3 and all(len(found) == 1 for found in orders.values())
 
 
 def test_equal_drawings_are_in_one_pool() -> None:
@@ -163,12 +172,6 @@ def test_the_wording_of_each_output_form() -> None:
     )
     assert short_answer("Which digits?") == "Which digits? Answer briefly."
     assert box_question("Ohio") == "Give the box of Ohio as x1 y1 x2 y2."
-
-
-def test_letters_of_shuffled_options_are_even() -> None:
-    rng = random.Random(0)
-    letters = Counter(shuffled_options(rng, "a", ["b", "c", "d"])[1] for _ in range(4000))
-    assert sorted(letters) == ["A", "B", "C", "D"] and max(letters.values()) < 1100
 
 
 def test_colours_contrast() -> None:

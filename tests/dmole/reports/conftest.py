@@ -125,8 +125,10 @@ def write_run(results: Path, method: str, seed: int, right: list[list[int | None
         "trainable_parameters_by_stage": [1000, 1001, 999],
         "routing": routing,
         "well_formed": well_formed,
-        "profile": {"step_ms": 20.0 if method == "keeper" else 10.0, "evaluation_seconds": 7.5},
+        "profile": {"step_ms": 20.0 if method == "keeper" else 10.0, "evaluation_seconds": 7.5, "steps": 2 * n},
     }
+    losses = [[stage, task, step, 1.0 / step] for stage, task in enumerate(TASKS, start=1) for step in (1, 2)]
+    write_csv(folder / "losses.csv", [["stage", "task", "step", "loss"], *losses])
     (folder / "result.json").write_text(json.dumps(result))
     return summary
 

@@ -144,6 +144,18 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
         edit("profile.csv", "keeper,0,default,20.0", "keeper,0,default,19.0"),
         "profile.csv: row keeper 0 default, step_ms: stored 19.0, recomputed 20.0",
     ),
+    "a run without a step time": (
+        edit("profile.csv", "keeper,0,default,20.0,", "keeper,2,default,20.0,"),
+        "profile.csv: row keeper 0 default: stored no row, recomputed a row",
+    ),
+    "a loss left out": (
+        edit(f"{RUN}/losses.csv", "2,words,1,1.0\n", ""),
+        f"{RUN}/losses.csv: stage 2, step: stored 2, recomputed 1",
+    ),
+    "a loss that is no number": (
+        edit(f"{RUN}/losses.csv", "2,words,1,1.0", "2,words,1,nan"),
+        f"{RUN}/losses.csv: stage 2, step 1, loss: stored nan, recomputed a finite number",
+    ),
     "the configuration": (
         edit(f"{RUN}/config.json", '"identity": {"method": "keeper"', '"identity": {"method": "kept"'),
         f"{RUN}/config.json: fingerprint: stored ",
