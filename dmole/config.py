@@ -27,19 +27,10 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
+from dmole.config_error import ConfigError, require
 from dmole.method_settings import DMoLESettings
 
 T = TypeVar("T")
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be run; the message names the key, what it got and what it takes."""
-
-
-def require(condition: bool, name: str, got: object, expected: str) -> None:
-    """Raise `ConfigError` for setting `name` unless `condition` holds."""
-    if not condition:
-        raise ConfigError(f"{name} is {got!r}; expected {expected}.")
 
 
 @dataclass(frozen=True, kw_only=True)

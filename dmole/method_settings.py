@@ -10,12 +10,9 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from dmole.config_error import require
+
 Ablation = Literal["v1", "v2", "v3", "v4"]
-
-
-def _check(condition: bool, name: str, got: object, expected: str) -> None:
-    if not condition:
-        raise ValueError(f"{name}: got {got!r}; expected {expected}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,23 +40,25 @@ class RouterSettings:
     feature_batch_size: int = 32
 
     def __post_init__(self) -> None:
-        _check(self.hidden >= 1, "router.hidden", self.hidden, "an integer of at least 1")
-        _check(self.epochs >= 1, "router.epochs", self.epochs, "an integer of at least 1")
-        _check(self.learning_rate > 0, "router.learning_rate", self.learning_rate, "a number above 0")
-        _check(self.final_learning_rate > 0, "router.final_learning_rate", self.final_learning_rate, "a number above 0")
-        _check(self.batch_size >= 1, "router.batch_size", self.batch_size, "an integer of at least 1")
-        _check(self.patience >= 0, "router.patience", self.patience, "0 (never stop early) or more")
-        _check(self.decoder in ("sigmoid", "linear"), "router.decoder", self.decoder, "'sigmoid' or 'linear'")
-        _check(0 < self.quantile <= 1, "router.quantile", self.quantile, "a number in (0, 1]")
-        _check(self.margin > 0, "router.margin", self.margin, "a number above 0")
-        _check(
+        require(self.hidden >= 1, "router.hidden", self.hidden, "an integer of at least 1")
+        require(self.epochs >= 1, "router.epochs", self.epochs, "an integer of at least 1")
+        require(self.learning_rate > 0, "router.learning_rate", self.learning_rate, "a number above 0")
+        require(
+            self.final_learning_rate > 0, "router.final_learning_rate", self.final_learning_rate, "a number above 0"
+        )
+        require(self.batch_size >= 1, "router.batch_size", self.batch_size, "an integer of at least 1")
+        require(self.patience >= 0, "router.patience", self.patience, "0 (never stop early) or more")
+        require(self.decoder in ("sigmoid", "linear"), "router.decoder", self.decoder, "'sigmoid' or 'linear'")
+        require(0 < self.quantile <= 1, "router.quantile", self.quantile, "a number in (0, 1]")
+        require(self.margin > 0, "router.margin", self.margin, "a number above 0")
+        require(
             self.threshold_from in ("train", "validation"),
             "router.threshold_from",
             self.threshold_from,
             "'train' or 'validation'",
         )
-        _check(self.top_k >= 1, "router.top_k", self.top_k, "an integer of at least 1")
-        _check(self.feature_batch_size >= 1, "router.feature_batch_size", self.feature_batch_size, "at least 1")
+        require(self.top_k >= 1, "router.top_k", self.top_k, "an integer of at least 1")
+        require(self.feature_batch_size >= 1, "router.feature_batch_size", self.feature_batch_size, "at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,11 +96,11 @@ class DMoLESettings:
 
     def __post_init__(self) -> None:
         # Shares above 1 are not refused here: allocation.check_budget names the candidates as well.
-        _check(self.budget_fraction > 0, "dmole.budget_fraction", self.budget_fraction, "a number in (0, 1]")
-        _check(0 <= self.vision_floor < 1, "dmole.vision_floor", self.vision_floor, "a number in [0, 1)")
-        _check(0 < self.proxy_fraction <= 1, "dmole.proxy_fraction", self.proxy_fraction, "a number in (0, 1]")
-        _check(self.proxy_min_samples >= 1, "dmole.proxy_min_samples", self.proxy_min_samples, "at least 1")
-        _check(self.proxy_batch_size >= 1, "dmole.proxy_batch_size", self.proxy_batch_size, "an integer of at least 1")
+        require(self.budget_fraction > 0, "dmole.budget_fraction", self.budget_fraction, "a number in (0, 1]")
+        require(0 <= self.vision_floor < 1, "dmole.vision_floor", self.vision_floor, "a number in [0, 1)")
+        require(0 < self.proxy_fraction <= 1, "dmole.proxy_fraction", self.proxy_fraction, "a number in (0, 1]")
+        require(self.proxy_min_samples >= 1, "dmole.proxy_min_samples", self.proxy_min_samples, "at least 1")
+        require(self.proxy_batch_size >= 1, "dmole.proxy_batch_size", self.proxy_batch_size, "an integer of at least 1")
         for name, allowed in (
             ("unit", ("linear", "layer")),
             ("score_aggregation", ("norm", "sum")),
@@ -112,7 +111,7 @@ class DMoLESettings:
             ("allocator", ("gradient", "uniform")),
         ):
             value = getattr(self, name)
-            _check(value in allowed, f"dmole.{name}", value, "one of " + ", ".join(repr(choice) for choice in allowed))
+            require(value in allowed, f"dmole.{name}", value, "one of " + ", ".join(repr(choice) for choice in allowed))
 
 
 def ablated(settings: DMoLESettings, ablation: Ablation) -> DMoLESettings:

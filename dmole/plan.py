@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 from dmole import checkpoint
-from dmole.config import ORDER_HELP, ConfigError, RunConfig, fingerprint
+from dmole.config import ORDER_HELP, RunConfig, fingerprint
+from dmole.config_error import ConfigError
 from dmole.data.sample import Stream
 from dmole.methods import method_class
 from dmole.methods.base import JSON, Stage

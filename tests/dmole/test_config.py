@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from dmole.config import (
-    ConfigError,
     LoraSettings,
     MethodSettings,
     RunConfig,
@@ -16,6 +15,7 @@ from dmole.config import (
     fingerprint,
     load_config,
 )
+from dmole.config_error import ConfigError
 from dmole.method_settings import DMoLESettings
 
 
@@ -75,7 +75,7 @@ def test_every_method_is_told_dmoles_budget() -> None:
         ("candidates='['", r"candidates is '\['; expected a regular expression"),
         ("threads=-1", r"threads is -1"),
         ("stream=3", r"stream is 3; expected a string"),
-        ("dmole.proxy_fraction=0", r"dmole.proxy_fraction: got 0"),
+        ("dmole.proxy_fraction=0", r"dmole.proxy_fraction is 0"),
     ],
 )
 def test_wrong_settings_are_named(override: str, message: str) -> None:

@@ -11,14 +11,14 @@ from dmole.method_settings import DMoLESettings, RouterSettings, ablated
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [
-        (DMoLESettings, {"budget_fraction": 0.0}, r"dmole.budget_fraction: got 0.0; expected a number in \(0, 1\]"),
-        (DMoLESettings, {"unit": "block"}, "dmole.unit: got 'block'; expected one of 'linear', 'layer'"),
-        (DMoLESettings, {"routing": "vote"}, "dmole.routing: got 'vote'; expected one of 'per_sample', 'batch_vote'"),
-        (DMoLESettings, {"vision_floor": 1.0}, r"dmole.vision_floor: got 1.0; expected a number in \[0, 1\)"),
-        (DMoLESettings, {"proxy_min_samples": 0}, "dmole.proxy_min_samples: got 0; expected at least 1"),
-        (RouterSettings, {"decoder": "tanh"}, "router.decoder: got 'tanh'; expected 'sigmoid' or 'linear'"),
-        (RouterSettings, {"quantile": 1.5}, r"router.quantile: got 1.5; expected a number in \(0, 1\]"),
-        (RouterSettings, {"top_k": 0}, "router.top_k: got 0; expected an integer of at least 1"),
+        (DMoLESettings, {"budget_fraction": 0.0}, r"dmole.budget_fraction is 0.0; expected a number in \(0, 1\]"),
+        (DMoLESettings, {"unit": "block"}, "dmole.unit is 'block'; expected one of 'linear', 'layer'"),
+        (DMoLESettings, {"routing": "vote"}, "dmole.routing is 'vote'; expected one of 'per_sample', 'batch_vote'"),
+        (DMoLESettings, {"vision_floor": 1.0}, r"dmole.vision_floor is 1.0; expected a number in \[0, 1\)"),
+        (DMoLESettings, {"proxy_min_samples": 0}, "dmole.proxy_min_samples is 0; expected at least 1"),
+        (RouterSettings, {"decoder": "tanh"}, "router.decoder is 'tanh'; expected 'sigmoid' or 'linear'"),
+        (RouterSettings, {"quantile": 1.5}, r"router.quantile is 1.5; expected a number in \(0, 1\]"),
+        (RouterSettings, {"top_k": 0}, "router.top_k is 0; expected an integer of at least 1"),
     ],
 )
 def test_bad_values_are_refused(kind: type, change: dict[str, object], message: str) -> None:

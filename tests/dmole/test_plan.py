@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dmole.config import ConfigError, RunConfig
+from dmole.config import RunConfig
+from dmole.config_error import ConfigError
 from dmole.data.sample import Stream
 from dmole.models.multimodal import MultimodalModel
 from dmole.plan import check_folder, check_lengths, fresh_copy, order_label, order_names, plan_runs, stream_digest
