@@ -31,7 +31,7 @@ import random
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from itertools import repeat
 from pathlib import Path
 from typing import Any, cast
@@ -47,11 +47,9 @@ from transformers import SiglipVisionConfig
 from dmole.data.collate import IGNORE
 from dmole.models.architecture import build_mini_network, train_tokenizer
 from dmole.models.multimodal import MultimodalModel, StemProcessor, load_model
+from dmole.pretraining.batches import Batch, PretrainingData
 from dmole.pretraining.corpus import Shard, read_shard
 from dmole.pretraining.scene import SIDE, Turn
-from dmole.pretraining.told import told_scene
-
-_BUCKET = 32  # batches that are sorted by length together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,23 +76,6 @@ class PretrainingSettings:
     start_from: str = ""  # a saved model whose weights and tokenizer this run goes on with
 
 
-@dataclass(frozen=True)
-class _Example:
-    family: int
-    index: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Inputs:
-    """One batch; the texts are empty where only the vision tower trains."""
-
-    pixels: Tensor
-    bag_BV: Tensor
-    ids_BT: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
-    labels_BT: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
-    spans: tuple[list[tuple[int, int]], ...] = ()
-
-
 def channel_statistics(shards: Sequence[Shard], images: int = 256) -> tuple[Tensor, Tensor]:
     """Mean and deviation [C] of the stem's channels over the first images of every shard, families weighing alike."""
     sample = np.concatenate([shard.features[:images].astype(np.float32) for shard in shards])
@@ -114,7 +95,6 @@ class Pretraining:
         self.processes = processes
         self.shards = [read_shard(corpus, family) for family in families]
         self.mm = load_model(settings.start_from) if settings.start_from else self._new_model()
-        self._processor = cast(StemProcessor, self.mm.pixel_values)
         self.network = self.mm.model.requires_grad_(True).train()
         # On a CPU in bfloat16 the backward of the flash kernel takes a quarter of a step; plain products are 1.5 times
         # as fast over the whole step (24 sequences of 115 tokens, one thread).
@@ -122,13 +102,16 @@ class Pretraining:
         vision = cast(SiglipVisionConfig, self.network.config.vision_config)
         self.bag_head = torch.nn.Linear(vision.hidden_size, len(self.mm.tokenizer))
         self._log: list[dict[str, float | str]] = []
-        self._told_rng = random.Random(f"told/{settings.seed}/{rank}")
         self._told_losses: list[float] = []
-        self._token_ids: dict[str, list[int]] = {}
-        self._prompt = self.mm.prompt_ids("")  # once: only its markers and the image's placeholders are used
-        held = settings.held_out
-        self.held_out = [[_Example(f, i) for i in range(held)] for f in range(len(self.shards))]
-        self.examples = [_Example(f, i) for f, s in enumerate(self.shards) for i in range(held, len(s.turns))]
+        self.data = PretrainingData(
+            self.shards,
+            self.mm,
+            seed=settings.seed,
+            turns=settings.turns,
+            held_out=settings.held_out,
+            rank=rank,
+            processes=processes,
+        )
 
     def _new_model(self) -> MultimodalModel:
         texts = (t for shard in self.shards for turns in shard.turns for turn in turns for t in _texts(turn))
@@ -139,7 +122,7 @@ class Pretraining:
     def run(self, output: Path) -> None:
         """Trains, writes ``output`` (model) and ``output/pretraining.csv`` (the log) with the recipe beside it."""
         s = self.settings
-        passes = len(self.examples) * s.epochs
+        passes = len(self.data.examples) * s.epochs
         if s.vision_share > 0:
             self._phase("vision", output, s.vision_batch_size, passes, s.max_seconds * s.vision_share)
         if s.told_share > 0:
@@ -162,7 +145,7 @@ class Pretraining:
         started = time.monotonic()
         window: list[float] = []
         batches: Iterator[Any] = (
-            repeat(None) if phase == "told" else self._batches(batch_size, texts=phase == "answers")
+            repeat(None) if phase == "told" else self.data.batches(batch_size, texts=phase == "answers")
         )
         progress = 0.0
         step = 0
@@ -196,7 +179,7 @@ class Pretraining:
                 self._log.append(row)
                 print(json.dumps(row), flush=True)
                 _write_log(output / "pretraining.csv", self._log)
-        if self.rank == 0:
+        if self.rank == 0 and phase != "answers":
             self._save(output)
 
     def _from_first(self, value: float) -> float:
@@ -228,9 +211,9 @@ class Pretraining:
         self.network.eval()
         result = []
         with torch.inference_mode():
-            for examples in self.held_out:
+            for examples in self.data.held_out:
                 right = total = 0
-                batch = self._assemble(examples, random.Random(0))
+                batch = self.data.assemble(examples, random.Random(0))
                 predicted = self._forward(batch).argmax(-1)
                 for row, spans in enumerate(batch.spans):
                     for start, stop in spans:
@@ -240,78 +223,7 @@ class Pretraining:
         self.network.train()
         return result
 
-    def _batches(self, size: int, *, texts: bool) -> Iterator[_Inputs]:
-        epoch = 0
-        while True:
-            rng = random.Random(f"{self.settings.seed}/{epoch}")
-            order = rng.sample(self.examples, len(self.examples))
-            for start in range(0, len(order), size * _BUCKET * self.processes):
-                bucket = sorted(order[start : start + size * _BUCKET * self.processes], key=self._length)
-                batches = [bucket[i : i + size] for i in range(0, len(bucket) - size + 1, size)]
-                # Neighbours in length go to the ranks of one step: nobody waits long for the other.
-                steps = [batches[i : i + self.processes] for i in range(0, len(batches), self.processes)]
-                for step in rng.sample(full := [x for x in steps if len(x) == self.processes], len(full)):
-                    yield self._assemble(step[self.rank], rng) if texts else self._images(step[self.rank])
-            epoch += 1
-
-    def _length(self, example: _Example) -> int:
-        turns = self.shards[example.family].turns[example.index]
-        return sum(3 + len(self._ids(turn.question)) + len(self._ids(turn.answer)) for turn in turns)
-
-    def _assemble(self, examples: Sequence[_Example], rng: random.Random) -> _Inputs:
-        sequences = []
-        for example in examples:
-            turns = self.shards[example.family].turns[example.index]
-            sequences.append(self._sequence(rng.sample(turns, min(len(turns), self.settings.turns))))
-        ids_BT, labels_BT = self._padded(sequences)
-        spans = tuple(spans for _, spans in sequences)
-        return replace(self._images(examples), ids_BT=ids_BT, labels_BT=labels_BT, spans=spans)
-
-    def _padded(self, sequences: Sequence[tuple[list[int], list[tuple[int, int]]]]) -> tuple[Tensor, Tensor]:
-        """Token ids and labels [B, T], padded on the right; labels on the answers alone."""
-        width = max(len(ids) for ids, _ in sequences)
-        ids_BT = torch.full((len(sequences), width), int(self.mm.tokenizer.pad_token_id or 0))
-        labels_BT = torch.full_like(ids_BT, IGNORE)
-        for row, (ids, spans) in enumerate(sequences):
-            ids_BT[row, : len(ids)] = torch.tensor(ids)
-            for start, stop in spans:
-                labels_BT[row, start:stop] = ids_BT[row, start:stop]
-        return ids_BT, labels_BT
-
-    def _images(self, examples: Sequence[_Example]) -> _Inputs:
-        raw = np.stack([self.shards[e.family].features[e.index] for e in examples]).astype(np.float32)
-        return _Inputs(pixels=self._processor.standardise(torch.from_numpy(raw)), bag_BV=self._bag(examples))
-
-    def _bag(self, examples: Sequence[_Example]) -> Tensor:
-        """[B, V]: equal weight on every token of an image's open answers; letters and yes/no say nothing alone."""
-        bag_BV = torch.zeros(len(examples), len(self.mm.tokenizer))
-        for row, example in enumerate(examples):
-            for turn in self.shards[example.family].turns[example.index]:
-                if not turn.question.endswith("letter.") and turn.answer not in ("yes", "no"):
-                    bag_BV[row, self._ids(turn.answer)] = 1.0
-        return bag_BV / bag_BV.sum(1, keepdim=True).clamp_min(1.0)
-
-    def _sequence(
-        self, turns: Sequence[Turn], context: Sequence[int] | None = None
-    ) -> tuple[list[int], list[tuple[int, int]]]:
-        """Tokens and the spans of the answers; ``context`` in the image's place makes it a told scene."""
-        image_end = 1 + self.mm.image_tokens
-        user, assistant = self._prompt[image_end], self._prompt[-1]
-        ids = self._prompt[:image_end] if context is None else [self._prompt[0], *context]
-        spans = []
-        for turn in turns:
-            ids += [user, *self._ids(turn.question), assistant]
-            answer = [*self._ids(turn.answer), int(self.mm.tokenizer.eos_token_id or 0)]
-            spans.append((len(ids), len(ids) + len(answer)))
-            ids += answer
-        return ids, spans
-
-    def _ids(self, text: str) -> list[int]:
-        if text not in self._token_ids:
-            self._token_ids[text] = self.mm.text_ids(text)
-        return self._token_ids[text]
-
-    def _hidden(self, batch: _Inputs) -> tuple[Tensor, Tensor]:
+    def _hidden(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Last hidden states [B, T, D] of the language model and [B, N, D'] of the vision tower.
 
         No attention mask: padding is on the right and attention is causal, so no real token sees any.
@@ -325,20 +237,15 @@ class Pretraining:
         read = model.language_model(inputs_embeds=embedded, use_cache=False)
         return read.last_hidden_state, seen.last_hidden_state
 
-    def _forward(self, batch: _Inputs) -> Tensor:
+    def _forward(self, batch: Batch) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.settings.bfloat16):
             return cast(Tensor, self.network.lm_head(self._hidden(batch)[0]))
 
-    def _answers_loss(self, batch: _Inputs) -> Tensor:
+    def _answers_loss(self, batch: Batch) -> Tensor:
         return self._loss(batch) + self._told_loss()
 
     def _told_loss(self) -> Tensor:
-        sequences = []
-        for _ in range(self.settings.told_batch_size):
-            scene = told_scene(self._told_rng)
-            ids, spans = self._sequence(scene.turns, context=self.mm.text_ids(scene.context))
-            sequences.append((ids, spans))
-        ids_BT, labels_BT = self._padded(sequences)
+        ids_BT, labels_BT = self.data.told(self.settings.told_batch_size)
         targets = labels_BT[:, 1:]
         answered = targets != IGNORE
         with torch.autocast("cpu", torch.bfloat16, enabled=self.settings.bfloat16):
@@ -348,7 +255,7 @@ class Pretraining:
         self._told_losses.append(float(loss.detach()))
         return loss
 
-    def _loss(self, batch: _Inputs) -> Tensor:
+    def _loss(self, batch: Batch) -> Tensor:
         targets = batch.labels_BT[:, 1:]
         answered = targets != IGNORE
         with torch.autocast("cpu", torch.bfloat16, enabled=self.settings.bfloat16):
@@ -359,7 +266,7 @@ class Pretraining:
         answers = F.cross_entropy(logits.float(), targets[answered])
         return answers + self.settings.bag_weight * _bag_entropy(named_BNV, batch.bag_BV)
 
-    def _bag_loss(self, batch: _Inputs) -> Tensor:
+    def _bag_loss(self, batch: Batch) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.settings.bfloat16):
             named_BNV = self.bag_head(self.mm.vision_features(batch.pixels))
         return _bag_entropy(named_BNV, batch.bag_BV)
