@@ -207,9 +207,19 @@ def time_table(runs: Sequence[StoredRun]) -> Table:
 
         return value
 
+    def step(run: StoredRun) -> float | None:
+        return (run.result.get("profile") or {}).get("step_ms")
+
+    rivals = {(run.seed, run.order): step(run) for run in runs if run.method == "seq_ft"}
+
+    def ratio(run: StoredRun) -> float | None:
+        own, rival = step(run), rivals.get((run.seed, run.order))
+        return own / rival if own and rival else None
+
     columns = {
         "train s": _summary("train_seconds"),
         "test s": tested,
+        "step / Seq-FT's": ratio,
         "proxy s": _summary("proxy_seconds"),
         "router s": _summary("router_seconds"),
         "proxy % of run": share("proxy_seconds"),
