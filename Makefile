@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint setup data results clean
+.PHONY: demo test lint setup data results docs clean
 
 demo: setup
 	$(BIN)/dmole run mini --recipe demo --output results/demo --resume
@@ -23,20 +23,29 @@ lint: setup
 
 setup: $(READY)
 
-# torch comes first and by itself: the plain index would bring a CUDA build of several GB as somebody's dependency.
-$(READY): pyproject.toml constraints.txt
+# torch comes first and by itself: the plain index would bring a CUDA build of several GB as somebody's dependency. The
+# compiled kernels come last and in place; ninja compiles again only what changed.
+$(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*.cpp csrc/cpu/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "make: 'python -m venv' failed; install Python 3.10 or newer with its venv module." >&2; exit 1; }
 	if $(BIN)/python scripts/check_installed.py; then echo "setup: every pinned package is already installed; nothing is downloaded"; else \
-	  $(PIP) install -q -c constraints.txt "torch==2.13.0" && $(PIP) install -q -c constraints.txt -e ".[data,dev,peft]" || \
+	  $(PIP) install -q -c constraints.txt "torch==2.13.0" && DMOLE_KERNELS_BUILD=skip $(PIP) install -q -c constraints.txt -e ".[data,dev,peft]" || \
 	  { echo "setup: a package above could not be installed. With no network, install it from a wheel into $(VENV) and run make again." >&2; exit 1; }; fi
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python setup.py -q build_ext --inplace
 	touch $(READY)
 
 # Hours: the committed results, from nothing, and the tables made of them. A stopped run goes on.
 results: setup
 	$(BIN)/python scripts/admission.py --output results/admission.csv
 	$(BIN)/dmole run mini --recipe mini --output results/mini --resume
-	$(BIN)/python -m dmole verify results/mini
+	$(BIN)/dmole run mini --recipe mini --output results/mini_matched_neighbour --method dmole \
+	  --set dmole.neighbour_within_threshold=true --resume
+	$(BIN)/dmole verify results/mini
+	$(BIN)/dmole verify results/mini_matched_neighbour
 	$(BIN)/dmole readme README.md dmole/data/mini/README.md
+
+docs: setup
+	$(PIP) install -q -c constraints.txt "mkdocs>=1.6" "mkdocstrings[python]>=0.28"
+	$(BIN)/mkdocs build --site-dir build/site
 
 data: setup
 	$(BIN)/dmole data build

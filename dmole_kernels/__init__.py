@@ -4,7 +4,8 @@
 Knows no task, data set or model. Which implementation runs: `python -m dmole_kernels`.
 """
 
-from dmole_kernels.backend import BACKENDS, BackendChoice, choose_backend, explain_backend
+from dmole_kernels.backend import BACKENDS, BackendChoice, choose_backend, explain_backend, use_backend
+from dmole_kernels.cpu import Plan
 from dmole_kernels.expert_bank import Expert, ExpertBank, ExpertDescription
 from dmole_kernels.grad_norm import (
     accumulate_gradient,
@@ -31,6 +32,7 @@ __all__ = [
     "GradNorm",
     "GradNormRecorder",
     "MultiLoRALinear",
+    "Plan",
     "accumulate_gradient",
     "accumulate_sketch",
     "choose_backend",
@@ -42,5 +44,6 @@ __all__ = [
     "multi_lora",
     "router_score",
     "router_select",
+    "use_backend",
     "sketch_relative_std",
 ]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-    choose_backend(requested, device_type) -> (name, reason)
+    choose_backend(requested, device_type, dtype) -> (name, reason)
 
-Which implementation runs an op: a pure function of its arguments whose answer and reason can be printed
-(`python -m dmole_kernels`). What is asked for and does not exist is an error, never a silent replacement.
+Which implementation runs an op: a pure function of its arguments and of `use_backend`, whose answer and reason can be
+printed (`python -m dmole_kernels`). What is asked for and does not exist is an error, never a silent replacement.
 
 A backend enters here by name in `BACKENDS` and in the table of kernels of each op file; nothing else chooses.
 """
@@ -11,13 +11,24 @@ A backend enters here by name in `BACKENDS` and in the table of kernels of each 
 from __future__ import annotations
 
 import platform
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 
+from dmole_kernels import cpu
+
 # Name -> device types it serves; None means any device PyTorch serves. Fastest first: "auto" takes the first that fits.
-BACKENDS: dict[str, tuple[str, ...] | None] = {"reference": None}
+BACKENDS: dict[str, tuple[str, ...] | None] = {
+    **({"cpu": ("cpu",)} if cpu.EXTENSION is not None else {}),
+    "reference": None,
+}
+# Name -> dtypes it computes in; None means any.
+DTYPES: dict[str, tuple[torch.dtype, ...] | None] = {"cpu": cpu.DTYPES, "reference": None}
+
+# What "auto" means, innermost block last. A list, not a ContextVar: torch.compile cannot trace one of those.
+_ambient: list[str] = ["auto"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,24 +37,75 @@ class BackendChoice:
     reason: str
 
 
-def choose_backend(requested: str = "auto", device_type: str = "cpu") -> BackendChoice:
-    """The backend for tensors on `device_type`. Raises ValueError for a name that is not available there."""
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """What "auto" means inside the block, in all threads: a backend's name. An op's own `backend` goes before it.
+
+    Raises:
+        ValueError: for a name that is not in this build.
+    """
+    _check_name(name)
+    _ambient.append(name)
+    try:
+        yield
+    finally:
+        _ambient.pop()
+
+
+def choose_backend(
+    requested: str = "auto", device_type: str = "cpu", dtype: torch.dtype | None = None
+) -> BackendChoice:
+    """The backend for tensors on `device_type`, computing in `dtype` (None: one that every backend has).
+
+    Raises:
+        ValueError: for a name that is not available there.
+    """
+    reason = "asked for by name"
     if requested == "auto":
-        for name, devices in BACKENDS.items():
-            if devices is None or device_type in devices:
-                return BackendChoice(name=name, reason=f"the first of {tuple(BACKENDS)} that serves {device_type}")
-    if requested not in BACKENDS:
-        raise ValueError(
-            f"backend={requested!r} is not in this build of dmole_kernels; expected 'auto' or one of "
-            f"{', '.join(map(repr, BACKENDS))}. Pass backend='auto' or backend='reference'."
-        )
-    devices = BACKENDS[requested]
+        requested = _ambient[-1]
+        reason = "asked for by use_backend"
+    if requested == "auto":
+        return _first_that_serves(device_type, dtype)
+    _check_name(requested)
+    devices, dtypes = BACKENDS[requested], DTYPES[requested]
     if devices is not None and device_type not in devices:
         raise ValueError(
             f"backend={requested!r} got a tensor on {device_type!r}; expected {', '.join(devices)}. "
             f"Move the tensors or pass backend='auto'."
         )
-    return BackendChoice(name=requested, reason="asked for by name")
+    if dtypes is not None and dtype is not None and dtype not in dtypes:
+        raise ValueError(
+            f"backend={requested!r} got {_name(dtype)}; expected {' or '.join(map(_name, dtypes))}. "
+            f"Cast the tensors or pass backend='reference'."
+        )
+    return BackendChoice(name=requested, reason=reason)
+
+
+def _first_that_serves(device_type: str, dtype: torch.dtype | None) -> BackendChoice:
+    passed_over = "" if cpu.EXTENSION is not None else f"; 'cpu' is not built: {cpu.MISSING}"
+    for name, devices in BACKENDS.items():
+        dtypes = DTYPES[name]
+        if devices is not None and device_type not in devices:
+            continue
+        if dtypes is not None and dtype is not None and dtype not in dtypes:
+            passed_over = f"; {name!r} computes in {' or '.join(map(_name, dtypes))}, not {_name(dtype)}"
+            continue
+        reason = f"the first of {tuple(BACKENDS)} that serves {device_type}{passed_over}"
+        return BackendChoice(name=name, reason=reason)
+    raise AssertionError("the reference serves every device")
+
+
+def _check_name(name: str) -> None:
+    if name != "auto" and name not in BACKENDS:
+        built = "" if name != "cpu" else f" ({cpu.MISSING})"
+        raise ValueError(
+            f"backend={name!r} is not in this build of dmole_kernels{built}; expected 'auto' or one of "
+            f"{', '.join(map(repr, BACKENDS))}. Pass backend='auto' or backend='reference'."
+        )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def explain_backend(requested: str = "auto") -> str:
@@ -55,6 +117,12 @@ def explain_backend(requested: str = "auto") -> str:
         f"torch     {torch.__version__}, {torch.get_num_threads()} thread(s)",
         f"cpu       {platform.machine()}, {torch.backends.cpu.get_cpu_capability()} kernels in PyTorch",
     ]
+    if cpu.EXTENSION is not None:
+        built = cpu.build_info()
+        lines += [
+            f"isa       {cpu.isa()} of {', '.join(cpu.available_isas())} (DMOLE_KERNELS_ISA chooses)",
+            f"compiler  {built['compiler']}, C++ {built['cxx']}, for torch {built['torch']}",
+        ]
     if torch.cuda.is_available():
         lines.append(
             f"cuda      {torch.cuda.get_device_name()}, {choose_backend(requested, 'cuda').name} would run on it"

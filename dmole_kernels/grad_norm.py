@@ -20,13 +20,15 @@ Shape letters: B samples, T tokens, N = B T rows, D in_features, P out_features,
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial, reduce
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from dmole_kernels import reference
-from dmole_kernels.backend import choose_backend, without_autocast
+from dmole_kernels import cpu, reference
+from dmole_kernels.backend import BACKENDS, choose_backend, without_autocast
 from dmole_kernels.registration import register_op
 
 NormMethod = Literal["auto", "direct", "ghost"]
@@ -38,11 +40,13 @@ def grad_norm_per_sample(x: Tensor, grad: Tensor, *, method: NormMethod = "auto"
     Args:
         x: [B, T, in_features], the layer's input.
         grad: [B, T, out_features], the gradient of the layer's output. Rows of padding must be zero here.
-        method: "auto" takes the one with fewer flops for these shapes (`cheaper_method`), anew at each call.
+        method: "auto" takes the cheaper one for these shapes (`cheaper_method`), anew at each call; the cpu backend
+            does so for each sample, after it has left out the tokens without a gradient at both ends (padding).
         backend: see `choose_backend`.
 
     Computes in float32 at least: Gram tiles in bfloat16 cost 1.1e-3 of the norm. Differentiable in x and grad; at a
-    norm of zero the gradient is zero.
+    norm of zero the gradient is zero. On the cpu backend a sample's norm is the same, bit for bit, whatever stands
+    beside it in the batch and however far it is padded.
 
     Raises:
         ValueError: for shapes that do not belong together or an unknown method.
@@ -52,8 +56,10 @@ def grad_norm_per_sample(x: Tensor, grad: Tensor, *, method: NormMethod = "auto"
         raise ValueError(
             f"method={method!r}; expected 'auto', 'direct' or 'ghost'. Use 'auto' unless you compare them."
         )
-    chosen = cheaper_method(x.shape[1], x.shape[2], grad.shape[2]) if method == "auto" else method
-    name = choose_backend(backend, x.device.type).name
+    name = choose_backend(backend, x.device.type, torch.promote_types(x.dtype, grad.dtype)).name
+    chosen: str = method
+    if method == "auto" and (name, "auto") not in NORM:
+        chosen = cheaper_method(x.shape[1], x.shape[2], grad.shape[2], backend=name)
     norm: Tensor = torch.ops.dmole_kernels.grad_norm_per_sample(x, grad, chosen, name)
     return norm
 
@@ -64,8 +70,14 @@ def grad_norm_per_batch(x: Tensor, grad: Tensor, *, method: NormMethod = "auto",
     return grad_norm_per_sample(x_1ND, grad_1NP, method=method, backend=backend)[0]
 
 
-def cheaper_method(tokens: int, in_features: int, out_features: int) -> Literal["direct", "ghost"]:
-    """Direct or ghost, by flops: about ghost for T < d p / (d + p), twice that once symmetry saves half."""
+def cheaper_method(
+    tokens: int, in_features: int, out_features: int, *, backend: str = "auto"
+) -> Literal["direct", "ghost"]:
+    """What "auto" does for a sample of these shapes, by flops: about ghost for T < d p / (d + p), up to twice that
+    where symmetry saves half. The backends differ in their tiles, so in how much symmetry saves."""
+    if (choose_backend().name if backend == "auto" else backend) == "cpu":
+        name = cpu.extension().grad_norm_method(tokens, in_features, out_features)
+        return "ghost" if name == "ghost" else "direct"
     tiles = -(-tokens // reference.GHOST_TILE)
     symmetric_share = (tiles + 1) / (2 * tiles) if tiles else 1.0
     ghost = symmetric_share * tokens * tokens * (in_features + out_features)
@@ -76,7 +88,9 @@ def accumulate_gradient(buffer: Tensor, x: Tensor, grad: Tensor, *, backend: str
     """Adds this batch's weight gradient: `buffer += grad.T @ x`; buffer [out_features, in_features] is changed."""
     _check(x, grad, 2)
     _check_buffer(buffer, (grad.shape[-1], x.shape[-1]))
-    torch.ops.dmole_kernels.accumulate_gradient(buffer, x, grad, choose_backend(backend, x.device.type).name)
+    dtype = reduce(torch.promote_types, (x.dtype, grad.dtype, buffer.dtype))
+    name = choose_backend(backend, x.device.type, dtype).name
+    torch.ops.dmole_kernels.accumulate_gradient(buffer, x, grad, name)
 
 
 def accumulate_sketch(
@@ -90,7 +104,9 @@ def accumulate_sketch(
     """
     _check(x, grad, 2)
     _check_buffer(sketch, (left.shape[1], right.shape[1]))
-    torch.ops.dmole_kernels.accumulate_sketch(sketch, x, grad, left, right, choose_backend(backend, x.device.type).name)
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in (x, grad, sketch, left, right)))
+    name = choose_backend(backend, x.device.type, dtype).name
+    torch.ops.dmole_kernels.accumulate_sketch(sketch, x, grad, left, right, name)
 
 
 def sketch_relative_std(sketch: Tensor) -> float:
@@ -125,15 +141,28 @@ def _check_buffer(buffer: Tensor, expected: tuple[int, int]) -> None:
         )
 
 
-NORM = {("reference", "direct"): reference.squared_norm_direct, ("reference", "ghost"): reference.squared_norm_ghost}
-ACCUMULATE = {"reference": reference.accumulate_gradient}
-SKETCH = {"reference": reference.accumulate_sketch}
+# Squared norms [B], in float32 at least.
+NORM: dict[tuple[str, str], Callable[[Tensor, Tensor], Tensor]] = {
+    ("reference", "direct"): lambda x, grad: reference.squared_norm_direct(*_widened(x, grad)),
+    ("reference", "ghost"): lambda x, grad: reference.squared_norm_ghost(*_widened(x, grad)),
+}
+ACCUMULATE: dict[str, Callable[..., None]] = {"reference": reference.accumulate_gradient}
+SKETCH: dict[str, Callable[..., None]] = {"reference": reference.accumulate_sketch}
+if "cpu" in BACKENDS:
+    for _method in ("auto", "direct", "ghost"):
+        NORM["cpu", _method] = partial(torch.ops.dmole_kernels.cpu_squared_norm, method=_method)
+    ACCUMULATE["cpu"] = torch.ops.dmole_kernels.cpu_accumulate_gradient
+    SKETCH["cpu"] = torch.ops.dmole_kernels.cpu_accumulate_sketch
+
+
+def _widened(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(torch.promote_types(x.dtype, grad.dtype), torch.float32)
+    return x.to(wide), grad.to(wide)
 
 
 def _norm(x: Tensor, grad: Tensor, method: str, backend: str) -> Tensor:
-    wide = torch.promote_types(torch.promote_types(x.dtype, grad.dtype), torch.float32)
     with without_autocast(x.device.type):
-        return NORM[backend, method](x.to(wide), grad.to(wide)).sqrt_()
+        return NORM[backend, method](x, grad).sqrt_()
 
 
 def _accumulate(buffer: Tensor, x: Tensor, grad: Tensor, backend: str) -> None:

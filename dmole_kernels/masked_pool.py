@@ -10,13 +10,14 @@ Shape letters: B samples, T tokens, D features.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dmole_kernels import reference
-from dmole_kernels.backend import choose_backend
+from dmole_kernels.backend import BACKENDS, choose_backend
 from dmole_kernels.registration import register_op
 
 
@@ -42,12 +43,14 @@ def masked_max_pool(hidden: Tensor, mask: Tensor, *, backend: str = "auto") -> T
             )
     pooled: Tensor
     pooled, _ = torch.ops.dmole_kernels.masked_max_pool(
-        hidden, mask != 0, choose_backend(backend, hidden.device.type).name
+        hidden, mask != 0, choose_backend(backend, hidden.device.type, hidden.dtype).name
     )
     return pooled
 
 
-POOL = {"reference": reference.masked_max_pool}
+POOL: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {"reference": reference.masked_max_pool}
+if "cpu" in BACKENDS:
+    POOL["cpu"] = torch.ops.dmole_kernels.cpu_masked_max_pool
 
 
 def _pool(hidden: Tensor, mask: Tensor, backend: str) -> tuple[Tensor, Tensor]:

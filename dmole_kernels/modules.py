@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dmole_kernels.backend import choose_backend
+from dmole_kernels.cpu import Plan
 from dmole_kernels.expert_bank import ExpertBank
 from dmole_kernels.multi_lora import DropoutMode, multi_lora
 
@@ -42,6 +43,7 @@ class GatePlan:
             used = (gate != 0).flatten(0, -2).any(0).tolist()
             self.active = tuple(name for name, flag in zip(names, used, strict=True) if flag)
         self._columns: dict[tuple[str, ...], Tensor] = {}
+        self._rows: dict[tuple[tuple[str, ...], int], Plan] = {}
 
     def columns(self, names: tuple[str, ...]) -> Tensor:
         """The gate of just these experts, [..., len(names)]; kept, since many layers hold the same experts."""
@@ -52,6 +54,15 @@ class GatePlan:
             kept = self.gate[..., [self.names.index(name) for name in names]]
             if not torch.compiler.is_compiling():
                 self._columns[names] = kept
+        return kept
+
+    def rows(self, names: tuple[str, ...], count: int) -> Plan:
+        """Which of `count` rows each of these experts serves; kept, since many layers ask."""
+        kept = self._rows.get((names, count))
+        if kept is None:
+            gate = self.columns(names)
+            kept = Plan(gate.reshape(-1, gate.shape[-1]), count, every_column=gate.requires_grad)
+            self._rows[names, count] = kept
         return kept
 
 
@@ -172,16 +183,25 @@ class MultiLoRALinear(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         y = self.base(x)
         chosen = [self.bank.expert(name) for name in names]
+        gates = plan.columns(names)
+        rows = None
+        if (
+            not torch.compiler.is_compiling()
+            and gates.shape[:-1] == x.shape[: gates.dim() - 1]
+            and choose_backend(self.backend, x.device.type, y.dtype).name == "cpu"
+        ):
+            rows = plan.rows(names, x.shape[:-1].numel())
         return multi_lora(
             x,
             y,
             [expert.lora_a for expert in chosen],
             [expert.lora_b for expert in chosen],
-            plan.columns(names),
+            gates,
             [expert.scale for expert in chosen],
             dropout=self.dropout if self.training else 0.0,
             dropout_mode=self.dropout_mode,
             backend=self.backend,
+            plan=rows,
         )
 
     def extra_repr(self) -> str:

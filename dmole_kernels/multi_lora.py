@@ -30,8 +30,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from dmole_kernels import reference
-from dmole_kernels.backend import choose_backend, without_autocast
+from dmole_kernels import cpu, reference
+from dmole_kernels.backend import BACKENDS, choose_backend, without_autocast
+from dmole_kernels.cpu import Plan
 from dmole_kernels.registration import register_op
 
 DropoutMode = Literal["shared", "per_expert"]
@@ -40,7 +41,7 @@ DropoutMode = Literal["shared", "per_expert"]
 def multi_lora(
     x: Tensor, base: Tensor | None, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], gate: Tensor,
     scale: Sequence[float], *, dropout: float = 0.0, dropout_mode: DropoutMode = "shared", seed: Tensor | None = None,
-    backend: str = "auto",
+    backend: str = "auto", plan: Plan | None = None,
 ) -> Tensor:  # fmt: skip
     """Adds the gated LoRA experts to a linear layer's output: `base + sum_e gate_e scale_e B_e A_e dropout(x)`.
 
@@ -57,29 +58,38 @@ def multi_lora(
         seed: int64 scalar on the CPU that determines the masks; drawn from torch's default generator when None, so
             restoring that generator's state repeats them.
         backend: see `choose_backend`.
+        plan: which rows each expert serves, for this gate and as many rows as x has; the cpu backend makes its own when
+            None. Not for a gate that requires grad.
 
     Computes in base's dtype (x's when base is None); x and experts are cast to it, their gradients cast back, so
     experts may stay float32 beside a bfloat16 model. A new tensor is returned; inputs are only read. Saved for
     backward: x and S = dropout(x) A^T where an expert is trainable; neither where all are frozen and the gate constant.
-    Experts with a gate of zero are computed all the same: leave them out of the lists (MultiLoRALinear does).
+    On the cpu backend an expert costs the rows whose gate for it is not zero (all rows when the gate requires grad: a
+    zero gate is owed its gradient); elsewhere, and under torch.compile, experts with a gate of zero are computed all
+    the same: leave them out of the lists (MultiLoRALinear does).
 
     Raises:
-        ValueError: for shapes, counts or probabilities that do not fit together.
+        ValueError: for shapes, counts or probabilities that do not fit together, or a backend that is not there.
     """
     _check(x, base, lora_a, lora_b, gate, scale, dropout)
+    choice = choose_backend(backend, x.device.type, x.dtype if base is None else base.dtype)
+    trained_gate = gate.requires_grad and torch.is_grad_enabled()
+    if plan is not None:
+        _check_plan(plan, x, trained_gate)
     if dropout > 0.0 and seed is None:
         seed = torch.randint(0, 2**63 - 1, (), dtype=torch.int64)
     settings = (
-        list(scale), dropout, dropout_mode == "per_expert", seed if dropout > 0.0 else None,
-        choose_backend(backend, x.device.type).name,
+        list(scale), dropout, dropout_mode == "per_expert", seed if dropout > 0.0 else None, choice.name, trained_gate,
     )  # fmt: skip
     y: Tensor
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         y, _ = torch.ops.dmole_kernels.multi_lora(x, base, list(lora_a), list(lora_b), gate, *settings)
-    elif torch.is_grad_enabled():
-        y, _ = _EagerMultiLora.apply(settings, x, base, gate, *lora_a, *lora_b)  # type: ignore[no-untyped-call]
+        return y
+    words = None if plan is None else plan.words
+    if torch.is_grad_enabled():
+        y, _ = _EagerMultiLora.apply(settings, words, x, base, gate, *lora_a, *lora_b)  # type: ignore[no-untyped-call]
     else:
-        y, _ = _forward(x, base, list(lora_a), list(lora_b), gate, *settings)
+        y, _ = _forward(x, base, list(lora_a), list(lora_b), gate, *settings, words)
     return y
 
 
@@ -117,35 +127,54 @@ def _check(
         raise ValueError(f"dropout is {dropout}; expected a chance in [0, 1). Use 0.05 for five percent.")
 
 
-# Backend name -> kernel; a compiled backend adds its line to both and its name to backend.BACKENDS.
+def _check_plan(plan: Plan, x: Tensor, trained_gate: bool) -> None:
+    if plan.rows != x.shape[:-1].numel() or (trained_gate and not plan.every_column):
+        raise ValueError(
+            f"plan is for {plan.rows} rows and {'every' if plan.every_column else 'not every'} column, x has "
+            f"{x.shape[:-1].numel()} rows and the gate {'requires' if trained_gate else 'does not require'} grad; "
+            f"expected as many rows, and every column for such a gate. Build the plan from this gate, or pass none."
+        )
+
+
+# Backend name -> kernel; a compiled backend adds its line to both and its name to backend.BACKENDS. Kernels that pass
+# over pairs of row and expert with a gate of zero take two more arguments: whether they may not, and the pairs' plan.
 FORWARD: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"reference": reference.multi_lora_forward}
 BACKWARD: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]] = {"reference": reference.multi_lora_backward}
+PLANNED = {"cpu"} & set(BACKENDS)
+if "cpu" in BACKENDS:
+    FORWARD["cpu"] = cpu.multi_lora_forward
+    BACKWARD["cpu"] = cpu.multi_lora_backward
 
 
 def _forward(
     x: Tensor, base: Tensor | None, lora_a: list[Tensor], lora_b: list[Tensor], gate: Tensor, scale: list[float],
-    dropout: float, per_expert: bool, seed: Tensor | None, backend: str,
+    dropout: float, per_expert: bool, seed: Tensor | None, backend: str, every_column: bool,
+    plan: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    planned = (every_column, plan) if backend in PLANNED else ()
     # base settles the dtype; autocast inside the kernel would contradict the fake implementation.
     with without_autocast(x.device.type):
-        return FORWARD[backend](x, base, lora_a, lora_b, gate.reshape(-1, len(scale)), scale, dropout, per_expert, seed)
+        return FORWARD[backend](
+            x, base, lora_a, lora_b, gate.reshape(-1, len(scale)), scale, dropout, per_expert, seed, *planned
+        )
 
 
 def _backward(
     grad: Tensor, x: Tensor | None, shrunk: Tensor | None, lora_a: list[Tensor], lora_b: list[Tensor], gate: Tensor,
     scale: list[float], dropout: float, per_expert: bool, seed: Tensor | None, need_x: bool, need_gate: bool,
-    trainable: list[bool], backend: str,
+    trainable: list[bool], backend: str, plan: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    planned = (plan,) if backend in PLANNED else ()
     with without_autocast(grad.device.type):
         return BACKWARD[backend](
             grad, x, shrunk, lora_a, lora_b, gate.reshape(-1, len(scale)), scale, dropout, per_expert, seed, need_x,
-            need_gate, trainable,
+            need_gate, trainable, *planned,
         )  # fmt: skip
 
 
 def _forward_fake(
     x: Tensor, base: Tensor | None, lora_a: list[Tensor], lora_b: list[Tensor], gate: Tensor, scale: list[float],
-    dropout: float, per_expert: bool, seed: Tensor | None, backend: str,
+    dropout: float, per_expert: bool, seed: Tensor | None, backend: str, every_column: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     dtype = x.dtype if base is None else base.dtype
     rows = x.shape[:-1].numel()
@@ -170,12 +199,18 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, base, lora_a, lora_b, gate, scale, dropout, per_expert, seed, backend = inputs
+    x, base, lora_a, lora_b, gate, scale, dropout, per_expert, seed, backend, every_column = inputs
+    if gate.requires_grad and not every_column:
+        raise ValueError(
+            "the gate requires grad and every_column is False; expected True, since a gate of zero is owed its "
+            "gradient. Pass every_column=True or a detached gate."
+        )
     ctx.trainable = [a.requires_grad or b.requires_grad for a, b in zip(lora_a, lora_b, strict=True)]
     ctx.wants = (x.requires_grad, base is not None and base.requires_grad, gate.requires_grad)
     ctx.x_dtype = x.dtype
     ctx.rest = (scale, dropout, per_expert)
     ctx.backend = backend
+    ctx.plan = None
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     # Frozen experts and a constant gate need neither x nor S: holding them would keep whole activations alive.
@@ -192,14 +227,19 @@ def _autograd(ctx: Any, grad: Tensor | None, _grad_shrunk: None) -> tuple[Any, .
     grad_a: list[Tensor | None] = [None] * count
     grad_b: list[Tensor | None] = [None] * count
     if grad is None:
-        return None, None, grad_a, grad_b, None, None, None, None, None, None
+        return None, None, grad_a, grad_b, None, None, None, None, None, None, None
     dx, dgate = None, None
     if wants_x or wants_gate or any(ctx.trainable):
         scale, dropout, per_expert = ctx.rest
-        dx_packed, da, db, dgate_packed = torch.ops.dmole_kernels.multi_lora_backward(
+        arguments = (
             grad, x, shrunk, lora_a, lora_b, gate, scale, dropout, per_expert, seed, wants_x, wants_gate,
             ctx.trainable, ctx.backend,
         )  # fmt: skip
+        dx_packed, da, db, dgate_packed = (
+            torch.ops.dmole_kernels.multi_lora_backward(*arguments)
+            if ctx.plan is None or is_in_torch_dispatch_mode()
+            else _backward(*arguments, ctx.plan)
+        )
         dx = dx_packed.to(ctx.x_dtype) if wants_x else None
         dgate = dgate_packed.view(gate.shape) if wants_gate else None
         chosen = [e for e, flag in enumerate(ctx.trainable) if flag]
@@ -207,7 +247,7 @@ def _autograd(ctx: Any, grad: Tensor | None, _grad_shrunk: None) -> tuple[Any, .
         if chosen:
             for e, part_a, part_b in zip(chosen, da.split(ranks), db.split(ranks), strict=True):
                 grad_a[e], grad_b[e] = part_a.to(lora_a[e].dtype), _transposed(part_b, lora_b[e].dtype)
-    return dx, grad if wants_base else None, grad_a, grad_b, dgate, None, None, None, None, None
+    return dx, grad if wants_base else None, grad_a, grad_b, dgate, None, None, None, None, None, None
 
 
 def _transposed(part_RP: Tensor, dtype: torch.dtype) -> Tensor:
@@ -225,24 +265,26 @@ class _EagerMultiLora(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, settings: tuple[Any, ...], x: Tensor, base: Tensor | None, gate: Tensor, *experts: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, settings: tuple[Any, ...], plan: Tensor | None, x: Tensor, base: Tensor | None, gate: Tensor,
+        *experts: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         count = len(experts) // 2
         inputs = (x, base, list(experts[:count]), list(experts[count:]), gate, *settings)
-        output = _forward(*inputs)
+        output = _forward(*inputs, plan)  # type: ignore[call-arg]
         _setup_context(ctx, inputs, output)
+        ctx.plan = plan
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, grad_shrunk: None) -> tuple[Tensor | None, ...]:
         dx, dbase, da, db, dgate, *_ = _autograd(ctx, grad, grad_shrunk)
-        return None, dx, dbase, dgate, *da, *db
+        return None, None, dx, dbase, dgate, *da, *db
 
 
 register_op(
     "multi_lora(Tensor x, Tensor? base, Tensor[] lora_a, Tensor[] lora_b, Tensor gate, float[] scale, float dropout, "
-    "bool per_expert, Tensor? seed, str backend) -> (Tensor, Tensor)",
+    "bool per_expert, Tensor? seed, str backend, bool every_column) -> (Tensor, Tensor)",
     kernel=_forward,
     fake=_forward_fake,
     backward=_autograd,

@@ -12,13 +12,14 @@ Shape letters: N samples, T tasks, D features, H hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from dmole_kernels import reference
-from dmole_kernels.backend import choose_backend, without_autocast
+from dmole_kernels.backend import BACKENDS, choose_backend, without_autocast
 from dmole_kernels.registration import register_op
 
 
@@ -35,7 +36,8 @@ def router_score(
         decoder: "sigmoid" as in the paper, or "linear", which can reach the negative entries of a feature.
         backend: see `choose_backend`.
 
-    All tensors share one dtype. A sample's errors do not depend on which samples stand beside it but for rounding.
+    All tensors share one dtype. A sample's errors do not depend on which samples stand beside it: bit for bit on the
+    cpu backend, which holds one block of one task's reconstruction at a time; but for rounding on the reference.
 
     Raises:
         ValueError: for shapes that do not fit or an unknown decoder.
@@ -43,10 +45,9 @@ def router_score(
     _check(features, encoder_weight, encoder_bias, decoder_weight, decoder_bias)
     if decoder not in ("sigmoid", "linear"):
         raise ValueError(f"decoder={decoder!r}; expected 'sigmoid' or 'linear'. Use 'sigmoid' for the paper's.")
-    error: Tensor = torch.ops.dmole_kernels.router_score(
-        features, encoder_weight, encoder_bias, decoder_weight, decoder_bias, decoder == "sigmoid",
-        choose_backend(backend, features.device.type).name,
-    )  # fmt: skip
+    tensors = (features, encoder_weight, encoder_bias, decoder_weight, decoder_bias)
+    name = choose_backend(backend, features.device.type, features.dtype).name
+    error: Tensor = torch.ops.dmole_kernels.router_score(*tensors, decoder == "sigmoid", name)
     return error
 
 
@@ -66,9 +67,14 @@ def router_select(error: Tensor, threshold: Tensor, *, top_k: int = 2, backend: 
         )
     if top_k < 1:
         raise ValueError(f"top_k={top_k}; expected at least 1. The paper's is 2.")
-    gate: Tensor = torch.ops.dmole_kernels.router_select(
-        error, threshold, top_k, choose_backend(backend, error.device.type).name
-    )
+    if not torch.compiler.is_compiling() and bool(threshold.isnan().any()):
+        tasks = threshold.isnan().nonzero().flatten().tolist()
+        raise ValueError(
+            f"threshold is NaN for tasks {tasks}; expected numbers, or -inf for a task that is never to be chosen. "
+            f"Calibrate those tasks again."
+        )
+    name = choose_backend(backend, error.device.type, torch.promote_types(error.dtype, threshold.dtype)).name
+    gate: Tensor = torch.ops.dmole_kernels.router_select(error, threshold, top_k, name)
     return gate
 
 
@@ -94,9 +100,15 @@ def _check(
             )
 
 
-SCORE = {"reference": reference.router_score_forward}
+SCORE: dict[str, Callable[..., Tensor]] = {"reference": reference.router_score_forward}
 SCORE_BACKWARD = {"reference": reference.router_score_backward}
-SELECT = {"reference": reference.router_select}
+SELECT: dict[str, Callable[..., Tensor]] = {"reference": reference.router_select}
+if "cpu" in BACKENDS:
+    SCORE["cpu"] = torch.ops.dmole_kernels.cpu_router_score
+    # The reference's: scores are made under no_grad and autoencoders are trained one at a time; nobody waits for this
+    # derivative.
+    SCORE_BACKWARD["cpu"] = reference.router_score_backward
+    SELECT["cpu"] = torch.ops.dmole_kernels.cpu_router_select
 
 
 def _score(

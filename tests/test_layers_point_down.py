@@ -44,7 +44,7 @@ def test_there_is_something_to_check() -> None:
     assert any(module == "dmole_kernels" for file in APPLICATION_FILES for module, _ in imports(file))
 
 
-@pytest.mark.parametrize("folder", ["dmole", "dmole_kernels", "tests", "scripts", "examples"])
+@pytest.mark.parametrize("folder", ["dmole", "dmole_kernels", "benchmarks", "tests", "scripts", "examples"])
 def test_every_source_file_names_its_licence(folder: str) -> None:
     files = sorted((ROOT / folder).rglob("*.py"))
     assert files

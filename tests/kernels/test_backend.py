@@ -1,34 +1,112 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from dmole_kernels import BACKENDS, choose_backend
+from dmole_kernels import BACKENDS, backend, choose_backend, cpu, multi_lora, use_backend
 from dmole_kernels.grad_norm import ACCUMULATE, NORM, SKETCH
 from dmole_kernels.masked_pool import POOL
 from dmole_kernels.multi_lora import BACKWARD, FORWARD
 from dmole_kernels.router_score import SCORE, SCORE_BACKWARD, SELECT
 
+COMPILED = cpu.EXTENSION is not None
+NEEDS_EXTENSION = pytest.mark.skipif(not COMPILED, reason=f"no compiled extension: {cpu.MISSING}")
 
-def test_auto_names_a_backend_and_a_reason() -> None:
+
+def printed(**environment: str) -> str:
+    """What `python -m dmole_kernels` prints."""
+    command = [sys.executable, "-m", "dmole_kernels"]
+    return subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **environment}).stdout
+
+
+@NEEDS_EXTENSION
+def test_auto_takes_the_compiled_kernels_where_they_serve() -> None:
     choice = choose_backend("auto", "cpu")
-    assert (choice.name, choice.reason) == ("reference", "the first of ('reference',) that serves cpu")
+    assert (choice.name, choice.reason) == ("cpu", "the first of ('cpu', 'reference') that serves cpu")
+    assert choose_backend("auto", "cuda").name == "reference"
+    for dtype in (torch.float64, torch.float16):
+        name = str(dtype).removeprefix("torch.")
+        choice = choose_backend("auto", "cpu", dtype)
+        assert choice.name == "reference"
+        assert choice.reason.endswith(f"; 'cpu' computes in float32 or bfloat16, not {name}")
+
+
+def test_without_the_extension_auto_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "EXTENSION", None)
+    monkeypatch.setattr(cpu, "MISSING", "No module named 'dmole_kernels._C'")
+    monkeypatch.setattr(backend, "BACKENDS", {"reference": None})
+    choice = choose_backend()
+    assert choice.name == "reference"
+    assert choice.reason == (
+        "the first of ('reference',) that serves cpu; 'cpu' is not built: No module named 'dmole_kernels._C'"
+    )
+    with pytest.raises(
+        ValueError, match=r"backend='cpu' is not in this build of dmole_kernels \(No module named 'dmole_kernels._C'\)"
+    ):
+        choose_backend("cpu")
+    with pytest.raises(RuntimeError, match="expected the compiled extension. Install torch and a C.. compiler, then"):
+        cpu.extension()
+
+
+def test_by_name() -> None:
     assert choose_backend("reference", "cuda").reason == "asked for by name"
 
 
-@pytest.mark.parametrize("name", ["cpu", "triton", "cuda", ""])
+@NEEDS_EXTENSION
+def test_by_name_for_tensors_it_does_not_serve_is_an_error() -> None:
+    with pytest.raises(
+        ValueError, match="backend='cpu' got a tensor on 'cuda'; expected cpu. Move the tensors or pass"
+    ):
+        choose_backend("cpu", "cuda")
+    with pytest.raises(
+        ValueError, match="backend='cpu' got float64; expected float32 or bfloat16. Cast the tensors or"
+    ):
+        choose_backend("cpu", "cpu", torch.float64)
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda", ""])
 def test_what_does_not_exist_is_an_error_that_names_what_does(name: str) -> None:
     expected = (
-        f"backend={name!r} is not in this build of dmole_kernels; expected 'auto' or one of 'reference'. "
-        "Pass backend='auto' or backend='reference'."
+        f"backend={name!r} is not in this build of dmole_kernels; expected 'auto' or one of "
+        f"{', '.join(map(repr, BACKENDS))}. Pass backend='auto' or backend='reference'."
     )
     with pytest.raises(ValueError) as caught:
         choose_backend(name)
     assert str(caught.value) == expected
+    with pytest.raises(ValueError) as caught, use_backend(name):
+        pass
+    assert str(caught.value) == expected
+
+
+def test_use_backend_says_what_auto_means_nests_and_ends() -> None:
+    before = choose_backend().name
+    with use_backend("reference"):
+        assert choose_backend() == backend.BackendChoice(name="reference", reason="asked for by use_backend")
+        with pytest.raises(KeyError), use_backend("auto"):
+            assert choose_backend().name == before
+            raise KeyError
+        assert choose_backend().name == "reference"
+    assert choose_backend().name == before
+
+
+@NEEDS_EXTENSION
+def test_use_backend_chooses_the_kernel_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise KeyError("the cpu kernel ran")
+
+    monkeypatch.setitem(FORWARD, "cpu", refuse)
+    arguments = (torch.ones(2, 4), None, [torch.ones(1, 4)], [torch.ones(3, 1)], torch.ones(2, 1), [1.0])
+    with use_backend("reference"):
+        multi_lora(*arguments)
+        with pytest.raises(KeyError, match="the cpu kernel ran"):
+            multi_lora(*arguments, backend="cpu")
+    with pytest.raises(KeyError, match="the cpu kernel ran"):
+        multi_lora(*arguments)
 
 
 def test_every_backend_has_every_kernel() -> None:
@@ -37,8 +115,29 @@ def test_every_backend_has_every_kernel() -> None:
     assert {name for name, _ in NORM} == set(BACKENDS)
 
 
-def test_the_module_prints_backend_torch_and_isa() -> None:
-    done = subprocess.run([sys.executable, "-m", "dmole_kernels"], capture_output=True, text=True, check=True)
-    assert "backend   reference (the first of ('reference',) that serves cpu)" in done.stdout
-    assert torch.__version__ in done.stdout
-    assert torch.backends.cpu.get_cpu_capability() in done.stdout
+def test_the_module_prints_backend_and_torch() -> None:
+    text = printed()
+    choice = choose_backend()
+    assert f"backend   {choice.name} ({choice.reason})" in text
+    assert torch.__version__ in text
+    assert torch.backends.cpu.get_cpu_capability() in text
+
+
+@NEEDS_EXTENSION
+def test_the_module_prints_isa_and_compiler() -> None:
+    for level in cpu.available_isas():
+        text = printed(DMOLE_KERNELS_ISA=level)
+        assert f"isa       {level} of {', '.join(cpu.available_isas())}" in text
+    assert cpu.build_info()["compiler"] in text
+
+
+@NEEDS_EXTENSION
+def test_an_instruction_set_that_is_not_there_is_an_error() -> None:
+    listed = ", ".join(map(repr, cpu.available_isas()))
+    expected = f"isa is 'neon'; expected 'auto' or what this machine runs: {listed}. Choose one of these."
+    with pytest.raises(ValueError) as caught:
+        cpu.set_isa("neon")
+    assert str(caught.value) == expected
+    command = [sys.executable, "-c", "import dmole_kernels.cpu as cpu; cpu.isa()"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "DMOLE_KERNELS_ISA": "neon"})
+    assert expected.replace("isa is", "DMOLE_KERNELS_ISA is") in done.stderr

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deliberately broken kernels: the error rule must catch every one of them, in float32 and in bfloat16."""
+"""Deliberately broken kernels of every backend: the error rule must catch each one, in float32 and in bfloat16."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from dmole_kernels import reference
-from dmole_kernels.testing import WORKLOADS, LoraInputs, Results, judge_run, rejected, run_kernels
+from dmole_kernels import BACKENDS, reference
+from dmole_kernels.multi_lora import BACKWARD, FORWARD
+from dmole_kernels.testing import WORKLOADS, LoraInputs, Results, judge_run, rejected, run_kernels, run_reference
 
-Pair = tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]]
-FORWARD, BACKWARD = reference.multi_lora_forward, reference.multi_lora_backward
+Pair = tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., tuple[Tensor, ...]]]
+Break = Callable[[Pair], Pair]
 FORWARD_NAMES = ("x", "base", "lora_a", "lora_b", "gate", "scale", "dropout", "per_expert", "seed")
 BACKWARD_NAMES = (
     "grad", "x", "shrunk", "lora_a", "lora_b", "gate", "scale", "dropout", "per_expert", "seed", "need_x", "need_gate",
@@ -22,30 +23,49 @@ BACKWARD_NAMES = (
 Arguments = dict[str, object]
 
 
-def with_arguments(change: Callable[[Arguments], Arguments], *, forward: bool = True, backward: bool = True) -> Pair:
-    """The reference called with changed arguments: a kernel that reads the wrong thing."""
+def with_arguments(change: Callable[[Arguments], Arguments], *, forward: bool = True, backward: bool = True) -> Break:
+    """The kernels called with changed arguments: they read the wrong thing."""
 
-    def broken_forward(*arguments: object) -> tuple[Tensor, Tensor]:
-        named = dict(zip(FORWARD_NAMES, arguments, strict=True))
-        return FORWARD(*(change(named) if forward else named).values())
+    def broken(pair: Pair) -> Pair:
+        def broken_forward(*arguments: object) -> tuple[Tensor, Tensor]:
+            named = dict(zip(FORWARD_NAMES, arguments, strict=True))
+            return pair[0](*(change(named) if forward else named).values())
 
-    def broken_backward(*arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        named = dict(zip(BACKWARD_NAMES, arguments, strict=True))
-        return BACKWARD(*(change(named) if backward else named).values())
+        def broken_backward(*arguments: object) -> tuple[Tensor, ...]:
+            named = dict(zip(BACKWARD_NAMES, arguments, strict=True))
+            return pair[1](*(change(named) if backward else named).values())
 
-    return broken_forward, broken_backward
+        return broken_forward, broken_backward
+
+    return broken
 
 
-def with_results(place: int, change: Callable[[Tensor], Tensor]) -> Pair:
-    """The reference with one result of backward changed: a kernel that writes the wrong thing."""
+def with_results(place: int, change: Callable[[Tensor], Tensor]) -> Break:
+    """The kernels with one result of backward changed: they write the wrong thing."""
 
-    def broken_backward(*arguments: object) -> tuple[Tensor, ...]:
-        results = list(BACKWARD(*arguments))
-        if results[place].numel():
-            results[place] = change(results[place])
-        return tuple(results)
+    def broken(pair: Pair) -> Pair:
+        def broken_backward(*arguments: object) -> tuple[Tensor, ...]:
+            results = list(pair[1](*arguments))
+            if results[place].numel():
+                results[place] = change(results[place])
+            return tuple(results)
 
-    return FORWARD, broken_backward
+        return pair[0], broken_backward
+
+    return broken
+
+
+def with_output(change: Callable[[Tensor], Tensor]) -> Break:
+    """The kernels with forward's y changed."""
+
+    def broken(pair: Pair) -> Pair:
+        def broken_forward(*arguments: object) -> tuple[Tensor, Tensor]:
+            y, shrunk = pair[0](*arguments)
+            return change(y), shrunk
+
+        return broken_forward, pair[1]
+
+    return broken
 
 
 def zero_last(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -74,23 +94,20 @@ def last_column_unwritten(tensor: Tensor) -> Tensor:
     return changed
 
 
-def low_precision_forward(*arguments: object) -> tuple[Tensor, Tensor]:
-    named = dict(zip(FORWARD_NAMES, arguments, strict=True))
-    y, shrunk = FORWARD(*arguments)
-    # A tile held in half the mantissa on its way to memory.
-    coarse = torch.bfloat16 if named["x"].dtype == torch.float32 else torch.float8_e4m3fn  # type: ignore[attr-defined]
-    return y.to(coarse).to(y.dtype), shrunk
+def through_half_the_mantissa(y: Tensor) -> Tensor:
+    """As a tile held in half the mantissa on its way to memory."""
+    coarse = torch.bfloat16 if y.dtype == torch.float32 else torch.float8_e4m3fn
+    return y.to(coarse).to(y.dtype)
 
 
-def ragged_forward(*arguments: object) -> tuple[Tensor, Tensor]:
-    y, shrunk = FORWARD(*arguments)
+def without_ragged_tail(y: Tensor) -> Tensor:
     rows = y.view(-1, y.shape[-1])
     if rows.shape[0] % 4:
         rows[-(rows.shape[0] % 4) :] = 0
-    return y, shrunk
+    return y
 
 
-BROKEN: dict[str, Pair] = {
+BROKEN: dict[str, Break] = {
     "last_expert_missing": with_arguments(lambda a: a | {"lora_b": zero_last(a["lora_b"])}, backward=False),
     "last_rank_missing": with_arguments(lambda a: a | {"lora_a": one_rank_short(a["lora_a"])}, backward=False),
     "gate_ignored": with_arguments(lambda a: a | {"gate": torch.ones_like(a["gate"])}),
@@ -101,8 +118,8 @@ BROKEN: dict[str, Pair] = {
     "scale_ignored": with_arguments(lambda a: a | {"scale": [1.0] * len(a["scale"])}),
     "one_scale_for_all": with_arguments(lambda a: a | {"scale": [a["scale"][0]] * len(a["scale"])}),
     "backward_ungated": with_arguments(lambda a: a | {"gate": torch.ones_like(a["gate"])}, forward=False),
-    "ragged_tail_not_written": (ragged_forward, BACKWARD),
-    "accumulates_in_low_precision": (low_precision_forward, BACKWARD),
+    "ragged_tail_not_written": with_output(without_ragged_tail),
+    "accumulates_in_low_precision": with_output(through_half_the_mantissa),
     "mask_of_another_seed_in_backward": with_arguments(
         lambda a: a | {"seed": None if a["seed"] is None else a["seed"] + 1}, forward=False
     ),
@@ -124,10 +141,11 @@ BROKEN: dict[str, Pair] = {
 }
 
 
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name in ("cpu", "reference")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", BROKEN)
-def test_broken_kernel_is_caught(name: str, dtype: torch.dtype) -> None:
-    forward, backward = BROKEN[name]
+def test_broken_kernel_is_caught(name: str, dtype: torch.dtype, backend: str) -> None:
+    forward, backward = BROKEN[name]((FORWARD[backend], BACKWARD[backend]))
 
     def run(inputs: LoraInputs) -> Results:
         return run_kernels(forward, backward, inputs)
@@ -138,7 +156,7 @@ def test_broken_kernel_is_caught(name: str, dtype: torch.dtype) -> None:
 def test_the_set_is_large_enough_and_the_rule_spares_the_reference() -> None:
     assert len(BROKEN) >= 15
     for workload in WORKLOADS:
-        assert not rejected(judge_run(lambda inputs: run_kernels(FORWARD, BACKWARD, inputs), workload, torch.float32))
+        assert not rejected(judge_run(run_reference, workload, torch.float32))
 
 
 def test_base_and_delta_together_would_hide_a_missing_expert() -> None:
@@ -150,7 +168,8 @@ def test_base_and_delta_together_would_hide_a_missing_expert() -> None:
     b = torch.randn(48, 4, generator=generator).bfloat16() / 64
     gate = torch.ones(64, 1, dtype=torch.bfloat16)
     arguments = ([a], [b], gate, [1.0], 0.0, False, None)
-    exact = base.double() + FORWARD(x.double(), None, [a.double()], [b.double()], *arguments[2:])[0]
-    yardstick = FORWARD(x, base, *arguments)[0].double() - exact
+    forward = reference.multi_lora_forward
+    exact = base.double() + forward(x.double(), None, [a.double()], [b.double()], *arguments[2:])[0]
+    yardstick = forward(x, base, *arguments)[0].double() - exact
     without_expert = base.double() - exact
     assert without_expert.square().mean(1).sqrt().max() <= 2 * yardstick.square().mean(1).sqrt().max()

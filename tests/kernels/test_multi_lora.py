@@ -95,7 +95,9 @@ def test_float64_equals_the_oracle(workload: Workload) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_error_rule(workload: Workload, dtype: torch.dtype) -> None:
     with poisoned_memory():
-        assert not rejected(judge_run(run_op, workload, dtype))
+        # One number a draw: the yardstick's worst of four is a matter of luck.
+        draws = 32 if math.prod(workload.leading) == 1 else 4
+        assert not rejected(judge_run(run_op, workload, dtype, draws=draws))
 
 
 @EVERY_WORKLOAD
@@ -151,11 +153,12 @@ def test_eager_call_and_registered_op_give_the_same_bits() -> None:
     def run_registered(inputs: LoraInputs) -> Tensor:
         y, _ = torch.ops.dmole_kernels.multi_lora(
             inputs.x, None, list(inputs.lora_a), list(inputs.lora_b), inputs.gate, list(inputs.scale), inputs.dropout,
-            inputs.per_expert, inputs.seed, "reference",
+            inputs.per_expert, inputs.seed, "reference", True,
         )  # fmt: skip
         return y
 
-    eager, registered = run_op(inputs), run_autograd(run_registered, inputs)
+    eager = run_autograd(lambda i: multi_lora_op(i, backend="reference"), inputs)
+    registered = run_autograd(run_registered, inputs)
     assert all(torch.equal(eager[name], registered[name]) for name in registered)
 
 
@@ -283,7 +286,7 @@ def test_opcheck_forward(name: str) -> None:
     seed = inputs.seed if inputs.dropout else None
     arguments = (
         inputs.x.clone().requires_grad_(), base, a, b, inputs.gate.clone().requires_grad_(), list(inputs.scale),
-        inputs.dropout, inputs.per_expert, seed, "reference",
+        inputs.dropout, inputs.per_expert, seed, "reference", True,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.dmole_kernels.multi_lora.default, arguments)
 

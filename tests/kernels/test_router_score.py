@@ -108,3 +108,7 @@ def test_errors_tell_what_to_do() -> None:
         router_select(torch.rand(5, 3), torch.rand(2))
     with pytest.raises(ValueError, match="top_k=0; expected at least 1. The paper's is 2"):
         router_select(torch.rand(5, 3), torch.rand(3), top_k=0)
+    with pytest.raises(
+        ValueError, match=r"threshold is NaN for tasks \[1\]; expected numbers, or -inf for a task that"
+    ):
+        router_select(torch.rand(5, 3), torch.tensor([0.1, float("nan"), 0.2]))

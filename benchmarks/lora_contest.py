@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A multi-LoRA case as a contest: who takes part, what is timed, and how each is judged.
+
+Judged on the LoRA delta alone (the base's weight is zero in the judged copy) and without dropout, whose masks differ
+from rival to rival: output, dx, dA and dB, worst row against float64, at most `factor` times the reference's error.
+Ours is held to the kernels' own rule (2); a rival may be less accurate than that but not wrong (8; a missing expert is
+hundreds).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.contest import CannotTake, Contender, Contest
+from benchmarks.lora_case import Direction, LoraCase, LoraProblem, make_problem
+from benchmarks.lora_rivals import Built, builders, cpu_backends
+from dmole_kernels.testing import Results, judge, multi_lora_loop, rejected, run_autograd, run_reference
+
+JUDGED_FLOPS = 1e10  # of the float64 oracle, which runs every expert on every row
+OWN_FACTOR, RIVAL_FACTOR = 2.0, 8.0
+
+
+def lora_contest(
+    case: LoraCase, dtype: torch.dtype, direction: Direction, threads: int, providers: Sequence[str],
+    *, table: Mapping[str, Callable[[LoraProblem], Built]] | None = None,
+) -> Contest:  # fmt: skip
+    """`table` adds or replaces providers (tests put a wrong one there)."""
+    known = {**builders(), **(table or {})}
+    if "packed_compiled" in providers:
+        torch._dynamo.reset()  # earlier cases' code, which counts against the limit of recompilations
+    problem = make_problem(case, dtype)
+    judging = _Judging(case, dtype, direction)
+    contenders: list[Contender] = []
+    refusals: list[str] = []
+    for provider in providers:
+        try:
+            built = known[provider](problem)
+            if direction == "forward_backward" and not built.trains:
+                raise CannotTake("it serves inference only")
+            judged = known[provider](judging.problem) if provider != "base_only" else built
+        except CannotTake as reason:
+            refusals.append(f"{provider}: not in this case: {reason}")
+            continue
+        flops = problem.base_flops(direction)
+        if provider == "base_only":
+            judge_it: Callable[[], Sequence[str]] = _base_judge(built, problem)
+        else:
+            flops += problem.added_flops(direction)
+            factor = OWN_FACTOR if provider in cpu_backends() else RIVAL_FACTOR
+            judge_it = _expert_judge(judging, judged, factor)
+        contenders.append(
+            Contender(provider=provider, run=call(built, problem, direction), judge=judge_it, flops=flops)
+        )
+    return Contest(
+        case=case.name,
+        dtype=dtype,
+        direction=direction,
+        threads=threads,
+        contenders=contenders,
+        base="base_only",
+        added_flops=problem.added_flops(direction),
+        added_bytes=problem.added_bytes(direction),
+        refusals=refusals,
+    )
+
+
+def call(built: Built, problem: LoraProblem, direction: Direction) -> Callable[[], object]:
+    """What is timed: the output alone, or the output and fresh gradients for x and every trainable expert."""
+    x = problem.inputs.x.detach()
+    if direction == "forward":
+
+        def forward() -> Tensor:
+            with torch.no_grad():
+                return built.forward(x)
+
+        return forward
+    x = x.requires_grad_()
+
+    def forward_backward() -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad(built.forward(x), [x, *built.parameters], problem.inputs.grad, allow_unused=True)
+
+    return forward_backward
+
+
+def results_of(built: Built, problem: LoraProblem, direction: Direction) -> Results:
+    """delta, dx and the trainable experts' da and db; zeros for what autograd found unused."""
+    x = problem.inputs.x.detach().requires_grad_(direction == "forward_backward")
+    with torch.set_grad_enabled(direction == "forward_backward"):
+        y = built.forward(x)
+    if direction == "forward":
+        return {"delta": y}
+    leaves = [x, *built.parameters]
+    grads = torch.autograd.grad(y, leaves, problem.inputs.grad, allow_unused=True)
+    full = [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, grads, strict=True)]
+    inputs = problem.inputs
+    results = {"delta": y.detach(), "dx": full[0]}
+    named = built.gradients(full[1:])
+    for e, flag in enumerate(inputs.trainable):
+        if flag:
+            # A rival that packs only the experts in use leaves the others out: their gradient is zero.
+            results[f"da_{e}"] = named.get(f"da_{e}", torch.zeros_like(inputs.lora_a[e]))
+            results[f"db_{e}"] = named.get(f"db_{e}", torch.zeros_like(inputs.lora_b[e]))
+    return results
+
+
+@dataclass(frozen=True)
+class _Judging:
+    """The judged copy of a case: no more rows than float64 does in a moment, W = 0, no dropout."""
+
+    case: LoraCase
+    dtype: torch.dtype
+    direction: Direction
+
+    @property
+    def problem(self) -> LoraProblem:
+        return _judged_problem(self.case, self.dtype)
+
+    def truth_and_yardstick(self) -> tuple[Results, Results]:
+        truth, yardstick = _oracle(self.case, self.dtype)
+        if self.direction == "forward":
+            return {"delta": truth["delta"]}, {"delta": yardstick["delta"]}
+        return truth, yardstick
+
+
+@cache
+def _judged_problem(case: LoraCase, dtype: torch.dtype) -> LoraProblem:
+    per_row = 6.0 * (case.in_features + case.out_features) * sum(case.ranks)
+    small = replace(case.limited(max(1, min(1024, int(JUDGED_FLOPS / per_row)))), dropout=0.0)
+    return make_problem(small, dtype, seed=1, zero_base=True)
+
+
+@cache
+def _oracle(case: LoraCase, dtype: torch.dtype) -> tuple[Results, Results]:
+    inputs = _judged_problem(case, dtype).inputs
+    truth = run_autograd(multi_lora_loop, inputs.to(torch.float64))
+    yardstick = run_reference(inputs)
+    return tuple({k: v for k, v in r.items() if k != "dgate"} for r in (truth, yardstick))  # type: ignore[return-value]
+
+
+def _expert_judge(judging: _Judging, built: Built, factor: float) -> Callable[[], Sequence[str]]:
+    def complaints() -> Sequence[str]:
+        truth, yardstick = judging.truth_and_yardstick()
+        actual = results_of(built, judging.problem, judging.direction)
+        return rejected(judge(actual, yardstick, truth, factor=factor))
+
+    return complaints
+
+
+def _base_judge(built: Built, problem: LoraProblem) -> Callable[[], Sequence[str]]:
+    def complaints() -> Sequence[str]:
+        x = problem.inputs.x.reshape(-1, problem.case.in_features)[:16]
+        truth = F.linear(x.double(), problem.weight.double())
+        error = float((built.forward(x).double() - truth).norm() / truth.norm())
+        allowed = 4 * torch.finfo(x.dtype).eps
+        return [] if error <= allowed else [f"base: relative error {error:.3g} above {allowed:.3g}"]
+
+    return complaints

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+    python -m benchmarks.run --suite multi_lora --output benchmarks/results/multi_lora.csv [--only 'decode_*']
+
+Runs one suite and writes its CSV (rewritten after every case, so that a stopped run keeps what it has). Exits with 1 if
+a provider of this package was wrong in any case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from benchmarks import grad_norm_suite, lora_suite, proxy_suite, router_suite
+from benchmarks.contest import Contest, hold, report
+from benchmarks.lora_rivals import cpu_backends
+from benchmarks.machine import Machine, this_machine
+from benchmarks.records import Row, write_rows
+
+SUITES: dict[str, Callable[[str], Iterator[Contest]]] = {
+    "multi_lora": lora_suite.contests,
+    "grad_norm": grad_norm_suite.contests,
+    "router": router_suite.contests,
+    "proxy": proxy_suite.contests,
+}
+END_TO_END = "end_to_end"
+
+
+def run_contests(
+    contests: Iterator[Contest], machine: Machine, output: Path, *, seconds: float,
+    say: Callable[[str], object] = print,
+) -> bool:  # fmt: skip
+    """True when none of this package's own providers was wrong."""
+    rows: list[Row] = []
+    right = True
+    own = cpu_backends()
+    for contest in contests:
+        outcome = hold(contest, seconds=seconds)
+        rows += outcome.rows(machine)
+        right = right and not any(provider.startswith(own) for provider in outcome.wrong)
+        for line in report(outcome):
+            say(line)
+        write_rows(output, [*machine.measured_rows(), *rows])
+    return right
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
+    parser.add_argument("--suite", required=True, choices=[*SUITES, END_TO_END])
+    parser.add_argument("--output", required=True, type=Path, help="the CSV to write")
+    parser.add_argument("--only", default="*", help="cases whose name matches, such as 'decode_*'")
+    parser.add_argument("--seconds", type=float, default=10.0, help="timing budget of a case; five rounds at least")
+    parser.add_argument("--threads", type=int, default=1, help="end_to_end: threads")
+    parser.add_argument("--stages", type=int, default=3, help="end_to_end: stages of the mini demo")
+    parser.add_argument("--steps", type=int, default=None, help="end_to_end: training steps of a stage (default: all)")
+    parser.add_argument("--batches", type=int, default=None, help="end_to_end: test batches of a stage (default: all)")
+    parser.add_argument("--operators", action="store_true", help="end_to_end: also profile operators")
+    options = parser.parse_args(arguments)
+    machine = this_machine()
+    print(f"{machine.name}\n{machine.versions}\ncommit {machine.commit}", flush=True)
+    if options.suite == END_TO_END:
+        # It brings the whole application with it.
+        from benchmarks.end_to_end import mini_demo
+
+        rows, lines = mini_demo(
+            machine, threads=options.threads, stages=options.stages, steps=options.steps, batches=options.batches,
+            operators=options.operators,
+        )  # fmt: skip
+        write_rows(options.output, rows)
+        print("\n".join(lines))
+        return 0
+    right = run_contests(
+        SUITES[options.suite](options.only), machine, options.output, seconds=options.seconds,
+        say=lambda line: print(line, flush=True),
+    )  # fmt: skip
+    print("\n".join(machine.describe()))
+    return 0 if right else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

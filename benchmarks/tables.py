@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+    python -m benchmarks.tables README.md [--check]
+
+Fills the tables of a Markdown file from committed CSVs; numbers are never typed. A file asks between two markers:
+
+    <!-- benchmarks: benchmarks/results/multi_lora.csv case=main threads=1 -->
+    (made here)
+    <!-- /benchmarks -->
+
+Words after the path (relative to the Markdown file) keep the rows whose column matches the pattern; the table has one
+line a case and one column a provider, p50 in milliseconds. Machine, versions and commit stand below it. `--check`
+writes nothing and exits with 1 if a table is not what its CSV says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+
+from benchmarks.records import COLUMNS, read_rows
+
+_BLOCK = re.compile(
+    r"^(?P<begin><!-- benchmarks: (?P<words>[^\n]*?) -->)\n(?P<body>.*?)^(?P<end><!-- /benchmarks -->)$",
+    re.MULTILINE | re.DOTALL,
+)
+_MARKER = re.compile(r"^<!-- (?:benchmarks:.*|/benchmarks) -->$", re.MULTILINE)
+LINE = ("case", "dtype", "direction", "threads")
+
+
+def filled(path: Path) -> str:
+    """The file's text with every marked table made anew."""
+    text = path.read_text(encoding="utf-8")
+    blocks = list(_BLOCK.finditer(text))
+    if len(_MARKER.findall(text)) != 2 * len(blocks):
+        raise ValueError(
+            f"{path}: a marker has no partner; expected '<!-- benchmarks: FILE -->', then '<!-- /benchmarks -->'."
+        )
+
+    def made(block: re.Match[str]) -> str:
+        file, *filters = block["words"].split()
+        return f"{block['begin']}\n\n{table(path.parent / file, filters)}\n{block['end']}"
+
+    return _BLOCK.sub(made, text)
+
+
+def table(file: Path, filters: Sequence[str]) -> str:
+    """Markdown of the rows of a CSV that pass filters such as "case=main"."""
+    rows = read_rows(file)
+    for entry in filters:
+        column, sign, pattern = entry.partition("=")
+        if not sign or column not in COLUMNS:
+            raise ValueError(f"filter {entry!r}; expected column=pattern with a column of {', '.join(COLUMNS)}.")
+        rows = [row for row in rows if fnmatch(row[column], pattern)]
+    if not rows:
+        raise ValueError(f"{file} has no row for {' '.join(filters)!r}; expected some. Loosen the filters.")
+    providers = list(dict.fromkeys(row["provider"] for row in rows))
+    lines: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in rows:
+        lines.setdefault(tuple(row[name] for name in LINE), {})[row["provider"]] = row["p50_ms"]
+    head = [*LINE, *(f"{provider}, ms" for provider in providers)]
+    made = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for key, times in lines.items():
+        made.append(f"| {' | '.join([*key, *(_short(times.get(provider)) for provider in providers)])} |")
+    sources = dict.fromkeys(f"{row['machine']}; {row['versions']}; commit {row['commit']}" for row in rows)
+    return "\n".join(made) + "\n\np50. " + " / ".join(sources) + ".\n"
+
+
+def _short(text: str | None) -> str:
+    """Three significant digits without an exponent; a rival that was not there has an empty cell."""
+    if text is None:
+        return ""
+    value = float(text)
+    digits = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3
+    return f"{value:.{digits}f}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description=__doc__)
+    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 if a table is stale")
+    options = parser.parse_args(arguments)
+    stale = [path for path in options.files if filled(path) != path.read_text(encoding="utf-8")]
+    for path in stale:
+        print(f"{path}: {'stale' if options.check else 'written'}")
+        if not options.check:
+            path.write_text(filled(path), encoding="utf-8")
+    return 1 if options.check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+// SPDX-License-Identifier: Apache-2.0
+// C = A B in blocks that fit the caches; see gemm.h. Included inside a level's namespace.
+//
+// Words (units.inl) of A lie row by row, kDepth of a row side by side; words of B in panels of kTileColumns columns,
+// one row of the panel per word of k. A register tile holds kTileRows x kTileColumns sums over one block of kDepth
+// words, which are then added to C: blocks keep long sums accurate, and being fixed they keep every element's rounding
+// the same whatever M and N are.
+
+constexpr int64_t kDepth = 256;             // words of k at once: a panel of B stays in the first-level cache
+constexpr int64_t kRowStride = kDepth + 16;  // rows of A a power of two apart would share cache sets
+constexpr int64_t kBlockRows = 16 * kTileRows;
+
+// `count` rows of `words` words, kRowStride apart. Source element (i, k) is from[i * stride + k * k_stride].
+template <class Unit, class T>
+void pack_rows(int64_t count, int64_t elements, const T* from, int64_t stride, int64_t k_stride, float* to) {
+  const int64_t words = (elements + Unit::kPerWord - 1) / Unit::kPerWord;
+  if (k_stride == 1) {
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t w = 0; w < words; w += kLanes) {
+        const int part = static_cast<int>(std::min<int64_t>(kLanes, words - w));
+        const int64_t k = w * Unit::kPerWord;
+        // The buffer is a whole number of registers wide: storing past `words` is harmless.
+        store(to + i * kRowStride + w, Unit::along_k(from + i * stride + k, part, elements - k));
+      }
+    }
+  } else if (stride == 1) {
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const int rows = static_cast<int>(std::min<int64_t>(kLanes, count - i));
+      for (int64_t w = 0; w < words; w += kLanes) {
+        const int part = static_cast<int>(std::min<int64_t>(kLanes, words - w));
+        Vec block[kLanes];
+        for (int p = 0; p < kLanes; ++p) {
+          const int64_t k = (w + p) * Unit::kPerWord;
+          block[p] = p < part ? Unit::across_k(from + i + k * k_stride, k_stride, elements - k, rows) : zero();
+        }
+        transpose(block);
+        for (int r = 0; r < rows; ++r) store(to + (i + r) * kRowStride + w, block[r]);
+      }
+    }
+  } else {
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t w = 0; w < words; ++w) {
+        const int64_t k = w * Unit::kPerWord;
+        to[i * kRowStride + w] = Unit::single(from + i * stride + k * k_stride, k_stride, elements - k);
+      }
+    }
+  }
+}
+
+// One panel: `columns` columns side by side (zeros up to kTileColumns), one row per word of k.
+template <class Unit, class T>
+void pack_panel(int columns, int64_t elements, const T* from, int64_t stride, int64_t k_stride, float* to) {
+  const int64_t words = (elements + Unit::kPerWord - 1) / Unit::kPerWord;
+  for (int v = 0; v < kTileVecs; ++v) {
+    const int part = std::clamp(columns - v * kLanes, 0, kLanes);
+    float* lane = to + v * kLanes;
+    const T* origin = from + v * kLanes * stride;
+    if (part == 0) {
+      for (int64_t w = 0; w < words; ++w) store(lane + w * kTileColumns, zero());
+    } else if (stride == 1) {
+      for (int64_t w = 0; w < words; ++w) {
+        const int64_t k = w * Unit::kPerWord;
+        store(lane + w * kTileColumns, Unit::across_k(origin + k * k_stride, k_stride, elements - k, part));
+      }
+    } else if (k_stride == 1) {
+      for (int64_t w = 0; w < words; w += kLanes) {
+        const int some = static_cast<int>(std::min<int64_t>(kLanes, words - w));
+        const int64_t k = w * Unit::kPerWord;
+        Vec block[kLanes];
+        for (int c = 0; c < kLanes; ++c) {
+          block[c] = c < part ? Unit::along_k(origin + c * stride + k, some, elements - k) : zero();
+        }
+        transpose(block);
+        for (int p = 0; p < some; ++p) store(lane + (w + p) * kTileColumns, block[p]);
+      }
+    } else {
+      for (int64_t w = 0; w < words; ++w) {
+        const int64_t k = w * Unit::kPerWord;
+        for (int c = 0; c < kLanes; ++c) {
+          lane[w * kTileColumns + c] =
+              c < part ? Unit::single(origin + c * stride + k * k_stride, k_stride, elements - k) : 0.0f;
+        }
+      }
+    }
+  }
+}
+
+template <class Unit, int kRows>
+void multiply_tile(int64_t words, const float* a, const float* b, float* c, int64_t ldc, int columns, bool accumulate) {
+  Vec sums[kRows][kTileVecs];
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kTileVecs; ++v) sums[i][v] = zero();
+  }
+  for (int64_t w = 0; w < words; ++w) {
+    Vec row[kTileVecs];
+#pragma GCC unroll 2
+    for (int v = 0; v < kTileVecs; ++v) row[v] = load(b + w * kTileColumns + v * kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+      const Vec word = broadcast(a[i * kRowStride + w]);
+#pragma GCC unroll 2
+      for (int v = 0; v < kTileVecs; ++v) sums[i][v] = Unit::step(word, row[v], sums[i][v]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kTileVecs; ++v) {
+      const int part = std::clamp(columns - v * kLanes, 0, kLanes);
+      float* const to = c + i * ldc + v * kLanes;
+      store_some(to, accumulate ? add(load_some(to, part), sums[i][v]) : sums[i][v], part);
+    }
+  }
+}
+
+template <class Unit, int kRows = kTileRows>
+void multiply_rows(int rows, int64_t words, const float* a, const float* b, float* c, int64_t ldc, int columns,
+                   bool accumulate) {
+  if constexpr (kRows == 0) {
+    return;
+  } else {
+    if (rows == kRows) {
+      multiply_tile<Unit, kRows>(words, a, b, c, ldc, columns, accumulate);
+    } else {
+      multiply_rows<Unit, kRows - 1>(rows, words, a, b, c, ldc, columns, accumulate);
+    }
+  }
+}
+
+template <class TA, class TB>
+void gemm(int64_t M, int64_t N, int64_t K, const TA* a, int64_t a_row, int64_t a_col, const TB* b, int64_t b_row,
+          int64_t b_col, float* c, int64_t ldc, bool accumulate) {
+  using Unit = typename UnitOf<TA, TB>::type;
+  constexpr int64_t kElements = kDepth * Unit::kPerWord;
+  if (K == 0 && !accumulate) {
+    for (int64_t i = 0; i < M; ++i) std::fill_n(c + i * ldc, N, 0.0f);
+  }
+  float* const packed_a = scratch(Scratch::gemm_a, kBlockRows * kRowStride);
+  float* const packed_b = scratch(Scratch::gemm_b, kDepth * kTileColumns);
+  for (int64_t i0 = 0; i0 < M; i0 += kBlockRows) {
+    const int64_t rows = std::min(kBlockRows, M - i0);
+    for (int64_t k0 = 0; k0 < K; k0 += kElements) {
+      const int64_t elements = std::min(kElements, K - k0);
+      const int64_t words = (elements + Unit::kPerWord - 1) / Unit::kPerWord;
+      pack_rows<Unit>(rows, elements, a + i0 * a_row + k0 * a_col, a_row, a_col, packed_a);
+      for (int64_t j0 = 0; j0 < N; j0 += kTileColumns) {
+        const int columns = static_cast<int>(std::min<int64_t>(kTileColumns, N - j0));
+        pack_panel<Unit>(columns, elements, b + k0 * b_row + j0 * b_col, b_col, b_row, packed_b);
+        for (int64_t i = 0; i < rows; i += kTileRows) {
+          const int some = static_cast<int>(std::min<int64_t>(kTileRows, rows - i));
+          multiply_rows<Unit>(some, words, packed_a + i * kRowStride, packed_b, c + (i0 + i) * ldc + j0, ldc, columns,
+                              accumulate || k0 > 0);
+        }
+      }
+    }
+  }
+}

@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which instruction set the kernels use: found once on this machine, or asked for by name.
+//
+//   scalar        any machine
+//   avx2          AVX2, FMA, F16C
+//   avx512        AVX-512 F, BW, DQ, VL
+//   avx512_bf16   the same with products of bfloat16 pairs; machines with AMX run this level, too
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace dmole::cpu {
+
+enum class Isa { scalar = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
+
+// Best level this machine runs.
+Isa detected_isa();
+
+// The level in use: the one set last, else DMOLE_KERNELS_ISA, else the detected one. Throws std::invalid_argument with
+// name, got, expected and remedy for an unknown name or one that this machine lacks.
+Isa current_isa();
+void set_isa(const std::string& name);  // "auto" goes back to the detected one
+
+const char* isa_name(Isa isa);
+std::vector<std::string> available_isas();  // slowest first
+
+}  // namespace dmole::cpu

@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a multi-expert LoRA call hands to the kernels: pointers, sizes and threads, no torch. Mathematics and shape
+// letters: dmole_kernels/multi_lora.py.
+#pragma once
+
+#include <cstdint>
+
+#include "parallel.h"
+#include "plan.h"
+
+namespace dmole::cpu {
+
+// A (columns = in_features) or B (columns = out_features): value(j, c) = data[j * rank_stride + c * column_stride].
+struct Weight {
+  const void* data;
+  bool wide;  // float; else the call's working type
+  int64_t rank_stride, column_stride;
+};
+
+struct LoraExpert {
+  int64_t rank;
+  int64_t first;  // its first column of S
+  float scale;
+  Weight a, b;
+  bool trainable;
+  int64_t first_trainable;  // its first row of dA and dB
+};
+
+struct LoraCall {
+  int64_t rows, features, outputs, ranks;
+  int64_t gates;      // each covers rows / gates rows
+  const float* gate;  // [gates, experts]
+  const LoraExpert* experts;
+  PlanView plan;
+  bool dropout;
+  bool per_expert;
+  double chance;  // of zeroing an element
+  uint64_t seed;
+  ParallelFor parallel;
+  int threads;
+};
+
+// x, base, y and s have the working type; rows x_stride (base_stride) elements apart, y and s without gaps.
+struct LoraForward : LoraCall {
+  const void* x;
+  int64_t x_stride;
+  const void* base;  // or null
+  int64_t base_stride;
+  void* y;
+  void* s;
+};
+
+// A null output is not wanted. x is read for da alone, s for db and dgate.
+struct LoraBackward : LoraCall {
+  const void* grad;
+  int64_t grad_stride;
+  const void* x;
+  int64_t x_stride;
+  const void* s;
+  void* dx;      // [rows, features]
+  void* da;      // [trainable ranks, features]
+  void* db;      // [trainable ranks, outputs]
+  float* dgate;  // [gates, experts]; wants a plan of every pair
+  int64_t trainable_ranks;
+};
+
+}  // namespace dmole::cpu

@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "plan.h"
+
+#include <algorithm>
+#include <limits>
+#include <stdexcept>
+
+namespace dmole::cpu {
+
+namespace {
+
+constexpr int64_t kHeader = 3;
+
+}  // namespace
+
+std::vector<int32_t> plan_words(const float* gate, int64_t gates, int64_t experts, int64_t rows, bool every) {
+  const int64_t rows_per_gate = gates == 0 ? 0 : rows / gates;
+  std::vector<int32_t> start(experts + 1, 0);
+  for (int64_t g = 0; g < gates; ++g) {
+    for (int64_t e = 0; e < experts; ++e) {
+      if (every || gate[g * experts + e] != 0.0f) start[e + 1] += static_cast<int32_t>(rows_per_gate);
+    }
+  }
+  int64_t slots = 0;
+  for (int64_t e = 0; e < experts; ++e) {
+    slots += start[e + 1];
+    if (slots > std::numeric_limits<int32_t>::max()) {
+      throw std::invalid_argument("the gate joins " + std::to_string(rows) + " rows and " + std::to_string(experts) +
+                                  " experts in more than 2^31 pairs; expected fewer. Use smaller batches.");
+    }
+    start[e + 1] = static_cast<int32_t>(slots);
+  }
+  std::vector<int32_t> words(kHeader + experts + 1 + 2 * slots);
+  words[0] = static_cast<int32_t>(rows);
+  words[1] = static_cast<int32_t>(experts);
+  words[2] = static_cast<int32_t>(slots);
+  std::copy(start.begin(), start.end(), words.begin() + kHeader);
+  int32_t* row = words.data() + kHeader + experts + 1;
+  int32_t* flags = row + slots;
+  std::vector<int32_t> next(start.begin(), start.end() - 1);
+  for (int64_t g = 0; g < gates; ++g) {
+    const float* values = gate + g * experts;
+    int64_t first = experts, last = -1;
+    for (int64_t e = 0; e < experts; ++e) {
+      if (!every && values[e] == 0.0f) continue;
+      first = std::min(first, e);
+      last = e;
+    }
+    for (int64_t e = first; e <= last; ++e) {
+      if (!every && values[e] == 0.0f) continue;
+      const int32_t flag = (e == first ? kFirst : 0) | (e == last ? kLast : 0);
+      for (int64_t i = 0; i < rows_per_gate; ++i) {
+        row[next[e]] = static_cast<int32_t>(g * rows_per_gate + i);
+        flags[next[e]++] = flag;
+      }
+    }
+  }
+  return words;
+}
+
+PlanView view_plan(const int32_t* words, int64_t count, int64_t rows, int64_t experts) {
+  const bool whole = count >= kHeader && count == kHeader + words[1] + 1 + 2 * int64_t{words[2]};
+  if (!whole || words[0] != rows || words[1] != experts) {
+    throw std::invalid_argument("plan is for " + std::to_string(whole ? words[0] : -1) + " rows and " +
+                                std::to_string(whole ? words[1] : -1) + " experts; expected " + std::to_string(rows) +
+                                " and " + std::to_string(experts) + ". Build it from this call's gate.");
+  }
+  PlanView view;
+  view.rows = rows;
+  view.experts = experts;
+  view.slots = words[2];
+  view.start = words + kHeader;
+  view.row = view.start + experts + 1;
+  view.flags = view.row + view.slots;
+  return view;
+}
+
+}  // namespace dmole::cpu

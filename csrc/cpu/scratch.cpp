@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "scratch.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstddef>
+#include <cstdlib>
+#include <new>
+
+namespace dmole::cpu {
+
+namespace {
+
+constexpr int64_t kAlignment = 64;
+std::atomic<bool> poisoned{false};
+
+struct Buffer {
+  float* words = nullptr;
+  int64_t capacity = 0;
+  ~Buffer() { std::free(words); }
+};
+
+}  // namespace
+
+float* scratch(Scratch slot, int64_t words) {
+  thread_local Buffer buffers[static_cast<int>(Scratch::count)];
+  Buffer& buffer = buffers[static_cast<int>(slot)];
+  if (buffer.capacity < words || buffer.words == nullptr) {
+    std::free(buffer.words);
+    buffer.words = nullptr;
+    const int64_t line = kAlignment / static_cast<int64_t>(sizeof(float));
+    buffer.capacity = (std::max<int64_t>(words, 1) + line - 1) / line * line;
+    const auto bytes = static_cast<size_t>(buffer.capacity) * sizeof(float);
+    buffer.words = static_cast<float*>(std::aligned_alloc(kAlignment, bytes));
+    if (buffer.words == nullptr) {
+      buffer.capacity = 0;
+      throw std::bad_alloc();
+    }
+  }
+  if (poisoned.load(std::memory_order_relaxed)) std::fill_n(buffer.words, words, std::nanf(""));
+  return buffer.words;
+}
+
+void poison_scratch(bool on) { poisoned.store(on, std::memory_order_relaxed); }
+
+}  // namespace dmole::cpu

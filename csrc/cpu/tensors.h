@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: Apache-2.0
+// Between torch's tensors and the kernels' pointers: for the glue (*_op.cpp) only.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+
+#include <type_traits>
+
+#include "bfloat16.h"
+#include "parallel.h"
+
+namespace dmole::cpu {
+
+template <class T>
+constexpr at::ScalarType kScalarType = std::is_same_v<T, float> ? at::kFloat : at::kBFloat16;
+
+// A tensor's elements as the kernels' type.
+template <class T>
+T* elements(const at::Tensor& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+inline void check_dtype(const char* op, const char* name, const at::Tensor& tensor) {
+  TORCH_CHECK_VALUE(tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kBFloat16, op, ": ", name,
+                    " is ", tensor.scalar_type(),
+                    "; the cpu backend expects float32 or bfloat16. Cast it or pass backend='reference'.");
+}
+
+// torch's thread pool. A range of one grain or less runs on the calling thread at no cost.
+inline void torch_parallel_for(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
+  at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(begin, end); });
+}
+
+}  // namespace dmole::cpu

@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <limits>
+
+#include "kernels_std.h"
+#include "tile_math.h"
+
+#if defined(__x86_64__)
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"))), \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
+#endif
+
+namespace dmole::cpu {
+namespace avx512 {
+
+#include "simd_avx512.inl"
+
+#include "tile_math.inl"
+
+}  // namespace avx512
+
+const TileMath& avx512_tile_math() { return avx512::kTileMath; }
+
+}  // namespace dmole::cpu
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif

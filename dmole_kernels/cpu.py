@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+    available  <=>  the compiled extension `dmole_kernels._C` imports
+
+The "cpu" backend: C++ kernels for float32 and bfloat16 (csrc/), reached as `torch.ops.dmole_kernels.cpu_*`. This file
+is where the package learns whether they are there; the op files put them into their tables of kernels.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+# What the extension must bring: one built from older sources is not used.
+OPS = (
+    "cpu_gemm",
+    "cpu_multi_lora",
+    "cpu_multi_lora_backward",
+    "cpu_squared_norm",
+    "cpu_accumulate_gradient",
+    "cpu_accumulate_sketch",
+    "cpu_router_score",
+    "cpu_router_select",
+    "cpu_masked_max_pool",
+)
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    try:
+        module = importlib.import_module("dmole_kernels._C")
+    except ImportError as error:
+        # Not built, or built for another Python or torch: the text says which.
+        return None, str(error).partition("\n")[0]
+    absent = [name for name in OPS if not hasattr(torch.ops.dmole_kernels, name)]
+    return (None, f"dmole_kernels._C is of older sources, without {', '.join(absent)}") if absent else (module, "")
+
+
+EXTENSION, MISSING = _load()
+
+
+def extension() -> ModuleType:
+    """The compiled extension. Raises RuntimeError when this installation has none."""
+    if EXTENSION is None:
+        raise RuntimeError(
+            f"dmole_kernels._C is not there ({MISSING}); expected the compiled extension. Install torch and a C++ "
+            f"compiler, then run `pip install --no-build-isolation .`, or pass backend='reference'."
+        )
+    return EXTENSION
+
+
+def isa() -> str:
+    """Instruction set the kernels use: one of available_isas()."""
+    return str(extension().isa())
+
+
+def available_isas() -> tuple[str, ...]:
+    """Instruction sets this machine runs, slowest first."""
+    return tuple(extension().available_isas())
+
+
+def set_isa(name: str) -> None:
+    """Chooses the instruction set, "auto" for the machine's best; DMOLE_KERNELS_ISA does so from outside.
+
+    Raises:
+        ValueError: for a name this machine does not run.
+    """
+    extension().set_isa(name)
+
+
+def build_info() -> dict[str, str]:
+    """Compiler, C++ standard and torch version of the build."""
+    return dict(extension().build_info())
+
+
+class Plan:
+    """Which rows each expert of a gate serves, found once and shared by all layers that see this gate.
+
+    Args:
+        gate: [gates, experts], each gate covering `rows / gates` consecutive rows.
+        rows: rows of x, all leading dimensions together.
+        every_column: give all rows to all experts, as a gate that is trained wants.
+    """
+
+    def __init__(self, gate: Tensor, rows: int, *, every_column: bool = False) -> None:
+        self.table = extension().Plan(gate.detach(), rows, every_column)
+        self.words: Tensor = self.table.words
+        self.rows = rows
+        self.every_column = every_column
+
+    @property
+    def pairs(self) -> int:
+        """How many pairs of row and expert there are to compute."""
+        return int(self.table.pairs)
+
+    def rows_of(self, expert: int) -> list[int]:
+        return list(self.table.rows_of(expert))
+
+    def experts_of(self, begin: int, end: int) -> list[int]:
+        """The experts that rows [begin, end) need."""
+        return list(self.table.experts_of(begin, end))
+
+
+def multi_lora_forward(
+    x: Tensor, base: Tensor | None, lora_a: list[Tensor], lora_b: list[Tensor], gate_GE: Tensor, scale: list[float],
+    dropout: float, per_expert: bool, seed: Tensor | None, every_column: bool = True, plan: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `reference.multi_lora_forward`; without `every_column`, S is zero where the gate is."""
+    y, shrunk = torch.ops.dmole_kernels.cpu_multi_lora.default(
+        x, base, lora_a, lora_b, gate_GE, scale, dropout, per_expert, seed, every_column, plan
+    )
+    return y, shrunk
+
+
+def multi_lora_backward(
+    grad: Tensor, x: Tensor | None, s_NR: Tensor | None, lora_a: list[Tensor], lora_b: list[Tensor], gate_GE: Tensor,
+    scale: list[float], dropout: float, per_expert: bool, seed: Tensor | None, need_x: bool, need_gate: bool,
+    trainable: list[bool], plan: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """As `reference.multi_lora_backward`."""
+    dx, da, db, dgate = torch.ops.dmole_kernels.cpu_multi_lora_backward.default(
+        grad, x, s_NR, lora_a, lora_b, gate_GE, scale, dropout, per_expert, seed, need_x, need_gate, trainable, plan
+    )
+    return dx, da, db, dgate

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The product under the ops without a special form: any strides, any size, a result that depends on its operands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from dmole_kernels import cpu
+
+pytestmark = pytest.mark.skipif(cpu.EXTENSION is None, reason=f"no compiled extension: {cpu.MISSING}")
+
+LEVELS = cpu.available_isas() if cpu.EXTENSION is not None else ()
+DTYPES = (torch.float32, torch.bfloat16)
+SHAPES = [(0, 3, 5), (3, 5, 0), (1, 1, 1), (5, 7, 3), (13, 33, 17), (40, 64, 300), (200, 70, 513)]
+
+
+@pytest.fixture(params=LEVELS)
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = cpu.isa()
+    cpu.set_isa(request.param)
+    cpu.extension().poison_scratch(True)
+    yield request.param
+    cpu.extension().poison_scratch(False)
+    cpu.set_isa(before)
+
+
+def gemm(a: Tensor, b: Tensor) -> Tensor:
+    product: Tensor = torch.ops.dmole_kernels.cpu_gemm(a, b)
+    return product
+
+
+def laid_out(matrix: Tensor, layout: str) -> Tensor:
+    if layout == "transposed":
+        return matrix.t().contiguous().t()
+    return torch.stack([matrix, matrix], 2)[:, :, 0] if layout == "strided" else matrix
+
+
+@pytest.mark.parametrize("dtypes", [(a, b) for a in DTYPES for b in DTYPES], ids=lambda pair: "-".join(map(str, pair)))
+@pytest.mark.parametrize("layout_b", ["rows", "transposed", "strided"])
+@pytest.mark.parametrize("layout_a", ["rows", "transposed", "strided"])
+def test_near_float64(level: str, layout_a: str, layout_b: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for rows, columns, depth in SHAPES:
+        a = torch.randn(rows, depth, generator=generator).to(dtypes[0])
+        b = torch.randn(depth, columns, generator=generator).to(dtypes[1])
+        actual = gemm(laid_out(a, layout_a), laid_out(b, layout_b))
+        exact = a.double() @ b.double()
+        assert actual.dtype == torch.float32
+        torch.testing.assert_close(actual.double(), exact, rtol=0, atol=6e-6 * (depth + 1) ** 0.5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+def test_an_element_does_not_depend_on_the_size_of_the_call(level: str, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(250, 700, generator=generator).to(dtype)
+    b = torch.randn(700, 90, generator=generator).to(dtype)
+    whole = gemm(a, b)
+    for rows, columns in ((slice(0, 1), slice(0, 1)), (slice(7, 20), slice(3, 37)), (slice(240, 250), slice(0, 90))):
+        assert torch.equal(gemm(a[rows], b[:, columns]), whole[rows, columns])
+
+
+def test_errors_tell_what_to_do() -> None:
+    with pytest.raises(ValueError, match="gemm: b is Double; the cpu backend expects float32 or bfloat16. Cast it or"):
+        gemm(torch.zeros(2, 3), torch.zeros(3, 2, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"a has shape \[2, 3\] and b \[2, 3\]; expected \[M, K\] and \[K, N\]"):
+        gemm(torch.zeros(2, 3), torch.zeros(2, 3))

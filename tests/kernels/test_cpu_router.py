@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled router score, selection and max-pool at every instruction set this machine runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dmole_kernels import masked_max_pool, reference, router_score, router_select
+from dmole_kernels.testing import judge, poisoned_memory, rejected
+
+_C = pytest.importorskip("dmole_kernels._C", exc_type=ImportError)
+LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16")
+DTYPES = (torch.float32, torch.bfloat16)
+DRAWS = int(os.environ.get("DMOLE_DRAWS", "20"))
+
+
+@pytest.fixture(params=LEVELS)
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param not in _C.available_isas():
+        pytest.skip(f"this machine runs {_C.available_isas()}")
+    before = _C.isa()
+    _C.set_isa(request.param)
+    yield request.param
+    _C.set_isa(before)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """NaN in what torch allocates and in the kernels' own work memory."""
+    _C.poison_scratch(True)
+    try:
+        with poisoned_memory():
+            yield
+    finally:
+        _C.poison_scratch(False)
+
+
+def tensors(
+    samples: int, tasks: int, width: int, hidden: int, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((samples, width), (tasks, hidden, width), (tasks, hidden), (tasks, width, hidden), (tasks, width))
+    scales = (1.0, width**-0.5, 1.0, hidden**-0.5, 1.0)
+    return [
+        (torch.randn(*shape, dtype=torch.float64, generator=generator) * scale).to(dtype)
+        for shape, scale in zip(shapes, scales, strict=True)
+    ]
+
+
+def score(arguments: list[Tensor], decoder: str = "sigmoid") -> Tensor:
+    return router_score(*arguments, decoder=decoder, backend="cpu")  # type: ignore[arg-type]
+
+
+# One of everything, tails of every register width, more than one tile of samples and of features, the paper's order.
+SHAPES = ((1, 1, 1, 1), (5, 3, 7, 2), (33, 2, 50, 17), (200, 2, 40, 5), (16, 4, 400, 24))
+
+
+@pytest.mark.parametrize("decoder", ["sigmoid", "linear"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_no_worse_than_twice_the_reference(
+    level: str, shape: tuple[int, int, int, int], dtype: torch.dtype, decoder: str
+) -> None:
+    """The rule of `testing`: root mean square over samples, the worst task of several draws."""
+    actual, yardstick, truth = [], [], []
+    for seed in range(6):
+        arguments = tensors(*shape, dtype, seed)
+        with poisoned():
+            actual.append(score(arguments, decoder).t())
+        yardstick.append(router_score(*arguments, decoder=decoder, backend="reference").t())  # type: ignore[arg-type]
+        truth.append(reference.router_score_forward(*(t.double() for t in arguments), decoder == "sigmoid").t())
+    # A few samples' luck is not a verdict: all draws of a task side by side.
+    results = [{"error": torch.cat(found, 1)} for found in (actual, yardstick, truth)]
+    assert results[0]["error"].dtype == dtype
+    assert rejected(judge(*results)) == []
+
+
+@settings(max_examples=DRAWS, deadline=None, derandomize=True)
+@given(
+    st.integers(0, 70), st.integers(0, 4), st.integers(1, 220), st.integers(1, 20), st.sampled_from(DTYPES),
+    st.sampled_from(_C.available_isas()), st.sampled_from(("sigmoid", "linear")),
+)  # fmt: skip
+def test_any_shape(
+    samples: int, tasks: int, width: int, hidden: int, dtype: torch.dtype, isa: str, decoder: str
+) -> None:
+    arguments = tensors(samples, tasks, width, hidden, dtype)
+    before = _C.isa()
+    _C.set_isa(isa)
+    try:
+        with poisoned():
+            error = score(arguments, decoder)
+    finally:
+        _C.set_isa(before)
+    truth = reference.router_score_forward(*(t.double() for t in arguments), decoder == "sigmoid")
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(error.double(), truth, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+def test_the_bits_do_not_depend_on_batch_mates_tasks_threads_or_the_run(level: str, dtype: torch.dtype) -> None:
+    z, *weights = tensors(230, 3, 210, 20, dtype)
+    with threads(1):
+        together = score([z, *weights])
+    with threads(2):
+        assert torch.equal(score([z, *weights]), together)
+    assert torch.equal(torch.cat([score([z[i : i + 1], *weights]) for i in (0, 100, 229)]), together[[0, 100, 229]])
+    assert torch.equal(score([z, *(w[1:2] for w in weights)]), together[:, 1:2])
+
+
+def test_a_nan_stays_with_its_sample(level: str) -> None:
+    arguments = tensors(4, 2, 9, 3)
+    exact = score(arguments)
+    arguments[0][2, 5] = float("nan")
+    error = score(arguments)
+    assert error[2].isnan().all()
+    assert torch.equal(error[[0, 1, 3]], exact[[0, 1, 3]])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+def test_a_saturated_sigmoid_is_zero_or_one(level: str, dtype: torch.dtype) -> None:
+    z, we, be, wd, bd = tensors(2, 3, 8, 2, dtype)
+    z.fill_(1.0)
+    bd[0], bd[1], bd[2] = 1e4, -1e4, float("inf")
+    assert score([z, we, be, wd, bd]).tolist() == [[0.0, 1.0, 0.0]] * 2
+
+
+def test_any_strides_and_no_samples() -> None:
+    z, *weights = tensors(6, 2, 10, 3)
+    exact = score([z, *weights])
+    strided = [w.transpose(1, -1).contiguous().transpose(1, -1) for w in weights]
+    for view in (z.t().contiguous().t(), torch.cat([z, z], 1)[:, :10]):
+        assert torch.equal(score([view, *strided]), exact)
+    assert score([z[:0], *weights]).shape == (0, 2)
+    assert score([z, *(w[:0] for w in weights)]).shape == (6, 0)
+
+
+@pytest.mark.parametrize("decoder", ["sigmoid", "linear"])
+def test_gradients_opcheck_and_compile(decoder: str) -> None:
+    arguments = [t.requires_grad_() for t in tensors(5, 2, 6, 3)]
+    score(arguments, decoder).square().sum().backward()
+    wide = [t.detach().double().requires_grad_() for t in arguments]
+    router_score(*wide, decoder=decoder).square().sum().backward()  # type: ignore[arg-type]
+    for narrow, exact in zip(arguments, wide, strict=True):
+        torch.testing.assert_close(narrow.grad, exact.grad.float(), rtol=1e-4, atol=1e-5)  # type: ignore[union-attr]
+    torch.library.opcheck(torch.ops.dmole_kernels.router_score.default, (*arguments, decoder == "sigmoid", "cpu"))
+    compiled = torch.compile(score, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(arguments, decoder), score(arguments, decoder))
+
+
+@settings(max_examples=DRAWS, deadline=None, derandomize=True)
+@given(st.integers(0, 4), st.integers(0, 7), st.integers(1, 8), st.integers(0, 99), st.sampled_from(DTYPES))
+def test_select_equals_the_definition(samples: int, tasks: int, top_k: int, seed: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    error = torch.randint(0, 4, (samples, tasks), generator=generator).to(dtype)
+    threshold = torch.randint(0, 4, (tasks,), generator=generator).float()
+    gate = router_select(error, threshold, top_k=top_k, backend="cpu")
+    assert gate.dtype == dtype
+    assert torch.equal(gate, reference.router_select(error, threshold, top_k))
+
+
+def test_select_takes_infinite_thresholds_and_never_a_nan() -> None:
+    infinity = float("inf")
+    error = torch.tensor([[0.1, infinity, 0.2], [float("nan"), infinity, 0.6]])
+    threshold = torch.tensor([infinity, infinity, -infinity])
+    assert router_select(error, threshold, backend="cpu").tolist() == [[1, 1, 0], [0, 1, 0]]
+
+
+def pool_inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    # Few distinct values, so that the first of equals matters; 600 columns are more than two blocks.
+    hidden = torch.randint(-3, 4, (3, 17, 600), generator=generator).to(dtype)
+    hidden[0, 4, 7] = hidden[0, 9, 7] = hidden[1, 16, 599] = float("nan")
+    hidden[2, :, 3] = -float("inf")
+    hidden[2, 3, 5], hidden[2, 4, 5] = -0.0, 0.0
+    mask = torch.rand(3, 17, generator=generator) > 0.4
+    mask[0, 4] = mask[0, 9] = mask[1, 16] = True
+    return hidden, mask
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+def test_pool_equals_the_reference_bit_for_bit(level: str, dtype: torch.dtype) -> None:
+    hidden, mask = pool_inputs(dtype)
+    expected = reference.masked_max_pool(hidden, mask)
+    views = (
+        (hidden, mask),
+        (hidden.transpose(0, 1).contiguous().transpose(0, 1), mask.t().contiguous().t()),
+        (hidden.transpose(1, 2).contiguous().transpose(1, 2), mask),
+    )
+    for count in (1, 2):
+        for view, its_mask in views:
+            with threads(count), poisoned():
+                values, token = torch.ops.dmole_kernels.masked_max_pool(view, its_mask, "cpu")
+            torch.testing.assert_close(values, expected[0], rtol=0, atol=0, equal_nan=True)
+            assert torch.equal(token, expected[1])
+
+
+def test_pool_of_a_sample_without_tokens_and_of_no_samples() -> None:
+    hidden, mask = pool_inputs(torch.float32)
+    values, token = torch.ops.dmole_kernels.masked_max_pool(hidden, mask & False, "cpu")
+    assert bool((values == -float("inf")).all()) and not token.any()
+    assert masked_max_pool(hidden[:0], mask[:0], backend="cpu").shape == (0, 600)
+
+
+def test_pool_gradients_and_opcheck() -> None:
+    hidden = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    mask = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1], [1, 1, 1, 1]], dtype=torch.bool)
+    found = torch.autograd.grad(masked_max_pool(hidden, mask, backend="cpu").square().sum(), hidden)[0]
+    exact = torch.autograd.grad(masked_max_pool(hidden, mask, backend="reference").square().sum(), hidden)[0]
+    assert torch.equal(found, exact)
+    torch.library.opcheck(torch.ops.dmole_kernels.masked_max_pool.default, (hidden, mask, "cpu"))
+
+
+def test_errors_tell_what_to_do() -> None:
+    arguments = tensors(2, 2, 4, 3)
+    with pytest.raises(
+        ValueError, match="backend='cpu' got float64; expected float32 or bfloat16. Cast the tensors or pass"
+    ):
+        score([t.double() for t in arguments])
+    with pytest.raises(ValueError, match="encoder_weight is BFloat16 and features Float; expected one dtype. Cast"):
+        score([arguments[0], *(t.bfloat16() for t in arguments[1:])])
+    with pytest.raises(
+        ValueError, match="backend='cpu' got float64; expected float32 or bfloat16. Cast the tensors or pass"
+    ):
+        masked_max_pool(torch.zeros(1, 1, 1, dtype=torch.float64), torch.ones(1, 1), backend="cpu")
+    with pytest.raises(
+        ValueError, match="backend='cpu' got float64; expected float32 or bfloat16. Cast the tensors or pass"
+    ):
+        router_select(torch.zeros(1, 1, dtype=torch.float64), torch.zeros(1), backend="cpu")
