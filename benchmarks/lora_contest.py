@@ -131,7 +131,9 @@ class _Judging:
 @cache
 def _judged_problem(case: LoraCase, dtype: torch.dtype) -> LoraProblem:
     per_row = 6.0 * (case.in_features + case.out_features) * sum(case.ranks)
-    small = replace(case.limited(max(1, min(1024, int(JUDGED_FLOPS / per_row)))), dropout=0.0)
+    # One row alone compares two roundings by luck.
+    rows = replace(case, samples=max(case.samples, -(-16 // case.tokens)))
+    small = replace(rows.limited(max(1, min(1024, int(JUDGED_FLOPS / per_row)))), dropout=0.0)
     return make_problem(small, dtype, seed=1, zero_base=True)
 
 

@@ -17,15 +17,21 @@ from dataclasses import dataclass
 
 import torch
 
-from dmole_kernels import cpu
+from dmole_kernels import cpu, triton_backend
 
 # Name -> device types it serves; None means any device PyTorch serves. Fastest first: "auto" takes the first that fits.
 BACKENDS: dict[str, tuple[str, ...] | None] = {
     **({"cpu": ("cpu",)} if cpu.EXTENSION is not None else {}),
     "reference": None,
+    # Behind the reference, so by name only: "auto" shall take it once it has run on a GPU.
+    **({"triton": ("cuda",)} if triton_backend.available() else {}),
 }
 # Name -> dtypes it computes in; None means any.
-DTYPES: dict[str, tuple[torch.dtype, ...] | None] = {"cpu": cpu.DTYPES, "reference": None}
+DTYPES: dict[str, tuple[torch.dtype, ...] | None] = {
+    "cpu": cpu.DTYPES,
+    "reference": None,
+    "triton": (torch.float16, torch.bfloat16, torch.float32),
+}
 
 # What "auto" means, innermost block last. A list, not a ContextVar: torch.compile cannot trace one of those.
 _ambient: list[str] = ["auto"]
@@ -97,7 +103,7 @@ def _first_that_serves(device_type: str, dtype: torch.dtype | None) -> BackendCh
 
 def _check_name(name: str) -> None:
     if name != "auto" and name not in BACKENDS:
-        built = "" if name != "cpu" else f" ({cpu.MISSING})"
+        built = {"cpu": f" ({cpu.MISSING})", "triton": " (Triton is not installed)"}.get(name, "")
         raise ValueError(
             f"backend={name!r} is not in this build of dmole_kernels{built}; expected 'auto' or one of "
             f"{', '.join(map(repr, BACKENDS))}. Pass backend='auto' or backend='reference'."

@@ -27,7 +27,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dmole_kernels import cpu, reference
+from dmole_kernels import cpu, reference, triton_backend
 from dmole_kernels.backend import BACKENDS, choose_backend, without_autocast
 from dmole_kernels.registration import register_op
 
@@ -153,6 +153,11 @@ if "cpu" in BACKENDS:
         NORM["cpu", _method] = partial(torch.ops.dmole_kernels.cpu_squared_norm, method=_method)
     ACCUMULATE["cpu"] = torch.ops.dmole_kernels.cpu_accumulate_gradient
     SKETCH["cpu"] = torch.ops.dmole_kernels.cpu_accumulate_sketch
+if "triton" in BACKENDS:
+    NORM["triton", "direct"] = triton_backend.kernel("grad_norm", "squared_norm_direct")
+    NORM["triton", "ghost"] = triton_backend.kernel("grad_norm", "squared_norm_ghost")
+    ACCUMULATE["triton"] = triton_backend.kernel("grad_norm", "accumulate_gradient")
+    SKETCH["triton"] = triton_backend.kernel("grad_norm", "accumulate_sketch")
 
 
 def _widened(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:

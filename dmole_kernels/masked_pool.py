@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmole_kernels import reference
+from dmole_kernels import reference, triton_backend
 from dmole_kernels.backend import BACKENDS, choose_backend
 from dmole_kernels.registration import register_op
 
@@ -51,6 +51,8 @@ def masked_max_pool(hidden: Tensor, mask: Tensor, *, backend: str = "auto") -> T
 POOL: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {"reference": reference.masked_max_pool}
 if "cpu" in BACKENDS:
     POOL["cpu"] = torch.ops.dmole_kernels.cpu_masked_max_pool
+if "triton" in BACKENDS:
+    POOL["triton"] = triton_backend.kernel("router_score", "masked_max_pool")
 
 
 def _pool(hidden: Tensor, mask: Tensor, backend: str) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from dmole_kernels import cpu, reference
+from dmole_kernels import cpu, reference, triton_backend
 from dmole_kernels.backend import BACKENDS, choose_backend, without_autocast
 from dmole_kernels.cpu import Plan
 from dmole_kernels.registration import register_op
@@ -140,10 +140,13 @@ def _check_plan(plan: Plan, x: Tensor, trained_gate: bool) -> None:
 # over pairs of row and expert with a gate of zero take two more arguments: whether they may not, and the pairs' plan.
 FORWARD: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"reference": reference.multi_lora_forward}
 BACKWARD: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]] = {"reference": reference.multi_lora_backward}
-PLANNED = {"cpu"} & set(BACKENDS)
+PLANNED = {"cpu", "triton"} & set(BACKENDS)
 if "cpu" in BACKENDS:
     FORWARD["cpu"] = cpu.multi_lora_forward
     BACKWARD["cpu"] = cpu.multi_lora_backward
+if "triton" in BACKENDS:
+    FORWARD["triton"] = triton_backend.kernel("multi_lora", "multi_lora_forward")
+    BACKWARD["triton"] = triton_backend.kernel("multi_lora", "multi_lora_backward")
 
 
 def _forward(

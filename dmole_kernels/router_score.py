@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dmole_kernels import reference
+from dmole_kernels import reference, triton_backend
 from dmole_kernels.backend import BACKENDS, choose_backend, without_autocast
 from dmole_kernels.registration import register_op
 
@@ -109,6 +109,10 @@ if "cpu" in BACKENDS:
     # derivative.
     SCORE_BACKWARD["cpu"] = reference.router_score_backward
     SELECT["cpu"] = torch.ops.dmole_kernels.cpu_router_select
+if "triton" in BACKENDS:
+    SCORE["triton"] = triton_backend.kernel("router_score", "router_score_forward")
+    SCORE_BACKWARD["triton"] = reference.router_score_backward
+    SELECT["triton"] = reference.router_select
 
 
 def _score(

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The GPU kernels in Triton, one file an op; proved by the interpreter, by ahead-of-time compilation and by counting.
+
+Importing this package does not import Triton: `kernel` gives a function that does so when it is first called.
+
+    launch     a launch as a value: what runs, counted or compiled; configs   the table of launch configurations
+    columns    which packed column belongs to which expert, as a table on the device
+    dropout    the mask of `philox.py`; shrink, expand, weight_gradient, finish   the kernels of multi_lora
+    multi_lora, grad_norm, router_score   the ops, with the signatures of `reference`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+
+def available() -> bool:
+    """Whether Triton is installed; whether a GPU is there is the dispatch's question, not this one."""
+    return find_spec("triton") is not None
+
+
+def kernel(module: str, name: str) -> Callable[..., Any]:
+    """The function `name` of `dmole_kernels.triton_backend.<module>`, imported at its first call."""
+
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        return getattr(import_module(f"dmole_kernels.triton_backend.{module}"), name)(*arguments, **keywords)
+
+    return call

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+    configuration(kernel, target, bits) -> tile sizes, warps, stages
+
+One dated table of launch configurations by target and shape class; nothing is tuned at run time. The class is the
+element size and the column block (`column_block`), never the number of rows: a sample's result must not depend on how
+many stand beside it, and another tile could mean another order of summation.
+
+2026-11-22: chosen so that every entry compiles without spills and fits the target's shared memory (aot.json); not yet
+tuned on a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# What one block may use, in bytes; gfx942 has 64 KiB of LDS.
+SHARED_MEMORY = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536}
+TARGETS = tuple(SHARED_MEMORY)
+SMALLEST_DOT = 16  # GPUs refuse a dot with a side under 16; the interpreter does not notice
+DROPOUT_GROUP = 128  # columns that share the counters of one Philox call: tiles of x and dx are multiples of it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """`rows` by `width` is the tile of tokens by features; for norms and router the comment at the table says."""
+
+    rows: int
+    width: int
+    warps: int
+    stages: int
+
+
+# kernel -> (16-bit elements, 32-bit elements). Dots of 32-bit elements are full-precision multiply-adds, unrolled:
+# small tiles, or they spill.
+_LARGE = {
+    "shrink": (Config(rows=32, width=128, warps=8, stages=3), Config(rows=16, width=128, warps=4, stages=2)),
+    "expand": (Config(rows=64, width=128, warps=8, stages=2), Config(rows=32, width=32, warps=4, stages=2)),
+    "shrink_gradient": (Config(rows=32, width=128, warps=4, stages=3), Config(rows=16, width=64, warps=4, stages=2)),
+    "weight_gradient": (Config(rows=32, width=128, warps=4, stages=3), Config(rows=16, width=128, warps=8, stages=2)),
+    "input_gradient": (Config(rows=64, width=128, warps=8, stages=2), Config(rows=16, width=128, warps=8, stages=2)),
+    # Norms: width x width tiles of the gradient, rows tokens at a time; ghost: rows x rows Gram tiles.
+    "norm_direct": (Config(rows=32, width=64, warps=4, stages=2),) * 2,
+    "norm_ghost": (Config(rows=32, width=32, warps=4, stages=2),) * 2,
+    "sketch": (Config(rows=32, width=32, warps=4, stages=2),) * 2,
+    # Router: rows samples, width features at a time.
+    "router_score": (Config(rows=16, width=64, warps=4, stages=2), Config(rows=16, width=32, warps=4, stages=2)),
+}
+_SM_120 = _LARGE | {
+    "shrink_gradient": (Config(rows=32, width=128, warps=4, stages=2), Config(rows=16, width=64, warps=4, stages=2)),
+    "input_gradient": (Config(rows=32, width=128, warps=8, stages=2), Config(rows=16, width=128, warps=8, stages=2)),
+}
+# Loads in flight are registers there, and 64 columns of float32 experts are too many of them.
+_GFX942 = _LARGE | {
+    "shrink": (Config(rows=32, width=128, warps=8, stages=1), Config(rows=16, width=128, warps=8, stages=1)),
+    "shrink_gradient": (Config(rows=32, width=64, warps=4, stages=2), Config(rows=16, width=64, warps=4, stages=1)),
+    "weight_gradient": (Config(rows=32, width=128, warps=4, stages=2), Config(rows=16, width=128, warps=8, stages=1)),
+}
+# Small tiles, so that small tests cross tile borders; every path of a GPU's table is taken.
+_INTERPRETER = {
+    "shrink": (Config(rows=32, width=128, warps=1, stages=1),) * 2,
+    "expand": (Config(rows=64, width=32, warps=1, stages=1),) * 2,
+    "shrink_gradient": (Config(rows=16, width=32, warps=1, stages=1),) * 2,
+    "weight_gradient": (Config(rows=32, width=128, warps=1, stages=1),) * 2,
+    "input_gradient": (Config(rows=32, width=128, warps=1, stages=1),) * 2,
+    "norm_direct": (Config(rows=16, width=16, warps=1, stages=1),) * 2,
+    "norm_ghost": (Config(rows=16, width=16, warps=1, stages=1),) * 2,
+    "sketch": (Config(rows=16, width=16, warps=1, stages=1),) * 2,
+    "router_score": (Config(rows=16, width=16, warps=1, stages=1),) * 2,
+}
+TABLE: dict[str, dict[str, tuple[Config, Config]]] = {
+    "sm_80": _LARGE,
+    "sm_90": _LARGE,
+    "sm_100": _LARGE,
+    "sm_120": _SM_120,
+    "gfx942": _GFX942,
+    "interpreter": _INTERPRETER,
+}
+
+
+def configuration(kernel: str, target: str, bits: int) -> Config:
+    """The table's entry. Raises ValueError for a target without one."""
+    if target not in TABLE:
+        raise ValueError(
+            f"target is {target!r}; expected one of {', '.join(TABLE)}. Add a line to triton_backend/configs.py or "
+            f"pass backend='reference'."
+        )
+    return TABLE[target][kernel][0 if bits <= 16 else 1]
+
+
+def column_block(columns: int) -> int:
+    """16, 32 or 64 packed columns a program: the shape class of the ranks."""
+    return 16 if columns <= 16 else 32 if columns <= 32 else 64
+
+
+def target_of_capability(major: int, minor: int) -> str:
+    """The nearest entry that fits: 8.6 and 8.9 have the small shared memory of 12.0."""
+    if (major, minor) in ((8, 0), (8, 7)):
+        return "sm_80"
+    if major == 9:
+        return "sm_90"
+    if major in (10, 11):
+        return "sm_100"
+    if major in (8, 12):
+        return "sm_120"
+    raise ValueError(
+        f"the GPU has compute capability {major}.{minor}; expected 8.0 or newer. Pass backend='reference' on this one."
+    )

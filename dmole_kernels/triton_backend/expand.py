@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+    y = base + (S * C) B^T                 forward, kernel `expand`
+    dx = keep * (dS A)                     backward, kernel `input_gradient`
+
+One program: a tile of rows by a tile of features, the sum over the column blocks that any of its rows needs, in order.
+"""
+
+from __future__ import annotations
+
+import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
+import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
+
+from dmole_kernels.triton_backend.dropout import keep_tile
+from dmole_kernels.triton_backend.tiles import (
+    block_columns,
+    column_gate,
+    is_active,
+    narrow,
+    pointers_into_b,
+    product,
+    rows_of_a,
+)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _expanded_block(  # type: ignore[no-untyped-def]
+    total, shrunk, table, blocks, gate, rows, row_mask, outputs, output_mask, block, R, E, rows_per_gate,
+    BLOCK_R: tl.constexpr, TYPE: tl.constexpr, ACC: tl.constexpr, B_TYPE: tl.constexpr, B_RUN: tl.constexpr,
+    PER_EXPERT: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    columns, column_mask, _ = block_columns(blocks, block, R, BLOCK_R, PER_EXPERT)
+    gate_tile = column_gate(gate, table, rows, row_mask, columns, column_mask, R, E, rows_per_gate, ACC)
+    s_tile = tl.load(
+        shrunk + rows.to(tl.int64)[:, None] * R + columns[None, :],
+        mask=row_mask[:, None] & column_mask[None, :],
+        other=0.0,
+    )
+    gated = s_tile.to(ACC) * gate_tile
+    b_tile = tl.load(
+        pointers_into_b(table, columns, column_mask, outputs, R, B_TYPE, B_RUN, False),
+        mask=column_mask[:, None] & output_mask[None, :],
+        other=0.0,
+    )
+    return product(gated, b_tile, total, TYPE, UPCAST)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def expand(  # type: ignore[no-untyped-def]
+    base, shrunk, table, blocks, gate, flags, y, N, P, R, E, rows_per_gate, block_count, flag_rows, base_step,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, TYPE: tl.constexpr, ACC: tl.constexpr,
+    B_TYPE: tl.constexpr, B_RUN: tl.constexpr, PER_EXPERT: tl.constexpr, HAS_BASE: tl.constexpr,
+    ONE_BLOCK: tl.constexpr, RATIO: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    tiles = tl.cdiv(P, WIDTH)
+    tile = program // tiles
+    rows = tile * ROWS + tl.arange(0, ROWS)
+    outputs = (program % tiles) * WIDTH + tl.arange(0, WIDTH)
+    row_mask, output_mask = rows < N, outputs < P
+    total = tl.zeros([ROWS, WIDTH], dtype=ACC)
+    if ONE_BLOCK:
+        total = _expanded_block(
+            total, shrunk, table, blocks, gate, rows, row_mask, outputs, output_mask, 0, R, E, rows_per_gate,
+            BLOCK_R, TYPE, ACC, B_TYPE, B_RUN, PER_EXPERT, UPCAST,
+        )  # fmt: skip
+    else:
+        for block in range(0, block_count):
+            if is_active(flags, tile, block, flag_rows, block_count, RATIO):
+                total = _expanded_block(
+                    total, shrunk, table, blocks, gate, rows, row_mask, outputs, output_mask, block, R, E,
+                    rows_per_gate, BLOCK_R, TYPE, ACC, B_TYPE, B_RUN, PER_EXPERT, UPCAST,
+                )  # fmt: skip
+    both = row_mask[:, None] & output_mask[None, :]
+    if HAS_BASE:
+        place = base + rows.to(tl.int64)[:, None] * base_step + outputs[None, :]
+        total += tl.load(place, mask=both, other=0.0).to(ACC)
+    tl.store(y + rows.to(tl.int64)[:, None] * P + outputs[None, :], narrow(total, TYPE, UPCAST), mask=both)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _input_block(  # type: ignore[no-untyped-def]
+    total, dshrunk, table, blocks, rows, row_mask, features, feature_mask, block, R, key_low, key_high, threshold,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, TYPE: tl.constexpr, ACC: tl.constexpr,
+    A_TYPE: tl.constexpr, A_ALIGNED: tl.constexpr, MASKS: tl.constexpr, PER_EXPERT: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    columns, column_mask, stream = block_columns(blocks, block, R, BLOCK_R, PER_EXPERT)
+    ds_tile = tl.load(
+        dshrunk + rows.to(tl.int64)[:, None] * R + columns[None, :],
+        mask=row_mask[:, None] & column_mask[None, :],
+        other=0.0,
+    )
+    a_rows = rows_of_a(table, columns, column_mask, A_TYPE, A_ALIGNED)
+    a_tile = tl.load(a_rows[:, None] + features[None, :], mask=column_mask[:, None] & feature_mask[None, :], other=0.0)
+    if MASKS:
+        keep = keep_tile(rows, tl.min(features, 0), stream, key_low, key_high, threshold, ROWS)
+        part = product(ds_tile, a_tile, tl.zeros([ROWS, WIDTH], dtype=ACC), TYPE, UPCAST)
+        total += tl.where(keep, part, tl.zeros_like(part))
+    else:
+        total = product(ds_tile, a_tile, total, TYPE, UPCAST)
+    return total
+
+
+@triton.jit(do_not_specialize=["key_low", "key_high", "threshold"])  # type: ignore[untyped-decorator, unused-ignore]
+def input_gradient(  # type: ignore[no-untyped-def]
+    dshrunk, table, blocks, flags, dx, N, D, R, block_count, flag_rows, key_low, key_high, threshold,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, TYPE: tl.constexpr, ACC: tl.constexpr,
+    A_TYPE: tl.constexpr, A_ALIGNED: tl.constexpr, DROPOUT: tl.constexpr, PER_EXPERT: tl.constexpr,
+    ONE_BLOCK: tl.constexpr, RATIO: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    tiles = tl.cdiv(D, WIDTH)
+    tile = program // tiles
+    rows = tile * ROWS + tl.arange(0, ROWS)
+    features = (program % tiles) * WIDTH + tl.arange(0, WIDTH)
+    row_mask, feature_mask = rows < N, features < D
+    total = tl.zeros([ROWS, WIDTH], dtype=ACC)
+    if ONE_BLOCK:
+        total = _input_block(
+            total, dshrunk, table, blocks, rows, row_mask, features, feature_mask, 0, R, key_low, key_high, threshold,
+            ROWS, WIDTH, BLOCK_R, TYPE, ACC, A_TYPE, A_ALIGNED, DROPOUT and PER_EXPERT, PER_EXPERT, UPCAST,
+        )  # fmt: skip
+    else:
+        for block in range(0, block_count):
+            if is_active(flags, tile, block, flag_rows, block_count, RATIO):
+                total = _input_block(
+                    total, dshrunk, table, blocks, rows, row_mask, features, feature_mask, block, R, key_low, key_high,
+                    threshold, ROWS, WIDTH, BLOCK_R, TYPE, ACC, A_TYPE, A_ALIGNED, DROPOUT and PER_EXPERT, PER_EXPERT,
+                    UPCAST,
+                )  # fmt: skip
+    if DROPOUT and not PER_EXPERT:
+        first = (program % tiles) * WIDTH
+        keep = keep_tile(rows, first, 0, key_low, key_high, threshold, ROWS)
+        total = tl.where(keep, total, tl.zeros_like(total))
+    place = dx + rows.to(tl.int64)[:, None] * D + features[None, :]
+    tl.store(place, narrow(total, TYPE, UPCAST), mask=row_mask[:, None] & feature_mask[None, :])

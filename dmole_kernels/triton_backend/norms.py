@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+    direct    partial[b, i, j] = sum over a tile (i, j) of (G_b^T X_b)^2            the p x d gradient is never written
+    ghost     partial[b, i, j] = w sum over a tile of (X_i X_j^T) * (G_i G_j^T),  w = 1, 2, 0 for j =, >, < i
+    sketch    partial[k] = (G_k L)^T (X_k R)                                        k: a tile of rows
+    add_rows  out = [out +] sum over the rows of partial, in order
+
+Kernels of the gradient norms: one writer a partial, sums in a fixed order, a sample's own tiles only.
+"""
+
+from __future__ import annotations
+
+import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
+import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
+
+from dmole_kernels.triton_backend.tiles import narrow, product
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def gradient_tile(  # type: ignore[no-untyped-def]
+    x, grad, x_step, grad_step, outputs, features, T, P, D,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, TYPE: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """(G^T X)[outputs, features] over T rows, zero outside."""
+    total = tl.zeros([WIDTH, WIDTH], dtype=ACC)
+    for first in range(0, T, ROWS):
+        rows = first + tl.arange(0, ROWS)
+        row_mask = rows < T
+        wide_rows = rows.to(tl.int64)
+        g_tile = tl.load(
+            grad + wide_rows[None, :] * grad_step + outputs[:, None],
+            mask=row_mask[None, :] & (outputs < P)[:, None],
+            other=0.0,
+        )
+        x_tile = tl.load(
+            x + wide_rows[:, None] * x_step + features[None, :],
+            mask=row_mask[:, None] & (features < D)[None, :],
+            other=0.0,
+        )
+        total = product(g_tile, x_tile, total, TYPE, UPCAST)
+    return total
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def norm_direct(  # type: ignore[no-untyped-def]
+    x, grad, partial, T, P, D,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, TYPE: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    columns = tl.cdiv(D, WIDTH)
+    tiles = columns * tl.cdiv(P, WIDTH)
+    sample, tile = (program // tiles).to(tl.int64), program % tiles
+    outputs = (tile // columns) * WIDTH + tl.arange(0, WIDTH)
+    features = (tile % columns) * WIDTH + tl.arange(0, WIDTH)
+    total = gradient_tile(
+        x + sample * T * D, grad + sample * T * P, D, P, outputs, features, T, P, D, ROWS, WIDTH, TYPE, ACC, UPCAST
+    )
+    tl.store(partial + program, tl.sum(tl.sum(total * total, 1), 0))
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def accumulate(  # type: ignore[no-untyped-def]
+    buffer, x, grad, buffer_step, x_step, grad_step, T, P, D,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, TYPE: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """buffer += G^T X."""
+    program = tl.program_id(0)
+    columns = tl.cdiv(D, WIDTH)
+    outputs = (program // columns) * WIDTH + tl.arange(0, WIDTH)
+    features = (program % columns) * WIDTH + tl.arange(0, WIDTH)
+    total = gradient_tile(
+        x, grad, x_step, grad_step, outputs, features, T, P, D, ROWS, WIDTH, TYPE, ACC, UPCAST
+    )  # fmt: skip
+    place = buffer + outputs.to(tl.int64)[:, None] * buffer_step + features[None, :]
+    mask = (outputs < P)[:, None] & (features < D)[None, :]
+    tl.store(place, tl.load(place, mask=mask, other=0.0).to(ACC) + total, mask=mask)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _gram(  # type: ignore[no-untyped-def]
+    tokens, left_rows, right_rows, T, WIDE,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, TYPE: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    total = tl.zeros([ROWS, ROWS], dtype=ACC)
+    for first in range(0, WIDE, WIDTH):
+        features = first + tl.arange(0, WIDTH)
+        inside = features < WIDE
+        left = tl.load(
+            tokens + left_rows.to(tl.int64)[:, None] * WIDE + features[None, :],
+            mask=(left_rows < T)[:, None] & inside[None, :],
+            other=0.0,
+        )
+        right = tl.load(
+            tokens + right_rows.to(tl.int64)[None, :] * WIDE + features[:, None],
+            mask=(right_rows < T)[None, :] & inside[:, None],
+            other=0.0,
+        )
+        total = product(left, right, total, TYPE, UPCAST)
+    return total
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def norm_ghost(  # type: ignore[no-untyped-def]
+    x, grad, partial, T, P, D,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, TYPE: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    side = tl.cdiv(T, ROWS)
+    sample, pair = (program // (side * side)).to(tl.int64), program % (side * side)
+    left, right = pair // side, pair % side
+    # Tiles below the diagonal equal those above: not computed, the others counted twice.
+    if right >= left:
+        left_rows, right_rows = left * ROWS + tl.arange(0, ROWS), right * ROWS + tl.arange(0, ROWS)
+        gram_x = _gram(x + sample * T * D, left_rows, right_rows, T, D, ROWS, WIDTH, TYPE, ACC, UPCAST)
+        gram_g = _gram(grad + sample * T * P, left_rows, right_rows, T, P, ROWS, WIDTH, TYPE, ACC, UPCAST)
+        weight = tl.where(right == left, 1.0, 2.0).to(ACC)
+        tl.store(partial + program, tl.sum(tl.sum(gram_x * gram_g, 1), 0) * weight)
+    else:
+        tl.store(partial + program, tl.zeros([], dtype=ACC))
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _projected(  # type: ignore[no-untyped-def]
+    tokens, matrix, rows, columns, N, WIDE, K, step,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, TYPE: tl.constexpr, ACC: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    total = tl.zeros([ROWS, COLUMNS], dtype=ACC)
+    for first in range(0, WIDE, WIDTH):
+        features = first + tl.arange(0, WIDTH)
+        inside = features < WIDE
+        t_tile = tl.load(
+            tokens + rows.to(tl.int64)[:, None] * step + features[None, :],
+            mask=(rows < N)[:, None] & inside[None, :],
+            other=0.0,
+        )
+        m_tile = tl.load(
+            matrix + features[:, None] * K + columns[None, :],
+            mask=inside[:, None] & (columns < K)[None, :],
+            other=0.0,
+        )
+        total = product(t_tile, m_tile, total, TYPE, UPCAST)
+    return total
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def sketch_tile(  # type: ignore[no-untyped-def]
+    x, grad, left, right, partial, N, P, D, K, L, x_step, grad_step,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr,
+    TYPE: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """One tile of rows, and one block of the sketch's sides."""
+    program = tl.program_id(0)
+    across = tl.cdiv(L, BLOCK_L)
+    parts = tl.cdiv(K, BLOCK_K) * across
+    tile, part = program // parts, program % parts
+    rows = tile * ROWS + tl.arange(0, ROWS)
+    k = (part // across) * BLOCK_K + tl.arange(0, BLOCK_K)
+    l = (part % across) * BLOCK_L + tl.arange(0, BLOCK_L)  # noqa: E741
+    u = _projected(grad, left, rows, k, N, P, K, grad_step, ROWS, WIDTH, BLOCK_K, TYPE, ACC, UPCAST)
+    v = _projected(x, right, rows, l, N, D, L, x_step, ROWS, WIDTH, BLOCK_L, TYPE, ACC, UPCAST)
+    total = tl.zeros([BLOCK_K, BLOCK_L], dtype=ACC)
+    total = product(tl.trans(u), v, total, TYPE, UPCAST)
+    place = partial + tile.to(tl.int64) * K * L + k[:, None] * L + l[None, :]
+    tl.store(place, total, mask=(k < K)[:, None] & (l < L)[None, :])
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def add_rows(  # type: ignore[no-untyped-def]
+    partial, out, count, columns, ADD: tl.constexpr, SIZE: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr
+):
+    """out[c] (+)= sum_r partial[r, c] in order of r."""
+    place = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    mask = place < columns
+    total = tl.zeros([SIZE], dtype=ACC)
+    pointers = partial + place
+    for _ in range(0, count):
+        total += tl.load(pointers, mask=mask, other=0.0)
+        pointers += columns
+    if ADD:
+        total += tl.load(out + place, mask=mask, other=0.0).to(ACC)
+    tl.store(out + place, narrow(total, out.dtype.element_ty, UPCAST), mask=mask)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def add_samples(partial, out, count, SIZE: tl.constexpr, ACC: tl.constexpr):  # type: ignore[no-untyped-def]
+    """out[b] = max(0, sum_i partial[b, i]); cancellation can leave a norm of zero below it."""
+    sample = tl.program_id(0).to(tl.int64)
+    total = tl.zeros([SIZE], dtype=ACC)
+    for first in range(0, count, SIZE):
+        place = first + tl.arange(0, SIZE)
+        total += tl.load(partial + sample * count + place, mask=place < count, other=0.0)
+    value = tl.sum(total, 0)
+    tl.store(out + sample, tl.where(value < 0, 0.0, value))

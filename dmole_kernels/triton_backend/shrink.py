@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+    S = x^ A^T / (1-q)                     forward, kernel `shrink`
+    P = dY B,  dS = P * C / (1-q)          backward, kernel `shrink_gradient`; also P * S where dg is wanted
+
+One program: a tile of rows by a block of packed columns, the sum over all features in order: no split, one writer.
+Both note in `flags` which (row tile, column block) pairs have a gate that is not zero; the launches after them leave
+the others out, and so does the loop here (LOOK), whose result would be multiplied by zero. This is the plan of the
+call, made on the device in passing: no launch, no host synchronisation, no cache that could be stale.
+"""
+
+from __future__ import annotations
+
+import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
+import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
+
+from dmole_kernels.triton_backend.dropout import keep_tile
+from dmole_kernels.triton_backend.tiles import block_columns, column_gate, narrow, pointers_into_b, product, rows_of_a
+
+
+@triton.jit(do_not_specialize=["key_low", "key_high", "threshold"])  # type: ignore[untyped-decorator, unused-ignore]
+def shrink(  # type: ignore[no-untyped-def]
+    x, table, blocks, gate, shrunk, flags, N, D, R, E, rows_per_gate, block_count, x_step,
+    key_low, key_high, threshold, inverse_keep,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, TYPE: tl.constexpr, ACC: tl.constexpr,
+    A_TYPE: tl.constexpr, A_ALIGNED: tl.constexpr, DROPOUT: tl.constexpr, PER_EXPERT: tl.constexpr,
+    LOOK: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    # Column blocks of one row tile stand side by side: the second finds x in the cache.
+    program = tl.program_id(0)
+    tile, block = program // block_count, program % block_count
+    rows = tile * ROWS + tl.arange(0, ROWS)
+    row_mask = rows < N
+    columns, column_mask, stream = block_columns(blocks, block, R, BLOCK_R, PER_EXPERT)
+    stop = D
+    if LOOK != "none":
+        gate_tile = column_gate(gate, table, rows, row_mask, columns, column_mask, R, E, rows_per_gate, ACC)
+        active = tl.max(tl.max((gate_tile != 0).to(tl.int32), 1), 0)
+        tl.store(flags + tile * block_count + block, active)
+        if LOOK == "skip":
+            stop = D * active
+
+    a_rows = rows_of_a(table, columns, column_mask, A_TYPE, A_ALIGNED)
+    x_rows = x + rows.to(tl.int64)[:, None] * x_step
+    total = tl.zeros([ROWS, BLOCK_R], dtype=ACC)
+    for first in range(0, stop, WIDTH):
+        features = first + tl.arange(0, WIDTH)
+        inside = features < D
+        x_tile = tl.load(x_rows + features[None, :], mask=row_mask[:, None] & inside[None, :], other=0.0)
+        if DROPOUT:
+            keep = keep_tile(rows, first, stream, key_low, key_high, threshold, ROWS)
+            x_tile = tl.where(keep, x_tile, tl.zeros_like(x_tile))
+        a_tile = tl.load(a_rows[None, :] + features[:, None], mask=inside[:, None] & column_mask[None, :], other=0.0)
+        total = product(x_tile, a_tile, total, TYPE, UPCAST)
+    if DROPOUT:
+        total = total * inverse_keep
+    place = shrunk + rows.to(tl.int64)[:, None] * R + columns[None, :]
+    tl.store(place, narrow(total, TYPE, UPCAST), mask=row_mask[:, None] & column_mask[None, :])
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def shrink_gradient(  # type: ignore[no-untyped-def]
+    grad, table, blocks, gate, shrunk, dshrunk, products, flags, N, P, R, E, rows_per_gate, block_count, grad_step,
+    inverse_keep,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, TYPE: tl.constexpr, ACC: tl.constexpr,
+    B_TYPE: tl.constexpr, B_RUN: tl.constexpr, PER_EXPERT: tl.constexpr, NEED_GATE: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    tile, block = program // block_count, program % block_count
+    rows = tile * ROWS + tl.arange(0, ROWS)
+    row_mask = rows < N
+    columns, column_mask, _ = block_columns(blocks, block, R, BLOCK_R, PER_EXPERT)
+    gate_tile = column_gate(gate, table, rows, row_mask, columns, column_mask, R, E, rows_per_gate, ACC)
+    active = tl.max(tl.max((gate_tile != 0).to(tl.int32), 1), 0)
+    tl.store(flags + tile * block_count + block, active)
+    # A gate of zero still has a gradient, so P is needed in full for it.
+    stop = P if NEED_GATE else P * active
+
+    grad_rows = grad + rows.to(tl.int64)[:, None] * grad_step
+    total = tl.zeros([ROWS, BLOCK_R], dtype=ACC)
+    for first in range(0, stop, WIDTH):
+        outputs = first + tl.arange(0, WIDTH)
+        inside = outputs < P
+        grad_tile = tl.load(grad_rows + outputs[None, :], mask=row_mask[:, None] & inside[None, :], other=0.0)
+        b_tile = tl.load(
+            pointers_into_b(table, columns, column_mask, outputs, R, B_TYPE, B_RUN, True),
+            mask=inside[:, None] & column_mask[None, :],
+            other=0.0,
+        )
+        total = product(grad_tile, b_tile, total, TYPE, UPCAST)
+    both = row_mask[:, None] & column_mask[None, :]
+    place = rows.to(tl.int64)[:, None] * R + columns[None, :]
+    if NEED_GATE:
+        tl.store(products + place, total * tl.load(shrunk + place, mask=both, other=0.0).to(ACC), mask=both)
+    # Where no gate is on the loop did not run: zero.
+    tl.store(dshrunk + place, narrow(total * gate_tile * inverse_keep, TYPE, UPCAST), mask=both)

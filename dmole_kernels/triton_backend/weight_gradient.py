@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+    dA = dS^T x^        dB^T = (S * C)^T dY            both in one launch; rows of trainable columns only
+
+One program: a column block by a tile of features, summed over its share of the row tiles in order. With more than one
+share the sums are float32 partials that `finish` adds in the order of the shares. Row tiles whose rows do not use the
+column block are left out.
+"""
+
+from __future__ import annotations
+
+import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
+import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
+
+from dmole_kernels.triton_backend.dropout import keep_tile
+from dmole_kernels.triton_backend.tiles import block_columns, column_gate, is_active, narrow, product
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _row_tile(  # type: ignore[no-untyped-def]
+    total, left, right, table, gate, tile, columns, column_mask, first, stream, N, WIDE, R, E, rows_per_gate, step,
+    key_low, key_high, threshold,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, TYPE: tl.constexpr, ACC: tl.constexpr, GATED: tl.constexpr,
+    DROPOUT: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """total + left^T right for one row tile; left gated (S for dB) or as it is (dS for dA, where right is x)."""
+    rows = tile * ROWS + tl.arange(0, ROWS)
+    features = first + tl.arange(0, WIDTH)
+    row_mask, feature_mask = rows < N, features < WIDE
+    left_tile = tl.load(
+        left + rows.to(tl.int64)[:, None] * R + columns[None, :],
+        mask=row_mask[:, None] & column_mask[None, :],
+        other=0.0,
+    )
+    if GATED:
+        gate_tile = column_gate(gate, table, rows, row_mask, columns, column_mask, R, E, rows_per_gate, ACC)
+        left_tile = left_tile.to(ACC) * gate_tile
+    right_tile = tl.load(
+        right + rows.to(tl.int64)[:, None] * step + features[None, :],
+        mask=row_mask[:, None] & feature_mask[None, :],
+        other=0.0,
+    )
+    if DROPOUT:
+        keep = keep_tile(rows, first, stream, key_low, key_high, threshold, ROWS)
+        right_tile = tl.where(keep, right_tile, tl.zeros_like(right_tile))
+    return product(tl.trans(left_tile), right_tile, total, TYPE, UPCAST)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _share(  # type: ignore[no-untyped-def]
+    left, right, out, table, blocks, gate, flags, block, tile, share, shares, N, WIDE, R, E, rows_per_gate,
+    block_count, flag_rows, step, row_count, key_low, key_high, threshold,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, TYPE: tl.constexpr, ACC: tl.constexpr,
+    PER_EXPERT: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    RATIO: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """One program's sum, written to out [shares, row_count, WIDE]."""
+    columns, column_mask, stream = block_columns(blocks, block, R, BLOCK_R, PER_EXPERT)
+    row_tiles = tl.cdiv(N, ROWS)
+    each = tl.cdiv(row_tiles, shares)
+    begin = share * each
+    first = tile * WIDTH
+    total = tl.zeros([BLOCK_R, WIDTH], dtype=ACC)
+    for row_tile in range(begin, tl.minimum(begin + each, row_tiles)):
+        if ONE_BLOCK:
+            total = _row_tile(
+                total, left, right, table, gate, row_tile, columns, column_mask, first, stream, N, WIDE, R, E,
+                rows_per_gate, step, key_low, key_high, threshold, ROWS, WIDTH, TYPE, ACC, GATED, DROPOUT, UPCAST,
+            )  # fmt: skip
+        else:
+            if is_active(flags, row_tile, block, flag_rows, block_count, RATIO):
+                total = _row_tile(
+                    total, left, right, table, gate, row_tile, columns, column_mask, first, stream, N, WIDE, R, E,
+                    rows_per_gate, step, key_low, key_high, threshold, ROWS, WIDTH, TYPE, ACC, GATED, DROPOUT, UPCAST,
+                )  # fmt: skip
+    gradient_row = tl.load(table + 5 * R + columns, mask=column_mask, other=-1)
+    features = first + tl.arange(0, WIDTH)
+    place = out + (share.to(tl.int64) * row_count + gradient_row)[:, None] * WIDE + features[None, :]
+    mask = (gradient_row >= 0)[:, None] & (features < WIDE)[None, :]
+    tl.store(place, narrow(total, out.dtype.element_ty, UPCAST), mask=mask)
+
+
+@triton.jit(do_not_specialize=["key_low", "key_high", "threshold"])  # type: ignore[untyped-decorator, unused-ignore]
+def weight_gradient(  # type: ignore[no-untyped-def]
+    x, grad, shrunk, dshrunk, table, blocks, learning, gate, flags, partial_a, partial_b,
+    N, D, P, R, E, rows_per_gate, block_count, learning_count, flag_rows, x_step, grad_step, row_count, shares,
+    key_low, key_high, threshold,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, TYPE: tl.constexpr, ACC: tl.constexpr,
+    DROPOUT: tl.constexpr, PER_EXPERT: tl.constexpr, ONE_BLOCK: tl.constexpr, RATIO: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    # Column blocks of one tile of features side by side: they read the same x or dY.
+    block = tl.load(learning + program % learning_count)
+    tile = program // learning_count
+    a_tiles = tl.cdiv(D, WIDTH)
+    tiles = a_tiles + tl.cdiv(P, WIDTH)
+    share = tile // tiles
+    tile = tile % tiles
+    if tile < a_tiles:
+        _share(
+            dshrunk, x, partial_a, table, blocks, gate, flags, block, tile, share, shares, N, D, R, E, rows_per_gate,
+            block_count, flag_rows, x_step, row_count, key_low, key_high, threshold,
+            ROWS, WIDTH, BLOCK_R, TYPE, ACC, PER_EXPERT, False, DROPOUT, ONE_BLOCK, RATIO, UPCAST,
+        )  # fmt: skip
+    else:
+        _share(
+            shrunk, grad, partial_b, table, blocks, gate, flags, block, tile - a_tiles, share, shares, N, P, R, E,
+            rows_per_gate, block_count, flag_rows, grad_step, row_count, key_low, key_high, threshold,
+            ROWS, WIDTH, BLOCK_R, TYPE, ACC, PER_EXPERT, True, False, ONE_BLOCK, RATIO, UPCAST,
+        )  # fmt: skip

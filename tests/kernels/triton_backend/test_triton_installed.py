@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import pytest
+
+from dmole_kernels.triton_backend import available
+
+
+def test_triton_is_installed() -> None:
+    if not available():
+        pytest.skip("triton is not installed, so its kernels are not tested: pip install triton==3.9.0")
