@@ -15,7 +15,7 @@ from benchmarks.machine import Machine, dtype_name
 from benchmarks.memory import peak_memory_mib
 from benchmarks.records import Row
 from benchmarks.timing import interleaved, paired_ratio, percentiles_ms
-from benchmarks.timing import threads as with_threads
+from dmole_kernels.testing import threads as with_threads
 
 
 class CannotTake(Exception):

@@ -23,7 +23,6 @@ from benchmarks.lora_rivals import cpu_backends
 from benchmarks.machine import Machine
 from benchmarks.records import Row
 from benchmarks.timing import percentiles_ms
-from benchmarks.timing import threads as with_threads
 from dmole.config import RunConfig
 from dmole.data.sample import Sample, Stream
 from dmole.evaluation import generation_queue, predict
@@ -32,6 +31,7 @@ from dmole.methods.base import Stage
 from dmole.models.multimodal import MultimodalModel
 from dmole.plan import fresh_copy
 from dmole.training import Profile, StageTraining, stage_steps
+from dmole_kernels.testing import threads as with_threads
 
 LOSS_TOLERANCE = 0.02
 PROFILED_STEPS = 5

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.records import Row
-from benchmarks.timing import threads as with_threads
 from dmole.environment import describe_environment
 from dmole_kernels import BACKENDS
+from dmole_kernels.testing import threads as with_threads
 
 # (rows, in, out): the larger one is what vendors' libraries like best, the smaller one spares slow machines.
 PEAK_SHAPES = ((1024, 1024, 1024), (2048, 2048, 2048))

@@ -6,15 +6,13 @@ What slows the machine down for a second then slows all of them, and nobody alwa
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-import torch
 
 SHORTEST_SAMPLE = 1e-3  # seconds; a faster call is repeated within one sample
 
@@ -68,14 +66,3 @@ def percentiles_ms(samples: Sequence[float]) -> tuple[float, float, float]:
 def paired_ratio(above: Sequence[float], below: Sequence[float]) -> float:
     """Median over the rounds of above / below: both halves of a pair met the same machine."""
     return statistics.median(a / b for a, b in zip(above, below, strict=True))
-
-
-@contextlib.contextmanager
-def threads(count: int) -> Iterator[None]:
-    """PyTorch (and what computes on its thread pool) with `count` threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

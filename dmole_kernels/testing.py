@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils import deterministic
 
-from dmole_kernels import reference
+from dmole_kernels import cpu, reference
 from dmole_kernels.multi_lora import multi_lora
 from dmole_kernels.philox import dropout_keep_mask
 
@@ -323,13 +323,29 @@ def rejected(verdicts: Sequence[Verdict]) -> list[str]:
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Every `torch.empty` in the block is full of NaN (or the largest integer): what is read unwritten shows."""
+    """What is read unwritten in the block shows: every `torch.empty` is full of NaN (or the largest integer), and so is
+    the work memory of the compiled kernels."""
     before = torch.are_deterministic_algorithms_enabled()
     fill = deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True)
     deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    if cpu.EXTENSION is not None:
+        cpu.EXTENSION.poison_scratch(True)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
         deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+        if cpu.EXTENSION is not None:
+            cpu.EXTENSION.poison_scratch(False)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """`torch.set_num_threads(count)` for the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

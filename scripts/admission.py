@@ -31,22 +31,12 @@ from dmole.evaluation import evaluate, generation_queue
 from dmole.methods import method_class
 from dmole.metrics import METRICS
 from dmole.recipes import RECIPES
+from dmole.reports import admission
 from dmole.sources import open_model, open_stream
 from dmole.training import Profile, StageTraining
 
 MARGIN = 10.0
-COLUMNS = (
-    "task",
-    "metric",
-    "finetune",
-    "zero_shot",
-    "text_only",
-    "constant",
-    "margin",
-    "admitted",
-    "well_formed",
-    "constant_answer",
-)
+COLUMNS = (*admission.COLUMNS, "well_formed", "constant_answer")
 
 
 def on_validation(task: Task) -> Task:

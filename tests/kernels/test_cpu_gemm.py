@@ -10,22 +10,18 @@ import torch
 from torch import Tensor
 
 from dmole_kernels import cpu
+from dmole_kernels.testing import poisoned_memory
 
 pytestmark = pytest.mark.skipif(cpu.EXTENSION is None, reason=f"no compiled extension: {cpu.MISSING}")
 
-LEVELS = cpu.available_isas() if cpu.EXTENSION is not None else ()
 DTYPES = (torch.float32, torch.bfloat16)
 SHAPES = [(0, 3, 5), (3, 5, 0), (1, 1, 1), (5, 7, 3), (13, 33, 17), (40, 64, 300), (200, 70, 513)]
 
 
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = cpu.isa()
-    cpu.set_isa(request.param)
-    cpu.extension().poison_scratch(True)
-    yield request.param
-    cpu.extension().poison_scratch(False)
-    cpu.set_isa(before)
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    with poisoned_memory():
+        yield
 
 
 def gemm(a: Tensor, b: Tensor) -> Tensor:

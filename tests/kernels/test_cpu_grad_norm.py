@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -21,44 +19,12 @@ from dmole_kernels import (
     grad_norm_per_sample,
 )
 from dmole_kernels.grad_norm import cheaper_method
-from dmole_kernels.testing import poisoned_memory
+from dmole_kernels.testing import poisoned_memory, threads
 
 _C = pytest.importorskip("dmole_kernels._C", exc_type=ImportError)
-LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16")
 METHODS = ("auto", "direct", "ghost")
 DTYPES = (torch.float32, torch.bfloat16)
 DRAWS = int(os.environ.get("DMOLE_DRAWS", "20"))
-
-
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param not in _C.available_isas():
-        pytest.skip(f"this machine runs {_C.available_isas()}")
-    before = _C.isa()
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa(before)
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def poisoned() -> Iterator[None]:
-    """NaN in what torch allocates and in the kernels' own work memory."""
-    _C.poison_scratch(True)
-    try:
-        with poisoned_memory():
-            yield
-    finally:
-        _C.poison_scratch(False)
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -91,7 +57,7 @@ SHAPES = ((1, 1, 1, 1), (2, 5, 17, 33), (1, 230, 31, 23), (1, 500, 8, 9), (2, 37
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_the_definition(level: str, shape: tuple[int, int, int, int], dtype: torch.dtype, method: str) -> None:
     x, grad = pair(*shape, dtype)
-    with poisoned():
+    with poisoned_memory():
         check(norms(x, grad, method), x, grad)
 
 
@@ -107,7 +73,7 @@ def test_any_shape(
     before = _C.isa()
     _C.set_isa(isa)
     try:
-        with poisoned():
+        with poisoned_memory():
             check(norms(x, grad, method), x, grad)
     finally:
         _C.set_isa(before)
@@ -236,7 +202,7 @@ def test_accumulate_gradient(level: str, shape: tuple[int, int, int], dtype: tor
     results = []
     for count in (1, 2, 2):
         buffer = start.clone()
-        with threads(count), poisoned():
+        with threads(count), poisoned_memory():
             accumulate_gradient(buffer, x, grad, backend="cpu")
         results.append(buffer)
     assert torch.equal(results[0], results[1]) and torch.equal(results[1], results[2])
@@ -254,7 +220,7 @@ def test_accumulate_sketch(level: str, shape: tuple[int, int, int, int, int], dt
     results = []
     for count in (1, 2, 2):
         sketch = start.clone()
-        with threads(count), poisoned():
+        with threads(count), poisoned_memory():
             accumulate_sketch(sketch, x, grad, left, right, backend="cpu")
         results.append(sketch)
     assert torch.equal(results[0], results[1]) and torch.equal(results[1], results[2])

@@ -40,20 +40,10 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 DRAWS = int(os.environ.get("DMOLE_DRAWS", "40"))
 
 
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = cpu.isa()
-    cpu.set_isa(request.param)
-    yield request.param
-    cpu.set_isa(before)
-
-
 @pytest.fixture(autouse=True)
 def poisoned_scratch() -> Iterator[None]:
-    cpu.extension().poison_scratch(True)
     with poisoned_memory():
         yield
-    cpu.extension().poison_scratch(False)
 
 
 def run_op(inputs: LoraInputs) -> Results:

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -14,43 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dmole_kernels import masked_max_pool, reference, router_score, router_select
-from dmole_kernels.testing import judge, poisoned_memory, rejected
+from dmole_kernels.testing import judge, poisoned_memory, rejected, threads
 
 _C = pytest.importorskip("dmole_kernels._C", exc_type=ImportError)
-LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16")
 DTYPES = (torch.float32, torch.bfloat16)
 DRAWS = int(os.environ.get("DMOLE_DRAWS", "20"))
-
-
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param not in _C.available_isas():
-        pytest.skip(f"this machine runs {_C.available_isas()}")
-    before = _C.isa()
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa(before)
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def poisoned() -> Iterator[None]:
-    """NaN in what torch allocates and in the kernels' own work memory."""
-    _C.poison_scratch(True)
-    try:
-        with poisoned_memory():
-            yield
-    finally:
-        _C.poison_scratch(False)
 
 
 def tensors(
@@ -83,7 +49,7 @@ def test_no_worse_than_twice_the_reference(
     actual, yardstick, truth = [], [], []
     for seed in range(6):
         arguments = tensors(*shape, dtype, seed)
-        with poisoned():
+        with poisoned_memory():
             actual.append(score(arguments, decoder).t())
         yardstick.append(router_score(*arguments, decoder=decoder, backend="reference").t())  # type: ignore[arg-type]
         truth.append(reference.router_score_forward(*(t.double() for t in arguments), decoder == "sigmoid").t())
@@ -105,7 +71,7 @@ def test_any_shape(
     before = _C.isa()
     _C.set_isa(isa)
     try:
-        with poisoned():
+        with poisoned_memory():
             error = score(arguments, decoder)
     finally:
         _C.set_isa(before)
@@ -206,7 +172,7 @@ def test_pool_equals_the_reference_bit_for_bit(level: str, dtype: torch.dtype) -
     )
     for count in (1, 2):
         for view, its_mask in views:
-            with threads(count), poisoned():
+            with threads(count), poisoned_memory():
                 values, token = torch.ops.dmole_kernels.masked_max_pool(view, its_mask, "cpu")
             torch.testing.assert_close(values, expected[0], rtol=0, atol=0, equal_nan=True)
             assert torch.equal(token, expected[1])

@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Triton kernels run in Triton's interpreter here: no GPU needed, and none used.
 
-The interpreter has to be chosen before Triton is imported, so what runs kernels is skipped, with the reason, where
-somebody has imported it before. Without Triton only the test that says so is collected.
+`tests/conftest.py` chooses it, which must come before Triton is imported: what runs kernels is skipped, with the reason,
+where somebody has imported it before. Without Triton only the test that says so is collected.
 """
 
 from __future__ import annotations
-
-import os
-import sys
 
 import pytest
 
@@ -16,8 +13,6 @@ from dmole_kernels.triton_backend import available
 
 if not available():
     collect_ignore_glob = ["test_triton_[!i]*.py", "test_triton_interpreter.py"]
-elif "triton" not in sys.modules:
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_runtest_setup() -> None:
