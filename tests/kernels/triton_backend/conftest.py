@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Triton kernels run in Triton's interpreter here: no GPU needed, and none used.
 
-`tests/conftest.py` chooses it, which must come before Triton is imported: what runs kernels is skipped, with the reason,
+`tests/conftest.py` chooses it, which must come before Triton is imported; else what runs kernels is skipped, saying so,
 where somebody has imported it before. Without Triton only the test that says so is collected.
 """
 
