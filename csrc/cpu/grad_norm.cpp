@@ -5,8 +5,8 @@
 #include <vector>
 
 #include "gemm.h"
+#include "kernels.h"
 #include "scratch.h"
-#include "tile_math.h"
 
 namespace dmole::cpu {
 
@@ -86,7 +86,7 @@ double direct_tile(const Segment& segment, const Tile& tile, const Rows<T>& x, c
   const T* const g = grad.data + tile.sample * grad.sample + segment.first * grad.row + tile.row;
   const T* const from = x.data + tile.sample * x.sample + segment.first * x.row + tile.column;
   gemm(rows, columns, segment.tokens, g, 1, grad.row, from, x.row, 1, product, kDirectColumns, false);
-  return tile_math().sum_of_squares(product, rows, columns, kDirectColumns);
+  return kernels().tile_math.sum_of_squares(product, rows, columns, kDirectColumns);
 }
 
 template <class T>
@@ -107,7 +107,7 @@ double ghost_tile(const Segment& segment, const Tile& tile, const Rows<T>& x, co
   gram_tile(segment, tile, grad, rows, columns, gram_g);
   // The first tile of a row begins with a square on the diagonal, which counts once; the rest stands for both sides.
   const int64_t square = tile.column == tile.row ? rows : 0;
-  const auto sum = tile_math().sum_of_products;
+  const auto sum = kernels().tile_math.sum_of_products;
   const double once = sum(gram_x, gram_g, rows, square, kGhostColumns);
   return once + 2.0 * sum(gram_x + square, gram_g + square, rows, columns - square, kGhostColumns);
 }

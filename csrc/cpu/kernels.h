@@ -8,6 +8,7 @@
 #include "bfloat16.h"
 #include "isa.h"
 #include "multi_lora.h"
+#include "tile_math.h"
 
 namespace dmole::cpu {
 
@@ -18,6 +19,7 @@ struct Kernels {
   GemmKernel gemm[2][2];  // [A is bfloat16][B is bfloat16]
   void (*lora_forward[2])(const LoraForward& call);    // [working type is bfloat16]
   void (*lora_backward[2])(const LoraBackward& call);  // the same
+  TileMath tile_math;
 };
 
 // Of current_isa().

@@ -20,6 +20,8 @@
 
 #include "multi_lora_backward.inl"
 
+#include "tile_math.inl"
+
 template <class TA, class TB>
 void gemm_entry(int64_t M, int64_t N, int64_t K, const void* a, int64_t a_row, int64_t a_col, const void* b,
                 int64_t b_row, int64_t b_col, float* c, int64_t ldc, bool accumulate) {
@@ -31,4 +33,5 @@ const Kernels kTable = {
      {gemm_entry<bfloat16, float>, gemm_entry<bfloat16, bfloat16>}},
     {lora_forward<float>, lora_forward<bfloat16>},
     {lora_backward<float>, lora_backward<bfloat16>},
+    kTileMath,
 };

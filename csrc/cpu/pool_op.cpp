@@ -6,8 +6,8 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "kernels.h"
 #include "tensors.h"
-#include "tile_math.h"
 
 namespace dmole::cpu {
 
@@ -19,7 +19,7 @@ constexpr int64_t kWorthAThread = 1 << 18;  // elements: some 20 us
 template <class T>
 void pool(const at::Tensor& hidden, const at::Tensor& mask, at::Tensor& values, at::Tensor& token) {
   const int64_t tokens = hidden.size(1), columns = hidden.size(2), parts = (columns + kColumns - 1) / kColumns;
-  const auto kernel = tile_math().max_pool[std::is_same_v<T, bfloat16>];
+  const auto kernel = kernels().tile_math.max_pool[std::is_same_v<T, bfloat16>];
   const int64_t grain = std::max<int64_t>(1, kWorthAThread / std::max<int64_t>(1, tokens * kColumns));
   torch_parallel_for(hidden.size(0) * parts, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {

@@ -5,8 +5,8 @@
 #include <vector>
 
 #include "gemm.h"
+#include "kernels.h"
 #include "scratch.h"
-#include "tile_math.h"
 
 namespace dmole::cpu {
 
@@ -33,7 +33,7 @@ void transpose_rows(int64_t samples, int64_t tile, const T* from, int64_t row, i
 template <class T>
 void score_tile(int64_t samples, int64_t tile, const T* features, const Autoencoders<T>& all, int64_t task, T* error) {
   constexpr int kNarrow = sizeof(T) == sizeof(bfloat16);
-  const TileMath& math = tile_math();
+  const TileMath& math = kernels().tile_math;
   const int64_t hidden = all.hidden, width = all.width;
   const int64_t sums_size = std::max(hidden, kFeatures) * tile;
   float* const sums = scratch(Scratch::router, sums_size + hidden * tile + tile);

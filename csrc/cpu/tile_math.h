@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the gradient norms, the router and the pool do beside products (gemm.h): passes over a tile while it is in
-// cache. One table per instruction set; bfloat16 pairs do not occur here, so level avx512_bf16 uses avx512's.
+// cache. A part of each level's table, kernels().tile_math.
 #pragma once
 
 #include <cstdint>
@@ -27,13 +27,5 @@ struct TileMath {
   void (*max_pool[2])(const void* from, const bool* mask, int64_t mask_stride, int64_t tokens, int64_t columns,
                       int64_t stride, void* values, int64_t* token);
 };
-
-// Of current_isa().
-const TileMath& tile_math();
-
-// One file each: tile_math_<level>.cpp.
-const TileMath& scalar_tile_math();
-const TileMath& avx2_tile_math();
-const TileMath& avx512_tile_math();
 
 }  // namespace dmole::cpu
