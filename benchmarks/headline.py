@@ -100,10 +100,13 @@ class Headline:
         if dtype == torch.bfloat16:
             rivals += ["peft_loop", "dmole_loop"]
         if self.ours != "reference":
-            rivals.append("reference")
+            rivals += ["reference", "cpu_pytorch_base"]
         providers = ("base_only", *rivals, self.ours)
         outcome = self._held(lora_contest(self.sizes.main, dtype, "forward_backward", 1, providers))
-        return {"ours_over_base": outcome.ratio(self.ours, "base_only"), **self._against(outcome, rivals)}
+        ratios = {"ours_over_base": outcome.ratio(self.ours, "base_only"), **self._against(outcome, rivals)}
+        if "cpu_pytorch_base" in rivals:
+            ratios["experts_beside_pytorch_base_over_base"] = outcome.ratio("cpu_pytorch_base", "base_only")
+        return ratios
 
     def decode(self) -> Ratios:
         ratios = []

@@ -12,6 +12,7 @@ done once and not timed, for every rival; so is the gate plan of this package, w
     dmole_loop        the published D-MoLE layer's loop: every expert the batch uses, on all rows
     grouped_mm        rows sorted by expert, F.grouped_mm twice, ranks padded to the largest
     reference, cpu    this package's MultiLoRALinear with that backend
+    cpu_pytorch_base  the cpu backend's experts beside F.linear, where it would take its own kernel for the base
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from torch.autograd.function import once_differentiable
 
 from benchmarks.contest import CannotTake
 from benchmarks.lora_case import LoraProblem
-from dmole_kernels import BACKENDS, ExpertGates, MultiLoRALinear
+from dmole_kernels import BACKENDS, ExpertGates, MultiLoRALinear, cpu
 
 MOST_BYTES = 2**32  # what a rival may spend on one intermediate tensor
 
@@ -301,6 +302,21 @@ def module_of(backend: str) -> Callable[[LoraProblem], Built]:
     return build
 
 
+def cpu_pytorch_base(problem: LoraProblem) -> Built:
+    if cpu.EXTENSION is None:
+        raise CannotTake(f"no compiled extension: {cpu.MISSING}")
+    built = module_of("cpu")(problem)
+
+    def forward(x: Tensor) -> Tensor:
+        before, cpu.LINEAR = cpu.LINEAR, "vendor"
+        try:
+            return built.forward(x)
+        finally:
+            cpu.LINEAR = before
+
+    return _with_forward(built, forward)
+
+
 def cpu_backends() -> tuple[str, ...]:
     """The backends of this build that serve CPUs, fastest first."""
     return tuple(name for name, devices in BACKENDS.items() if devices is None or "cpu" in devices)
@@ -314,6 +330,7 @@ RIVALS: Mapping[str, Callable[[LoraProblem], Built]] = {
     "peft_loop": peft_loop,
     "dmole_loop": dmole_loop,
     "grouped_mm": grouped_mm,
+    "cpu_pytorch_base": cpu_pytorch_base,
 }
 
 

@@ -35,7 +35,7 @@ class Entry:
 def entries() -> list[Entry]:
     every = HONEST + LOOPS
     both: tuple[Direction, ...] = ("forward", "forward_backward")
-    made = [Entry(case=MAIN, directions=both, threads=(1, 2), rivals=every)]
+    made = [Entry(case=MAIN, directions=both, threads=(1, 2), rivals=(*every, "cpu_pytorch_base"))]
 
     def vary(name: str, **changes: object) -> LoraCase:
         return replace(MAIN, name=name, **changes)  # type: ignore[arg-type]
@@ -59,7 +59,14 @@ def entries() -> list[Entry]:
     for rows in (1, 4, 16, 64):
         for width in (2048, 4096):
             case = vary(f"decode_{rows}_{width}", samples=rows, tokens=1, in_features=width, out_features=width)
-            made.append(Entry(case=case, directions=("forward",), threads=(1, 2), rivals=(*HONEST, "grouped_mm")))
+            made.append(
+                Entry(
+                    case=case,
+                    directions=("forward",),
+                    threads=(1, 2),
+                    rivals=(*HONEST, "grouped_mm", "cpu_pytorch_base"),
+                )
+            )
     for samples, tokens, d, p in MINI_SHAPES:
         for ranks in ((16,), (16, 16)):
             case = LoraCase(

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from benchmarks.records import Row
 from dmole.environment import describe_environment
-from dmole_kernels import BACKENDS
+from dmole_kernels import BACKENDS, cpu
 from dmole_kernels.testing import threads as with_threads
 
 # (rows, in, out): the larger one is what vendors' libraries like best, the smaller one spares slow machines.
@@ -40,7 +40,7 @@ class Machine:
     _bandwidth: dict[int, float] = field(default_factory=dict)
 
     def peak(self, dtype: torch.dtype, threads: int) -> float:
-        """FLOP/s of the fastest `F.linear`."""
+        """FLOP/s of the fastest product, by `F.linear` or by the own kernel."""
         key = (dtype, threads)
         if key not in self._peak:
             with with_threads(threads), torch.no_grad():
@@ -91,7 +91,7 @@ class Machine:
                     dtype=dtype_name(dtype),
                     direction="forward",
                     threads=threads,
-                    provider="F.linear",
+                    provider="fastest_linear",
                     times_ms=(milliseconds, milliseconds, milliseconds),
                     peak_fraction=1.0,
                 )
@@ -140,7 +140,10 @@ def this_machine() -> Machine:
 
 def _linear_rate(dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> float:
     x, weight = torch.randn(rows, inputs).to(dtype), torch.randn(outputs, inputs).to(dtype)
-    return 2.0 * rows * inputs * outputs / _fastest(lambda: F.linear(x, weight), 8)
+    seconds = _fastest(lambda: F.linear(x, weight), 8)
+    if cpu.EXTENSION is not None:
+        seconds = min(seconds, _fastest(lambda: torch.ops.dmole_kernels.cpu_linear(x, weight, None), 8))
+    return 2.0 * rows * inputs * outputs / seconds
 
 
 def _fastest(run: Callable[[], object], calls: int) -> float:

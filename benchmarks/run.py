@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from benchmarks import grad_norm_suite, lora_suite, proxy_suite, router_suite
+from benchmarks import grad_norm_suite, linear_suite, lora_suite, proxy_suite, router_suite
 from benchmarks.contest import Contest, hold, report
 from benchmarks.lora_rivals import cpu_backends
 from benchmarks.machine import Machine, this_machine
@@ -21,6 +21,7 @@ from benchmarks.records import Row, write_rows
 
 SUITES: dict[str, Callable[[str], Iterator[Contest]]] = {
     "multi_lora": lora_suite.contests,
+    "linear": linear_suite.contests,
     "grad_norm": grad_norm_suite.contests,
     "router": router_suite.contests,
     "proxy": proxy_suite.contests,

@@ -19,6 +19,7 @@
 #include "cpu/gemm_op.h"
 #include "cpu/grad_norm_op.h"
 #include "cpu/isa.h"
+#include "cpu/linear_op.h"
 #include "cpu/multi_lora_op.h"
 #include "cpu/plan.h"
 #include "cpu/pool_op.h"
@@ -30,6 +31,7 @@
 
 TORCH_LIBRARY_FRAGMENT(dmole_kernels, library) {
   library.def("cpu_gemm(Tensor a, Tensor b) -> Tensor");
+  library.def("cpu_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   library.def(
       "cpu_multi_lora(Tensor x, Tensor? base, Tensor[] lora_a, Tensor[] lora_b, Tensor gate, float[] scale, "
       "float dropout, bool per_expert, Tensor? seed, bool every_column, Tensor? plan) -> (Tensor, Tensor)");
@@ -49,6 +51,7 @@ TORCH_LIBRARY_FRAGMENT(dmole_kernels, library) {
 
 TORCH_LIBRARY_IMPL(dmole_kernels, CPU, library) {
   library.impl("cpu_gemm", &dmole::cpu::gemm_op);
+  library.impl("cpu_linear", &dmole::cpu::linear_op);
   library.impl("cpu_multi_lora", &dmole::cpu::multi_lora_forward_op);
   library.impl("cpu_multi_lora_backward", &dmole::cpu::multi_lora_backward_op);
   library.impl("cpu_squared_norm", &dmole::cpu::squared_norm_op);
@@ -98,6 +101,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("isa", [] { return std::string(isa_name(current_isa())); }, "Instruction set in use.");
   module.def("set_isa", &set_isa, pybind11::arg("name"), "Chooses one of available_isas(), or 'auto'.");
   module.def("available_isas", &available_isas, "What this machine runs, slowest first.");
+  module.def("cpu_maker", [] { return std::string(cpu_maker()); }, "'intel', 'amd' or 'other'.");
   module.def("set_threads", [](int count) { at::set_num_threads(count); }, pybind11::arg("count"),
              "Threads of the kernels: torch's own pool, so the same as torch.set_num_threads.");
   module.def("threads", [] { return at::get_num_threads(); }, "Threads of the kernels.");

@@ -126,6 +126,7 @@ def explain_backend(requested: str = "auto") -> str:
     if cpu.EXTENSION is not None:
         built = cpu.build_info()
         lines += [
+            f"linear    {cpu.explain_linear()}",
             f"isa       {cpu.isa()} of {', '.join(cpu.available_isas())} (DMOLE_KERNELS_ISA chooses)",
             f"compiler  {built['compiler']}, C++ {built['cxx']}, for torch {built['torch']}",
         ]

@@ -9,6 +9,7 @@ is where the package learns whether they are there; the op files put them into t
 from __future__ import annotations
 
 import importlib
+import os
 from types import ModuleType
 
 import torch
@@ -20,6 +21,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 # What the extension must bring: one built from older sources is not used.
 OPS = (
     "cpu_gemm",
+    "cpu_linear",
     "cpu_multi_lora",
     "cpu_multi_lora_backward",
     "cpu_squared_norm",
@@ -76,6 +78,47 @@ def set_isa(name: str) -> None:
 def build_info() -> dict[str, str]:
     """Compiler, C++ standard and torch version of the build."""
     return dict(extension().build_info())
+
+
+def takes_linear(rows: int, features: int, dtype: torch.dtype, *, transposed: bool = False) -> bool:
+    """Whether this backend multiplies with a frozen weight itself, or PyTorch's BLAS does; `rows` of x, each `features`
+    long, `transposed` where the weight lies column by column (as it does for dx).
+
+    2026-11-22, measured on AMD's Zen 5, torch 2.13 (benchmarks/results/linear.csv): MKL leaves AVX-512 to Intel's CPUs
+    and takes about twice the time in float32; in bfloat16 oneDNN is as fast but for few rows. Nothing was measured on
+    Intel's CPUs, where PyTorch's product stays. DMOLE_KERNELS_LINEAR=own or vendor chooses for all shapes.
+    """
+    if LINEAR != "auto":
+        return LINEAR == "own"
+    if not _beats_vendor():
+        return False
+    if dtype == torch.float32:
+        return rows >= 8 or not transposed
+    return isa() == "avx512_bf16" and not transposed and rows <= (64 if features <= 1024 else 24)
+
+
+def _beats_vendor() -> bool:
+    return CPU_MAKER == "amd" and isa().startswith("avx512") and torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+
+
+def explain_linear() -> str:
+    """Who multiplies with the base's weight, in a line."""
+    if LINEAR != "auto":
+        return f"{'own kernels' if LINEAR == 'own' else 'PyTorch'} (DMOLE_KERNELS_LINEAR={LINEAR})"
+    if _beats_vendor():
+        return "own kernels for float32 and for few rows of bfloat16, else PyTorch (measured on AMD's AVX-512)"
+    return "PyTorch (own kernels were measured faster on AMD's CPUs with AVX-512 only)"
+
+
+def _asked_linear() -> str:
+    asked = os.environ.get("DMOLE_KERNELS_LINEAR", "auto")
+    if asked not in ("auto", "own", "vendor"):
+        raise ValueError(f"DMOLE_KERNELS_LINEAR is {asked!r}; expected 'auto', 'own' or 'vendor'. Unset it for 'auto'.")
+    return asked
+
+
+LINEAR = _asked_linear()
+CPU_MAKER = "" if EXTENSION is None else str(EXTENSION.cpu_maker())
 
 
 class Plan:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dmole_kernels.backend import choose_backend
 from dmole_kernels.cpu import Plan
 from dmole_kernels.expert_bank import ExpertBank
+from dmole_kernels.frozen_linear import frozen_linear
 from dmole_kernels.multi_lora import DropoutMode, multi_lora
 
 
@@ -113,13 +114,15 @@ class MultiLoRALinear(nn.Module):
     """`nn.Linear` plus the gated experts of its `bank`.
 
     Args:
-        base: the layer to extend; it is frozen here and keeps its own forward (and hooks).
+        base: the layer to extend; it is frozen here and keeps its hooks.
         gates: who is active when forward gets no gate of its own; shared by many layers.
         dropout: chance of zeroing an element of the experts' input while training.
         dropout_mode: "shared" (one mask for all experts of the layer, the default) or "per_expert".
         backend: see `choose_backend`.
 
-    Without gates, or when no expert held here is active, forward is exactly `base(x)` at its cost. Experts are float32
+    Where no gate is on forward is `base(x)` to the bit; where one is, but no expert of this layer's, the base's product
+    and nothing else. Beside such a gate a plain `nn.Linear` without hooks is multiplied by `frozen_linear`, any other
+    base by its own forward. Experts are float32
     (float64 for a float64 base): small updates vanish in bfloat16.
     """
 
@@ -173,15 +176,17 @@ class MultiLoRALinear(nn.Module):
             plan: GatePlan | None = GatePlan(gate, self.bank.names if experts is None else experts)
         else:
             plan = self.gates.plan if self.gates is not None else None
-        held = self.bank.experts._modules
-        names = () if plan is None else tuple(name for name in plan.active if name in held)
-        if plan is None or not names:
+        if plan is None or not plan.active:
             unchanged: Tensor = self.base(x)
             return unchanged
+        held = self.bank.experts._modules
+        names = tuple(name for name in plan.active if name in held)
+        if not names:
+            return self._base_output(x)
         # Autocast would cast x in the base, the op cast it again, and once more in backward, and each cast its dx back.
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        y = self.base(x)
+        y = self._base_output(x)
         chosen = [self.bank.expert(name) for name in names]
         gates = plan.columns(names)
         rows = None
@@ -203,6 +208,21 @@ class MultiLoRALinear(nn.Module):
             backend=self.backend,
             plan=rows,
         )
+
+    def _base_output(self, x: Tensor) -> Tensor:
+        """base(x); a plain frozen `nn.Linear` without hooks goes through `frozen_linear`, to the same equation."""
+        base = self.base
+        hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+        if (
+            type(base) is nn.Linear
+            and not hooked
+            and (base.weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type))
+            and not base.weight.requires_grad
+            and (base.bias is None or not base.bias.requires_grad)
+        ):
+            return frozen_linear(x, base.weight, base.bias, backend=self.backend)
+        y: Tensor = base(x)
+        return y
 
     def extra_repr(self) -> str:
         return f"dropout={self.dropout:g}, dropout_mode={self.dropout_mode}, backend={self.backend}"

@@ -208,7 +208,7 @@ def test_run_writes_the_columns_of_the_issue(tmp_path: Path, machine: Machine) -
     said: list[object] = []
     assert run.run_contests(iter([contest]), machine, output, seconds=0, say=said.append)
     rows = {row["provider"]: row for row in read_rows(output)}
-    assert set(rows) == {"F.linear", "copy_", "base_only", "packed_eager", *cpu_backends()}
+    assert set(rows) == {"fastest_linear", "copy_", "base_only", "packed_eager", *cpu_backends()}
     assert rows["base_only"]["overhead_over_floor"] == ""
     assert float(rows["packed_eager"]["overhead_over_floor"]) != 0
     assert 0 < float(rows["packed_eager"]["peak_fraction"])

@@ -61,6 +61,15 @@ void set_isa(const std::string& name) {
   chosen.store(static_cast<int>(isa), std::memory_order_relaxed);
 }
 
+const char* cpu_maker() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_is("intel")) return "intel";
+  if (__builtin_cpu_is("amd")) return "amd";
+#endif
+  return "other";
+}
+
 const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
 
 std::vector<std::string> available_isas() {

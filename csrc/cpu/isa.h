@@ -22,6 +22,9 @@ Isa detected_isa();
 Isa current_isa();
 void set_isa(const std::string& name);  // "auto" goes back to the detected one
 
+// "intel", "amd" or "other".
+const char* cpu_maker();
+
 const char* isa_name(Isa isa);
 std::vector<std::string> available_isas();  // slowest first
 

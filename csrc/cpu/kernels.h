@@ -7,6 +7,7 @@
 
 #include "bfloat16.h"
 #include "isa.h"
+#include "linear.h"
 #include "multi_lora.h"
 #include "tile_math.h"
 
@@ -19,6 +20,7 @@ struct Kernels {
   GemmKernel gemm[2][2];  // [A is bfloat16][B is bfloat16]
   void (*lora_forward[2])(const LoraForward& call);    // [working type is bfloat16]
   void (*lora_backward[2])(const LoraBackward& call);  // the same
+  void (*linear[2])(const LinearCall& call);           // the same
   TileMath tile_math;
 };
 

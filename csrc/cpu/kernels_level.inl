@@ -20,6 +20,8 @@
 
 #include "multi_lora_backward.inl"
 
+#include "linear.inl"
+
 #include "tile_math.inl"
 
 template <class TA, class TB>
@@ -33,5 +35,6 @@ const Kernels kTable = {
      {gemm_entry<bfloat16, float>, gemm_entry<bfloat16, bfloat16>}},
     {lora_forward<float>, lora_forward<bfloat16>},
     {lora_backward<float>, lora_backward<bfloat16>},
+    {linear<float>, linear<bfloat16>},
     kTileMath,
 };

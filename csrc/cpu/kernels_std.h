@@ -14,6 +14,7 @@
 
 #include "bfloat16.h"
 #include "kernels.h"
+#include "linear.h"
 #include "multi_lora.h"
 #include "parallel.h"
 #include "scratch.h"

@@ -174,8 +174,8 @@ void forward_chunk(const LoraForward& call, const PackedWeights<T, Unit>& weight
         mask_row(key, mask_stream(call, part.expert), row[i], call.features, bits + i * keep_bits.stride);
       }
     }
-    shrink<T, Unit>(x, row, part.count, keep_bits, part.slot, weights.rows[part.expert], expert.rank, call.features,
-                    shrunk);
+    shrink<T, Unit>({x, row, keep_bits, part.slot, weights.rows[part.expert], expert.rank, call.features, shrunk},
+                    part.count);
     for (int64_t i = 0; i < part.count; ++i) {
       const float factor = gate_of(call, row[i], part.expert) * expert.scale;
       T* const saved = s + row[i] * call.ranks + expert.first;

@@ -58,7 +58,7 @@ void backward_chunk(const LoraBackward& call, const PackedWeights<T, Unit>& weig
     const LoraExpert& expert = call.experts[part.expert];
     const int64_t rank = expert.rank, start = call.plan.start[part.expert];
     const int32_t* row = call.plan.row + part.slot;
-    shrink<T, Unit>(grad, row, part.count, KeepBits{}, part.slot, weights.rows[part.expert], rank, call.outputs, p);
+    shrink<T, Unit>({grad, row, {}, part.slot, weights.rows[part.expert], rank, call.outputs, p}, part.count);
     for (int64_t i = 0; i < part.count; ++i) {
       const int64_t slot = part.slot + i;
       if (slots.bits != nullptr && call.per_expert) {

@@ -25,13 +25,6 @@ struct Held {
   std::vector<int32_t> plan_words;
 };
 
-// [rows, features] whose rows are contiguous; rows may be any distance apart. Copies only what has no such view.
-at::Tensor matrix(const at::Tensor& tensor, at::ScalarType dtype) {
-  at::Tensor rows = tensor.scalar_type() == dtype ? tensor : tensor.to(dtype);
-  if (rows.dim() != 2) rows = rows.reshape({rows.numel() / std::max<int64_t>(1, rows.size(-1)), rows.size(-1)});
-  return rows.size(1) > 1 && rows.stride(1) != 1 ? rows.contiguous() : rows;
-}
-
 int64_t leading_rows(const at::Tensor& tensor) {
   int64_t rows = 1;
   for (int64_t d = 0; d + 1 < tensor.dim(); ++d) rows *= tensor.size(d);

@@ -7,9 +7,14 @@ constexpr int kDotColumns = 4;
 // A block of k: a lane adds 64 products, and the rows of x in a tile stay in the first-level cache.
 constexpr int64_t kDotWords = 64 * kLanes;
 
-template <class T, class Unit, int kRows, bool kMasked>
+// How a tile meets its operands: dropout's mask on x, or weights that no cache holds yet, which are asked for a tile
+// (`ahead` elements) early.
+enum class Dot { plain, masked, cold };
+
+template <class T, class Unit, int kRows, Dot kDot>
 void dot_tile(int64_t elements, const T* const* x, const uint16_t* const* bits, int64_t column, const T* const* w,
-              float* const* out, int columns, bool accumulate) {
+              int64_t ahead, float* const* out, int columns, bool accumulate) {
+  constexpr bool kMasked = kDot == Dot::masked;
   constexpr int kStep = kLanes * Unit::kPerWord;
   Vec sums[kRows][kDotColumns];
 #pragma GCC unroll 8
@@ -21,7 +26,10 @@ void dot_tile(int64_t elements, const T* const* x, const uint16_t* const* bits, 
   for (; k + kStep <= elements; k += kStep) {
     Vec weights[kDotColumns];
 #pragma GCC unroll 4
-    for (int j = 0; j < kDotColumns; ++j) weights[j] = Unit::along_k(w[j] + k, kLanes, kStep);
+    for (int j = 0; j < kDotColumns; ++j) {
+      weights[j] = Unit::along_k(w[j] + k, kLanes, kStep);
+      if (kDot == Dot::cold) __builtin_prefetch(w[j] + k + ahead);
+    }
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
       const Vec value =
@@ -48,9 +56,9 @@ void dot_tile(int64_t elements, const T* const* x, const uint16_t* const* bits, 
   }
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
-    for (int j = 0; j < kDotColumns; ++j) {
-      if (j < columns) out[i][j] = accumulate ? out[i][j] + sum(sums[i][j]) : sum(sums[i][j]);
-    }
+    float total[kDotColumns];
+    store_sums(total, sums[i]);
+    for (int j = 0; j < columns; ++j) out[i][j] = accumulate ? out[i][j] + total[j] : total[j];
   }
 }
 
@@ -60,44 +68,70 @@ struct Matrix {
   int64_t stride;
 };
 
-// Rows row[0 .. count) of x with weights w [rank, elements] into out [count, rank].
-template <class T, class Unit, int kRows>
-void shrink_rows(const Matrix<T>& x, const int32_t* row, const KeepBits& keep_bits, int64_t slot,
-                 const WeightRows<T>& w, int64_t rank, int64_t elements, float* out) {
+// Rows row[0 ..] of x with weights w [rank, elements] into out [.., rank].
+template <class T>
+struct Shrink {
+  Matrix<T> x;
+  const int32_t* row;
+  KeepBits keep_bits;
+  int64_t slot;
+  WeightRows<T> w;
+  int64_t rank, elements;
+  float* out;
+};
+
+// Its rows [first, first + kRows).
+template <class T, class Unit, int kRows, Dot kDot>
+void shrink_rows(const Shrink<T>& call, int64_t first) {
   const T* from[kRows];
   const uint16_t* bits[kRows];
-  for (int64_t k = 0; k == 0 || k < elements; k += kDotWords * Unit::kPerWord) {
-    const int64_t part = std::min<int64_t>(kDotWords * Unit::kPerWord, elements - k);
+  const int32_t* const row = call.row + first;
+  for (int64_t k = 0; k == 0 || k < call.elements; k += kDotWords * Unit::kPerWord) {
+    const int64_t part = std::min<int64_t>(kDotWords * Unit::kPerWord, call.elements - k);
     for (int i = 0; i < kRows; ++i) {
-      from[i] = x.data + row[i] * x.stride + k;
-      bits[i] = keep_bits.bits == nullptr ? nullptr : keep_bits.of(row[i], slot + i);
+      from[i] = call.x.data + row[i] * call.x.stride + k;
+      bits[i] = kDot == Dot::masked ? call.keep_bits.of(row[i], call.slot + first + i) : nullptr;
     }
-    for (int64_t j = 0; j < rank; j += kDotColumns) {
-      const int columns = static_cast<int>(std::min<int64_t>(kDotColumns, rank - j));
+    for (int64_t j = 0; j < call.rank; j += kDotColumns) {
+      const int columns = static_cast<int>(std::min<int64_t>(kDotColumns, call.rank - j));
       const T* weights[kDotColumns];
       float* to[kRows];
-      for (int c = 0; c < kDotColumns; ++c) weights[c] = w.rows + (j + std::min(c, columns - 1)) * w.stride + k;
-      for (int i = 0; i < kRows; ++i) to[i] = out + i * rank + j;
-      if (keep_bits.bits == nullptr) {
-        dot_tile<T, Unit, kRows, false>(part, from, bits, k, weights, to, columns, k > 0);
-      } else {
-        dot_tile<T, Unit, kRows, true>(part, from, bits, k, weights, to, columns, k > 0);
+      for (int c = 0; c < kDotColumns; ++c) {
+        weights[c] = call.w.rows + (j + std::min(c, columns - 1)) * call.w.stride + k;
       }
+      for (int i = 0; i < kRows; ++i) to[i] = call.out + (first + i) * call.rank + j;
+      dot_tile<T, Unit, kRows, kDot>(part, from, bits, k, weights, kDotColumns * call.w.stride, to, columns, k > 0);
+    }
+  }
+}
+
+// Its rows [i, i + count) with the smallest tile that holds them, of at most kRows.
+template <class T, class Unit, int kRows, Dot kDot>
+void shrink_some(const Shrink<T>& call, int64_t i, int64_t count) {
+  if constexpr (kRows > 0) {
+    if (count < kRows) return shrink_some<T, Unit, kRows - 1, kDot>(call, i, count);
+    shrink_rows<T, Unit, kRows, kDot>(call, i);
+  }
+}
+
+template <class T, class Unit, Dot kDot>
+void shrink_all(const Shrink<T>& call, int64_t count) {
+  for (int64_t i = 0; i < count; i += kDotRows) {
+    const int64_t some = std::min<int64_t>(kDotRows, count - i);
+    // The first rows bring the weights into the caches.
+    if (kDot == Dot::cold && i > 0) {
+      shrink_some<T, Unit, kDotRows, Dot::plain>(call, i, some);
+    } else {
+      shrink_some<T, Unit, kDotRows, kDot>(call, i, some);
     }
   }
 }
 
 template <class T, class Unit>
-void shrink(const Matrix<T>& x, const int32_t* row, int64_t count, const KeepBits& keep_bits, int64_t slot,
-            const WeightRows<T>& w, int64_t rank, int64_t elements, float* out) {
-  int64_t i = 0;
-  for (; i + kDotRows <= count; i += kDotRows) {
-    shrink_rows<T, Unit, kDotRows>(x, row + i, keep_bits, slot + i, w, rank, elements, out + i * rank);
-  }
-  for (; i + 2 <= count; i += 2) {
-    shrink_rows<T, Unit, 2>(x, row + i, keep_bits, slot + i, w, rank, elements, out + i * rank);
-  }
-  for (; i < count; ++i) {
-    shrink_rows<T, Unit, 1>(x, row + i, keep_bits, slot + i, w, rank, elements, out + i * rank);
+void shrink(const Shrink<T>& call, int64_t count) {
+  if (call.keep_bits.bits == nullptr) {
+    shrink_all<T, Unit, Dot::cold>(call, count);
+  } else {
+    shrink_all<T, Unit, Dot::masked>(call, count);
   }
 }

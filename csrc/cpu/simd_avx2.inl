@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Registers of 8 floats. Included inside a level's namespace.
 
+#include "simd_sums.inl"
+
 using Vec = __m256;
 constexpr int kLanes = 8;
 constexpr int kTileRows = 6;  // register tile of the products: 6 x 2 accumulators of 16 registers
@@ -64,6 +66,8 @@ inline float sum(Vec value) {
   four = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
 }
+
+inline void store_sums(float* to, const Vec* values) { store_sums_of_eight(to, values); }
 
 // 32-bit integers, for Philox.
 using Ints = __m256i;

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Registers of 16 floats. Included inside a level's namespace.
 
+#include "simd_sums.inl"
+
 using Vec = __m512;
 constexpr int kLanes = 16;
 constexpr int kTileRows = 12;  // register tile of the products: 12 x 2 accumulators of 32 registers
@@ -58,6 +60,15 @@ inline float sum(Vec value) {
   __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
   four = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
+
+inline void store_sums(float* to, const Vec* values) {
+  __m256 eight[4];
+  for (int i = 0; i < 4; ++i) {
+    const __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(values[i]), 1));
+    eight[i] = _mm256_add_ps(_mm512_castps512_ps256(values[i]), high);
+  }
+  store_sums_of_eight(to, eight);
 }
 
 // Word i of the result is the pair (low[i], high[i]), zero where a mask has no bit; nothing is read there.

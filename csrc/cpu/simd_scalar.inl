@@ -47,6 +47,10 @@ inline Vec keep(Vec value, uint32_t bits) {
 // Sum of the lanes in a fixed order: halves, then quarters.
 inline float sum(Vec value) { return (value[0] + value[2]) + (value[1] + value[3]); }
 
+inline void store_sums(float* to, const Vec* values) {
+  for (int i = 0; i < 4; ++i) to[i] = sum(values[i]);
+}
+
 // 32-bit integers, for Philox.
 typedef uint32_t Ints __attribute__((vector_size(16)));
 inline Ints ints(uint32_t value) { return Ints{value, value, value, value}; }

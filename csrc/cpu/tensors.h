@@ -5,6 +5,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <type_traits>
 
 #include "bfloat16.h"
@@ -19,6 +20,13 @@ constexpr at::ScalarType kScalarType = std::is_same_v<T, float> ? at::kFloat : a
 template <class T>
 T* elements(const at::Tensor& tensor) {
   return static_cast<T*>(tensor.data_ptr());
+}
+
+// [rows, features] whose rows are contiguous; rows may be any distance apart. Copies only what has no such view.
+inline at::Tensor matrix(const at::Tensor& tensor, at::ScalarType dtype) {
+  at::Tensor rows = tensor.scalar_type() == dtype ? tensor : tensor.to(dtype);
+  if (rows.dim() != 2) rows = rows.reshape({rows.numel() / std::max<int64_t>(1, rows.size(-1)), rows.size(-1)});
+  return rows.size(1) > 1 && rows.stride(1) != 1 ? rows.contiguous() : rows;
 }
 
 inline void check_dtype(const char* op, const char* name, const at::Tensor& tensor) {
