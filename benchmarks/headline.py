@@ -163,7 +163,7 @@ class Headline:
     def proxy(self) -> Ratios:
         outcome = self._held(proxy_contest(self.sizes.proxy, torch.float32, 1), memory=True)
         ratios: Ratios = {}
-        for method in ("exact", "sketch"):
+        for method in ("exact", "sketch", "exact_frozen_linears"):
             provider = f"{self.ours}_{method}"
             ratios[f"{method}_time_over_plain_backward"] = outcome.ratio(provider, "plain_backward")
             ratios[f"{method}_extra_memory_over_plain_backward"] = _extra_memory(outcome, provider)

@@ -6,6 +6,7 @@ frozen_backward      forward and backward to the embeddings, no weight gradient:
 plain_backward       every weight's gradient is filled, then the norms are taken
 <backend>_exact      GradNormRecorder on a frozen model, one float32 buffer a candidate
 <backend>_sketch     the same with 64 x 64 sketches
+<backend>_exact_frozen_linears   exact, inside FrozenLinears: the model's own products by this backend, too
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any
@@ -23,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.contest import Contender, Contest
 from benchmarks.lora_rivals import cpu_backends
-from dmole_kernels import GradNormRecorder
+from dmole_kernels import FrozenLinears, GradNormRecorder, use_backend
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 # float32: sums in another order; bfloat16: the model's own backward is rounded at every layer.
@@ -48,6 +50,7 @@ class ProxyCase:
 CASES = (
     ProxyCase(name="proxy_512", hidden=512, intermediate=1408, layers=8, heads=8, samples=4, tokens=128),
     ProxyCase(name="proxy_1024", hidden=1024, intermediate=2816, layers=4, heads=16, samples=4, tokens=256),
+    ProxyCase(name="proxy_2048", hidden=2048, intermediate=5504, layers=2, heads=16, samples=2, tokens=256),
     # the language tower of the mini model
     ProxyCase(name="proxy_mini", hidden=256, intermediate=1024, layers=4, heads=4, samples=8, tokens=50),
 )
@@ -81,9 +84,12 @@ def proxy_contest(case: ProxyCase, dtype: torch.dtype, threads: int) -> Contest:
     def plain_backward() -> dict[str, float]:
         return _norms_of_gradients(_backward(trained, ids_BT))
 
-    def recorder(method: str, backend: str) -> Callable[[], dict[str, float]]:
+    def recorder(
+        method: str, backend: str, products: Callable[[], AbstractContextManager[object]] = nullcontext
+    ) -> Callable[[], dict[str, float]]:
         def record() -> dict[str, float]:
-            with GradNormRecorder(linears, method=method, backend=backend) as recorded:  # type: ignore[arg-type]
+            recorder = GradNormRecorder(linears, method=method, backend=backend)  # type: ignore[arg-type]
+            with products(), use_backend(backend), recorder as recorded:
                 torch.autograd.backward(frozen(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss)
             return {name: norm.weight for name, norm in recorded.norms().items()}
 
@@ -106,6 +112,15 @@ def proxy_contest(case: ProxyCase, dtype: torch.dtype, threads: int) -> Contest:
         exact, sketch = recorder("exact", backend), recorder("sketch", backend)
         exact_judge = _judge(exact, truth, TOLERANCE[dtype])
         contenders.append(Contender(provider=f"{backend}_exact", run=exact, judge=exact_judge, flops=needed + added))
+        own = recorder("exact", backend, FrozenLinears)
+        contenders.append(
+            Contender(
+                provider=f"{backend}_exact_frozen_linears",
+                run=own,
+                judge=_judge(own, truth, TOLERANCE[dtype]),
+                flops=needed + added,
+            )
+        )
         # sqrt((2/k + 2/l) / 2) at most, see sketch_relative_std; all layers share their sketch matrices.
         tolerance = TOLERANCE[dtype] + SKETCH_DEVIATIONS * math.sqrt(1.0 / 64)
         sketch_judge = _judge(sketch, truth, tolerance)

@@ -7,7 +7,7 @@ Knows no task, data set or model. Which implementation runs: `python -m dmole_ke
 from dmole_kernels.backend import BACKENDS, BackendChoice, choose_backend, explain_backend, use_backend
 from dmole_kernels.cpu import Plan
 from dmole_kernels.expert_bank import Expert, ExpertBank, ExpertDescription
-from dmole_kernels.frozen_linear import frozen_linear
+from dmole_kernels.frozen_linear import FrozenLinears, frozen_linear
 from dmole_kernels.grad_norm import (
     accumulate_gradient,
     accumulate_sketch,
@@ -29,6 +29,7 @@ __all__ = [
     "ExpertBank",
     "ExpertDescription",
     "ExpertGates",
+    "FrozenLinears",
     "GatePlan",
     "GradNorm",
     "GradNormRecorder",

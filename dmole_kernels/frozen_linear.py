@@ -11,11 +11,13 @@ Shape letters: N rows (all leading dimensions), D in_features, P out_features.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from dmole_kernels import cpu
 from dmole_kernels.backend import choose_backend
@@ -43,6 +45,27 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, back
     else:
         y = torch.ops.dmole_kernels.cpu_linear(x, weight, bias)
     return y
+
+
+class FrozenLinears(TorchFunctionMode):
+    """Inside the block every `F.linear`, and so every `nn.Linear`, whose weight and bias do not learn goes through
+    `frozen_linear`; all else is as before. For passes over a frozen model, such as features and gradient norms.
+
+        with FrozenLinears(), torch.no_grad():
+            model(**batch)
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.linear and not kwargs and _frozen(*args):
+            return frozen_linear(*args)
+        return func(*args, **(kwargs or {}))
+
+
+def _frozen(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    learns = weight.requires_grad or (bias is not None and bias.requires_grad)
+    return not learns and weight.dim() == 2 and (weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type))
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, autocast: bool) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dmole_kernels import ExpertGates, MultiLoRALinear
+from dmole_kernels import ExpertGates, FrozenLinears, MultiLoRALinear
 
 Adapters = dict[str, MultiLoRALinear]
 
@@ -181,13 +181,17 @@ def _adapter(adapters: Mapping[str, MultiLoRALinear], name: str) -> MultiLoRALin
 
 @contextmanager
 def as_pretrained(model: nn.Module) -> Iterator[None]:
-    """The model as it was pretrained: evaluation mode, every parameter frozen; both are put back afterwards."""
+    """The model as it was pretrained: evaluation mode, every parameter frozen; both are put back afterwards.
+
+    Its products are those of `dmole_kernels.frozen_linear`, since no weight learns here.
+    """
     modes = [(module, module.training) for module in model.modules()]
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.eval()
     model.requires_grad_(False)
     try:
-        yield
+        with FrozenLinears():
+            yield
     finally:
         for module, training in modes:
             module.training = training

@@ -12,8 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
-from dmole_kernels import ExpertGates, MultiLoRALinear, cpu, frozen_linear, use_backend
+from dmole_kernels import ExpertGates, FrozenLinears, MultiLoRALinear, cpu, frozen_linear, use_backend
 from dmole_kernels.testing import judge, poisoned_memory, rejected, threads
 
 own = pytest.mark.skipif(cpu.EXTENSION is None, reason=f"no compiled extension: {cpu.MISSING}")
@@ -157,6 +158,22 @@ def test_a_hook_on_the_base_and_a_base_of_another_class_are_called() -> None:
         torch.testing.assert_close(y, 2 * F.linear(x, doubled.weight, doubled.bias))
         y = MultiLoRALinear(hooked, gates=gates)(x)
     assert len(seen) == 1 and seen[0] is y
+
+
+@own
+def test_inside_the_block_frozen_linears_take_the_own_kernel_and_others_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "LINEAR", "own")
+    model = nn.Sequential(nn.Linear(20, 12), nn.GELU(), nn.Linear(12, 5, bias=False))
+    model[0].requires_grad_(False)
+    x = torch.randn(7, 20, requires_grad=True)
+    with profile(activities=[ProfilerActivity.CPU]) as recorded, FrozenLinears():
+        y = model(x)
+        y.sum().backward()
+    calls = {event.key: event.count for event in recorded.key_averages()}
+    assert calls["dmole_kernels::cpu_linear"] == 2  # y and dx of the frozen one
+    assert model[2].weight.grad is not None
+    torch.testing.assert_close(y, model(x))
+    torch.testing.assert_close(x.grad, torch.autograd.grad(model(x).sum(), x)[0])
 
 
 def test_errors_name_what_was_wrong() -> None:
