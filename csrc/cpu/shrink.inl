@@ -28,7 +28,7 @@ void dot_tile(int64_t elements, const T* const* x, const uint16_t* const* bits, 
 #pragma GCC unroll 4
     for (int j = 0; j < kDotColumns; ++j) {
       weights[j] = Unit::along_k(w[j] + k, kLanes, kStep);
-      if (kDot == Dot::cold) __builtin_prefetch(w[j] + k + ahead);
+      if (kDot == Dot::cold) __builtin_prefetch(w[j] + k + ahead, 0, 2);
     }
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
@@ -116,8 +116,10 @@ void shrink_some(const Shrink<T>& call, int64_t i, int64_t count) {
 
 template <class T, class Unit, Dot kDot>
 void shrink_all(const Shrink<T>& call, int64_t count) {
-  for (int64_t i = 0; i < count; i += kDotRows) {
-    const int64_t some = std::min<int64_t>(kDotRows, count - i);
+  // Tiles of about the same size: a small last one would wait for the weights as long as a large one.
+  const int64_t tiles = (count + kDotRows - 1) / kDotRows, step = (count + tiles - 1) / std::max<int64_t>(1, tiles);
+  for (int64_t i = 0; i < count; i += step) {
+    const int64_t some = std::min(step, count - i);
     // The first rows bring the weights into the caches.
     if (kDot == Dot::cold && i > 0) {
       shrink_some<T, Unit, kDotRows, Dot::plain>(call, i, some);
