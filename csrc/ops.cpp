@@ -16,6 +16,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/brgemm.h"
 #include "cpu/gemm_op.h"
 #include "cpu/grad_norm_op.h"
 #include "cpu/isa.h"
@@ -101,6 +102,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("isa", [] { return std::string(isa_name(current_isa())); }, "Instruction set in use.");
   module.def("set_isa", &set_isa, pybind11::arg("name"), "Chooses one of available_isas(), or 'auto'.");
   module.def("available_isas", &available_isas, "What this machine runs, slowest first.");
+  module.def("has_amx", &has_amx, "Whether the machine has AMX tiles that this process may use.");
   module.def("cpu_maker", [] { return std::string(cpu_maker()); }, "'intel', 'amd' or 'other'.");
   module.def("set_threads", [](int count) { at::set_num_threads(count); }, pybind11::arg("count"),
              "Threads of the kernels: torch's own pool, so the same as torch.set_num_threads.");

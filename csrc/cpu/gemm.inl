@@ -10,7 +10,7 @@ constexpr int64_t kDepth = 256;             // words of k at once: a panel of B 
 constexpr int64_t kRowStride = kDepth + 16;  // rows of A a power of two apart would share cache sets
 constexpr int64_t kBlockRows = 16 * kTileRows;
 
-// `count` rows of `words` words, kRowStride apart. Source element (i, k) is from[i * stride + k * k_stride].
+// `count` rows of `words` words, kRowStride apart, zeros up to a whole number of registers. Source element (i, k) is from[i * stride + k * k_stride].
 template <class Unit, class T>
 void pack_rows(int64_t count, int64_t elements, const T* from, int64_t stride, int64_t k_stride, float* to) {
   const int64_t words = (elements + Unit::kPerWord - 1) / Unit::kPerWord;
@@ -19,7 +19,6 @@ void pack_rows(int64_t count, int64_t elements, const T* from, int64_t stride, i
       for (int64_t w = 0; w < words; w += kLanes) {
         const int part = static_cast<int>(std::min<int64_t>(kLanes, words - w));
         const int64_t k = w * Unit::kPerWord;
-        // The buffer is a whole number of registers wide: storing past `words` is harmless.
         store(to + i * kRowStride + w, Unit::along_k(from + i * stride + k, part, elements - k));
       }
     }
@@ -43,6 +42,7 @@ void pack_rows(int64_t count, int64_t elements, const T* from, int64_t stride, i
         const int64_t k = w * Unit::kPerWord;
         to[i * kRowStride + w] = Unit::single(from + i * stride + k * k_stride, k_stride, elements - k);
       }
+      for (int64_t w = words; w % kLanes != 0; ++w) to[i * kRowStride + w] = 0.0f;
     }
   }
 }
@@ -129,6 +129,45 @@ void multiply_rows(int rows, int64_t words, const float* a, const float* b, floa
   }
 }
 
+// Rows of A, packed, times one panel of B.
+template <class Unit>
+struct Block {
+  static void multiply(int64_t rows, int64_t words, const float* a, float* b, float* c, int64_t ldc, int columns,
+                       bool accumulate) {
+    for (int64_t i = 0; i < rows; i += kTileRows) {
+      const int some = static_cast<int>(std::min<int64_t>(kTileRows, rows - i));
+      multiply_rows<Unit>(some, words, a + i * kRowStride, b, c + i * ldc, ldc, columns, accumulate);
+    }
+  }
+  static void release() {}
+};
+
+#if defined(DMOLE_LEVEL_BRGEMM)
+// A panel of words is what brgemm takes as pairs along k.
+template <>
+struct Block<Pairs> {
+  static void multiply(int64_t rows, int64_t words, const float* a, float* b, float* c, int64_t ldc, int columns,
+                       bool accumulate) {
+    constexpr int64_t kWords = kBrgemmDepth / Pairs::kPerWord;
+    const int64_t padded = (words + kWords - 1) / kWords * kWords;
+    std::fill_n(b + words * kTileColumns, (padded - words) * kTileColumns, 0.0f);
+    const int64_t depth = padded * Pairs::kPerWord, lda = kRowStride * Pairs::kPerWord;
+    if (columns == kTileColumns) {
+      brgemm_block(rows, kTileColumns, depth, a, lda, b, kTileColumns, c, ldc, accumulate);
+      return;
+    }
+    float* const sums = scratch(Scratch::gemm_c, kBlockRows * kTileColumns);
+    brgemm_block(rows, kTileColumns, depth, a, lda, b, kTileColumns, sums, kTileColumns, false);
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int j = 0; j < columns; ++j) {
+        c[i * ldc + j] = (accumulate ? c[i * ldc + j] : 0.0f) + sums[i * kTileColumns + j];
+      }
+    }
+  }
+  static void release() { brgemm_release(); }
+};
+#endif
+
 template <class TA, class TB>
 void gemm(int64_t M, int64_t N, int64_t K, const TA* a, int64_t a_row, int64_t a_col, const TB* b, int64_t b_row,
           int64_t b_col, float* c, int64_t ldc, bool accumulate) {
@@ -148,12 +187,9 @@ void gemm(int64_t M, int64_t N, int64_t K, const TA* a, int64_t a_row, int64_t a
       for (int64_t j0 = 0; j0 < N; j0 += kTileColumns) {
         const int columns = static_cast<int>(std::min<int64_t>(kTileColumns, N - j0));
         pack_panel<Unit>(columns, elements, b + k0 * b_row + j0 * b_col, b_col, b_row, packed_b);
-        for (int64_t i = 0; i < rows; i += kTileRows) {
-          const int some = static_cast<int>(std::min<int64_t>(kTileRows, rows - i));
-          multiply_rows<Unit>(some, words, packed_a + i * kRowStride, packed_b, c + (i0 + i) * ldc + j0, ldc, columns,
-                              accumulate || k0 > 0);
-        }
+        Block<Unit>::multiply(rows, words, packed_a, packed_b, c + i0 * ldc + j0, ldc, columns, accumulate || k0 > 0);
       }
     }
   }
+  Block<Unit>::release();
 }

@@ -5,11 +5,13 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#include "brgemm.h"
+
 namespace dmole::cpu {
 
 namespace {
 
-constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "avx512_bf16"};
+constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "avx512_bf16", "brgemm"};
 constexpr int kUnset = -1;
 std::atomic<int> chosen{kUnset};
 
@@ -19,8 +21,26 @@ std::string listed(const std::vector<std::string>& names) {
   return text;
 }
 
+// The last of the levels that this machine runs.
+Isa widest_isa() {
+  static const Isa found = [] {
+#if defined(__x86_64__) && defined(__GNUC__)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    const bool pairs = avx512 && __builtin_cpu_supports("avx512bf16");
+    if (pairs) return has_brgemm() ? Isa::brgemm : Isa::avx512_bf16;
+    if (avx512) return Isa::avx512;
+    if (avx2) return Isa::avx2;
+#endif
+    return Isa::scalar;
+  }();
+  return found;
+}
+
 Isa parsed(const std::string& name, const char* source) {
-  for (int level = 0; level <= static_cast<int>(detected_isa()); ++level) {
+  for (int level = 0; level <= static_cast<int>(widest_isa()); ++level) {
     if (name == kNames[level]) return static_cast<Isa>(level);
   }
   throw std::invalid_argument(std::string(source) + " is '" + name + "'; expected 'auto' or what this machine runs: " +
@@ -30,19 +50,8 @@ Isa parsed(const std::string& name, const char* source) {
 }  // namespace
 
 Isa detected_isa() {
-  static const Isa found = [] {
-#if defined(__x86_64__) && defined(__GNUC__)
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (avx512 && __builtin_cpu_supports("avx512bf16")) return Isa::avx512_bf16;
-    if (avx512) return Isa::avx512;
-    if (avx2) return Isa::avx2;
-#endif
-    return Isa::scalar;
-  }();
-  return found;
+  // Without AMX tiles brgemm takes as long as our own products.
+  return widest_isa() == Isa::brgemm && !has_amx() ? Isa::avx512_bf16 : widest_isa();
 }
 
 Isa current_isa() {
@@ -74,7 +83,7 @@ const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
 
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
-  for (int level = 0; level <= static_cast<int>(detected_isa()); ++level) names.emplace_back(kNames[level]);
+  for (int level = 0; level <= static_cast<int>(widest_isa()); ++level) names.emplace_back(kNames[level]);
   return names;
 }
 

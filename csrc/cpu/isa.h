@@ -4,7 +4,8 @@
 //   scalar        any machine
 //   avx2          AVX2, FMA, F16C
 //   avx512        AVX-512 F, BW, DQ, VL
-//   avx512_bf16   the same with products of bfloat16 pairs; machines with AMX run this level, too
+//   avx512_bf16   the same with products of bfloat16 pairs
+//   brgemm        the same with oneDNN's blocks for the general product of bfloat16: AMX where the machine has it
 #pragma once
 
 #include <string>
@@ -12,9 +13,9 @@
 
 namespace dmole::cpu {
 
-enum class Isa { scalar = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
+enum class Isa { scalar = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, brgemm = 4 };
 
-// Best level this machine runs.
+// The level for this machine where nobody chooses: the last it runs, but brgemm with AMX only.
 Isa detected_isa();
 
 // The level in use: the one set last, else DMOLE_KERNELS_ISA, else the detected one. Throws std::invalid_argument with

@@ -6,6 +6,8 @@ namespace dmole::cpu {
 const Kernels& kernels() {
   switch (current_isa()) {
 #if defined(__x86_64__)
+    case Isa::brgemm:
+      return brgemm_kernels();
     case Isa::avx512_bf16:
       return avx512_bf16_kernels();
     case Isa::avx512:

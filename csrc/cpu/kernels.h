@@ -32,5 +32,6 @@ const Kernels& scalar_kernels();
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
 const Kernels& avx512_bf16_kernels();
+const Kernels& brgemm_kernels();
 
 }  // namespace dmole::cpu

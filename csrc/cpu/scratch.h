@@ -10,6 +10,7 @@ namespace dmole::cpu {
 enum class Scratch {
   gemm_a,
   gemm_b,
+  gemm_c,
   lora_weights,
   lora_slots,
   lora_tile,

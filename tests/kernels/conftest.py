@@ -8,7 +8,7 @@ import pytest
 from dmole_kernels import cpu
 
 
-@pytest.fixture(params=("scalar", "avx2", "avx512", "avx512_bf16"))
+@pytest.fixture(params=("scalar", "avx2", "avx512", "avx512_bf16", "brgemm"))
 def level(request: pytest.FixtureRequest) -> Iterator[str]:
     """The compiled kernels at one instruction set; skipped where this machine does not run it."""
     if request.param not in cpu.available_isas():
