@@ -70,9 +70,12 @@ def test_any_shape(
     _C.set_isa(isa)
     try:
         with poisoned_memory():
-            check(norms(x, grad, method), x, grad)
+            norm = norms(x, grad, method).double()
     finally:
         _C.set_isa(before)
+    # A sum over tokens may cancel: then what counts is how long its terms are, one after the other.
+    exact, reach = definition(x, grad), (x.double().norm(dim=2) * grad.double().norm(dim=2)).sum(1)
+    assert bool(((norm.square() - exact.square()).abs() <= 4e-6 * exact.square() + 2**-24 * reach.square()).all())
 
 
 @pytest.mark.parametrize("method", METHODS)
