@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # make demo: set-up, then D-MoLE and Seq-FT over the reduced mini stream, with table and picture.
 # make test: set-up, then every check and test.
+# make test-long: every drawn test with 2,000 draws instead of 40.
+# make sanitize: the compiled ops' tests on a build with the address and undefined-behaviour sanitizers.
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,13 +10,19 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint setup data results docs clean
+.PHONY: demo test test-long sanitize lint setup data results docs clean
 
 demo: setup
 	$(BIN)/dmole run mini --recipe demo --output results/demo --resume
 
 test: setup lint
 	$(BIN)/python -m pytest
+
+test-long: setup
+	DMOLE_DRAWS=2000 $(BIN)/python -m pytest -m hypothesis tests/kernels
+
+sanitize: setup
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python scripts/sanitize.py
 
 lint: setup
 	$(BIN)/ruff check .

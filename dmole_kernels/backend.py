@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from dmole_kernels import cpu, triton_backend
+from dmole_kernels.argument_checks import dtype_name
 
 # Name -> device types it serves; None means any device PyTorch serves. Fastest first: "auto" takes the first that fits.
 BACKENDS: dict[str, tuple[str, ...] | None] = {
@@ -81,7 +82,7 @@ def choose_backend(
         )
     if dtypes is not None and dtype is not None and dtype not in dtypes:
         raise ValueError(
-            f"backend={requested!r} got {_name(dtype)}; expected {' or '.join(map(_name, dtypes))}. "
+            f"backend={requested!r} got {dtype_name(dtype)}; expected {' or '.join(map(dtype_name, dtypes))}. "
             f"Cast the tensors or pass backend='reference'."
         )
     return BackendChoice(name=requested, reason=reason)
@@ -94,7 +95,7 @@ def _first_that_serves(device_type: str, dtype: torch.dtype | None) -> BackendCh
         if devices is not None and device_type not in devices:
             continue
         if dtypes is not None and dtype is not None and dtype not in dtypes:
-            passed_over = f"; {name!r} computes in {' or '.join(map(_name, dtypes))}, not {_name(dtype)}"
+            passed_over = f"; {name!r} computes in {' or '.join(map(dtype_name, dtypes))}, not {dtype_name(dtype)}"
             continue
         reason = f"the first of {tuple(BACKENDS)} that serves {device_type}{passed_over}"
         return BackendChoice(name=name, reason=reason)
@@ -108,10 +109,6 @@ def _check_name(name: str) -> None:
             f"backend={name!r} is not in this build of dmole_kernels{built}; expected 'auto' or one of "
             f"{', '.join(map(repr, BACKENDS))}. Pass backend='auto' or backend='reference'."
         )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def explain_backend(requested: str = "auto") -> str:

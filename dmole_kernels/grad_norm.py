@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from dmole_kernels import cpu, reference, triton_backend
+from dmole_kernels.argument_checks import check_floating, check_one_device
 from dmole_kernels.backend import BACKENDS, choose_backend, without_autocast
 from dmole_kernels.registration import register_op
 
@@ -51,7 +52,7 @@ def grad_norm_per_sample(x: Tensor, grad: Tensor, *, method: NormMethod = "auto"
     Raises:
         ValueError: for shapes that do not belong together or an unknown method.
     """
-    _check(x, grad, 3)
+    _check(x, grad, "[samples, tokens, features]")
     if method not in ("auto", "direct", "ghost"):
         raise ValueError(
             f"method={method!r}; expected 'auto', 'direct' or 'ghost'. Use 'auto' unless you compare them."
@@ -60,12 +61,13 @@ def grad_norm_per_sample(x: Tensor, grad: Tensor, *, method: NormMethod = "auto"
     chosen: str = method
     if method == "auto" and (name, "auto") not in NORM:
         chosen = cheaper_method(x.shape[1], x.shape[2], grad.shape[2], backend=name)
-    norm: Tensor = torch.ops.dmole_kernels.grad_norm_per_sample(x, grad, chosen, name)
+    norm: Tensor = _NORM_OP(x, grad, chosen, name)
     return norm
 
 
 def grad_norm_per_batch(x: Tensor, grad: Tensor, *, method: NormMethod = "auto", backend: str = "auto") -> Tensor:
     """Weight-gradient norm of the whole batch, a scalar: `(grad.T @ x).norm()` over all rows of x [..., D]."""
+    _check(x, grad, "[..., features]")
     x_1ND, grad_1NP = x.reshape(1, -1, x.shape[-1]), grad.reshape(1, -1, grad.shape[-1])
     return grad_norm_per_sample(x_1ND, grad_1NP, method=method, backend=backend)[0]
 
@@ -86,8 +88,8 @@ def cheaper_method(
 
 def accumulate_gradient(buffer: Tensor, x: Tensor, grad: Tensor, *, backend: str = "auto") -> None:
     """Adds this batch's weight gradient: `buffer += grad.T @ x`; buffer [out_features, in_features] is changed."""
-    _check(x, grad, 2)
-    _check_buffer(buffer, (grad.shape[-1], x.shape[-1]))
+    _check(x, grad, "[rows, features]")
+    _check_buffer("buffer", buffer, (grad.shape[-1], x.shape[-1]), x)
     dtype = reduce(torch.promote_types, (x.dtype, grad.dtype, buffer.dtype))
     name = choose_backend(backend, x.device.type, dtype).name
     torch.ops.dmole_kernels.accumulate_gradient(buffer, x, grad, name)
@@ -102,8 +104,15 @@ def accumulate_sketch(
     squared norm when left [p, k] and right [d, l] are drawn from N(0, 1/k) and N(0, 1/l); sketches made with the same
     left and right add up over batches and processes.
     """
-    _check(x, grad, 2)
-    _check_buffer(sketch, (left.shape[1], right.shape[1]))
+    _check(x, grad, "[rows, features]")
+    sides = ((left, grad), (right, x))
+    if any(side.dim() != 2 or side.shape[0] != tensor.shape[1] for side, tensor in sides):
+        raise ValueError(
+            f"left has shape {tuple(left.shape)} and right {tuple(right.shape)}; expected [{grad.shape[1]}, k] and "
+            f"[{x.shape[1]}, l]. Draw left for grad's width and right for x's."
+        )
+    check_one_device(x=x, left=left, right=right)
+    _check_buffer("sketch", sketch, (left.shape[1], right.shape[1]), x)
     dtype = reduce(torch.promote_types, (tensor.dtype for tensor in (x, grad, sketch, left, right)))
     name = choose_backend(backend, x.device.type, dtype).name
     torch.ops.dmole_kernels.accumulate_sketch(sketch, x, grad, left, right, name)
@@ -125,20 +134,24 @@ def sketch_relative_std(sketch: Tensor) -> float:
     return 0.5 * math.sqrt(variance)
 
 
-def _check(x: Tensor, grad: Tensor, dimensions: int) -> None:
-    if x.dim() != dimensions or grad.dim() != dimensions or x.shape[:-1] != grad.shape[:-1]:
-        letters = "[samples, tokens, features]" if dimensions == 3 else "[rows, features]"
+def _check(x: Tensor, grad: Tensor, letters: str) -> None:
+    dimensions = None if "..." in letters else letters.count(",") + 1
+    wrong = x.dim() == 0 or grad.dim() == 0 or (dimensions is not None and x.dim() != dimensions)
+    if wrong or x.shape[:-1] != grad.shape[:-1]:
         raise ValueError(
             f"x has shape {tuple(x.shape)} and grad {tuple(grad.shape)}; expected {letters} for both, equal but for "
             f"the last. Reshape them, e.g. x.reshape(-1, x.shape[-1]) for rows."
         )
+    check_one_device(x=x, grad=grad)
 
 
-def _check_buffer(buffer: Tensor, expected: tuple[int, int]) -> None:
+def _check_buffer(name: str, buffer: Tensor, expected: tuple[int, int], x: Tensor) -> None:
     if tuple(buffer.shape) != expected:
         raise ValueError(
-            f"buffer has shape {tuple(buffer.shape)}; expected {expected}. Allocate torch.zeros{expected}."
+            f"{name} has shape {tuple(buffer.shape)}; expected {expected}. Allocate torch.zeros{expected}."
         )
+    check_floating(**{name: buffer})
+    check_one_device(**{"x": x, name: buffer})
 
 
 # Squared norms [B], in float32 at least.
@@ -198,21 +211,36 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _autograd(ctx: Any, dnorm_B: Tensor) -> tuple[Tensor, Tensor, None, None]:
-    """With M = G^T X: dX = G M / norm = (G G^T) X / norm and dG = X M^T / norm = (X X^T) G / norm."""
     x, grad, norm_B = ctx.saved_tensors
+    dx, dgrad = _gradients(x, grad, norm_B, dnorm_B)
+    return dx.to(x.dtype), dgrad.to(grad.dtype), None, None
+
+
+def _gradients(x: Tensor, grad: Tensor, norm_B: Tensor, dnorm_B: Tensor) -> tuple[Tensor, Tensor]:
+    """With M = G^T X: dX = G M / norm = (G G^T) X / norm and dG = X M^T / norm = (X X^T) G / norm."""
     factor_B11 = torch.where(norm_B > 0, dnorm_B / norm_B, torch.zeros_like(norm_B))[:, None, None]
     x_BTD, grad_BTP = x.to(norm_B.dtype), grad.to(norm_B.dtype)
     dx = (grad_BTP @ grad_BTP.transpose(1, 2)) @ x_BTD * factor_B11
     dgrad = (x_BTD @ x_BTD.transpose(1, 2)) @ grad_BTP * factor_B11
-    return dx.to(x.dtype), dgrad.to(grad.dtype), None, None
+    return dx, dgrad
 
 
-register_op(
+def _jvp(arguments: tuple[Any, ...], tangents: tuple[Any, ...], norm_B: Tensor) -> Tensor:
+    """A sample's norm depends on that sample alone: its gradient times its tangent."""
+    gradients = _gradients(arguments[0], arguments[1], norm_B, torch.ones_like(norm_B))
+    terms = [
+        (part * tangent).sum((1, 2)) for part, tangent in zip(gradients, tangents, strict=False) if tangent is not None
+    ]
+    return sum(terms, torch.zeros_like(norm_B))
+
+
+_NORM_OP = register_op(
     "grad_norm_per_sample(Tensor x, Tensor grad, str method, str backend) -> Tensor",
     kernel=_norm,
     fake=_norm_fake,
     backward=_autograd,
     setup_context=_setup_context,
+    jvp=_jvp,
 )
 register_op(
     "accumulate_gradient(Tensor(a!) buffer, Tensor x, Tensor grad, str backend) -> ()",

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from dmole_kernels import reference, triton_backend
+from dmole_kernels.argument_checks import check_floating, check_one_device
 from dmole_kernels.backend import BACKENDS, choose_backend
 from dmole_kernels.registration import register_op
+from dmole_kernels.transforms import values_are_hidden
 
 
 def masked_max_pool(hidden: Tensor, mask: Tensor, *, backend: str = "auto") -> Tensor:
@@ -27,24 +29,24 @@ def masked_max_pool(hidden: Tensor, mask: Tensor, *, backend: str = "auto") -> T
     Differentiable in hidden: each maximum's gradient goes to the first token that reaches it.
 
     Raises:
-        ValueError: for shapes that do not fit, or a sample whose tokens are all masked (under torch.compile, where
-            values cannot be looked at, its row is -inf).
+        ValueError: for shapes, dtypes or devices that do not fit, or a sample whose tokens are all masked (under
+            torch.compile and torch.func, where values cannot be looked at, its row is -inf).
     """
     if hidden.dim() != 3 or mask.shape != hidden.shape[:2]:
         raise ValueError(
             f"hidden has shape {tuple(hidden.shape)} and mask {tuple(mask.shape)}; expected [samples, tokens, "
             f"features] and [samples, tokens]. Pass the attention mask of the same tokens."
         )
-    if not torch.compiler.is_compiling():
+    check_floating(hidden=hidden)
+    check_one_device(hidden=hidden, mask=mask)
+    if not values_are_hidden():
         empty = (~(mask != 0).any(1)).nonzero().flatten().tolist() if hidden.shape[1] else list(range(hidden.shape[0]))
         if empty:
             raise ValueError(
                 f"mask hides every token of samples {empty[:8]}; expected at least one. Drop those samples."
             )
     pooled: Tensor
-    pooled, _ = torch.ops.dmole_kernels.masked_max_pool(
-        hidden, mask != 0, choose_backend(backend, hidden.device.type, hidden.dtype).name
-    )
+    pooled, _ = _OP(hidden, mask != 0, choose_backend(backend, hidden.device.type, hidden.dtype).name)
     return pooled
 
 
@@ -76,10 +78,17 @@ def _autograd(ctx: Any, grad_BD: Tensor, _grad_token: Tensor) -> tuple[Tensor, N
     return grad_hidden_BTD.scatter(1, token_BD[:, None], grad_BD[:, None]), None, None
 
 
-register_op(
+def _jvp(
+    arguments: tuple[Any, ...], tangents: tuple[Any, ...], output: tuple[Tensor, Tensor]
+) -> tuple[Tensor | None, None]:
+    return (None if tangents[0] is None else tangents[0].gather(1, output[1][:, None])[:, 0]), None
+
+
+_OP = register_op(
     "masked_max_pool(Tensor hidden, Tensor mask, str backend) -> (Tensor, Tensor)",
     kernel=_pool,
     fake=_pool_fake,
     backward=_autograd,
     setup_context=_setup_context,
+    jvp=_jvp,
 )

@@ -18,7 +18,8 @@ from dmole_kernels.backend import choose_backend
 from dmole_kernels.cpu import Plan
 from dmole_kernels.expert_bank import ExpertBank
 from dmole_kernels.frozen_linear import frozen_linear
-from dmole_kernels.multi_lora import DropoutMode, multi_lora
+from dmole_kernels.multi_lora import DropoutMode, check_dropout, multi_lora
+from dmole_kernels.transforms import values_are_hidden
 
 
 class GatePlan:
@@ -37,8 +38,8 @@ class GatePlan:
             )
         self.gate = gate
         self.names = names
-        # Under torch.compile there is no looking at values: every expert counts, and zero gates add zero.
-        if gate.requires_grad or torch.compiler.is_compiling():
+        # Under torch.compile and torch.func values cannot be looked at: every expert counts, and zero gates add zero.
+        if gate.requires_grad or values_are_hidden():
             self.active = names
         else:
             used = (gate != 0).flatten(0, -2).any(0).tolist()
@@ -53,7 +54,8 @@ class GatePlan:
         kept = self._columns.get(names)
         if kept is None:
             kept = self.gate[..., [self.names.index(name) for name in names]]
-            if not torch.compiler.is_compiling():
+            # A tensor of a transform must not outlive it.
+            if not values_are_hidden():
                 self._columns[names] = kept
         return kept
 
@@ -136,12 +138,7 @@ class MultiLoRALinear(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout is {dropout}; expected a chance in [0, 1). Use 0.05 for five percent.")
-        if dropout_mode not in ("shared", "per_expert"):
-            raise ValueError(
-                f"dropout_mode is {dropout_mode!r}; expected 'shared' or 'per_expert'. Drop it for 'shared'."
-            )
+        check_dropout(dropout, dropout_mode)
         choose_backend(backend, base.weight.device.type)
         self.base = base.requires_grad_(False)
         self.gates = gates
@@ -191,7 +188,7 @@ class MultiLoRALinear(nn.Module):
         gates = plan.columns(names)
         rows = None
         if (
-            not torch.compiler.is_compiling()
+            not values_are_hidden()
             and gates.shape[:-1] == x.shape[: gates.dim() - 1]
             and choose_backend(self.backend, x.device.type, y.dtype).name == "cpu"
         ):

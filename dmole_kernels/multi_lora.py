@@ -31,9 +31,11 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from dmole_kernels import cpu, reference, triton_backend
+from dmole_kernels.argument_checks import check_floating, check_one_device
 from dmole_kernels.backend import BACKENDS, choose_backend, without_autocast
 from dmole_kernels.cpu import Plan
 from dmole_kernels.registration import register_op
+from dmole_kernels.transforms import transforms_active
 
 DropoutMode = Literal["shared", "per_expert"]
 
@@ -65,15 +67,20 @@ def multi_lora(
     experts may stay float32 beside a bfloat16 model. A new tensor is returned; inputs are only read. Saved for
     backward: x and S = dropout(x) A^T where an expert is trainable; neither where all are frozen and the gate constant.
     On the cpu backend an expert costs the rows whose gate for it is not zero (all rows when the gate requires grad: a
-    zero gate is owed its gradient); elsewhere, and under torch.compile, experts with a gate of zero are computed all
-    the same: leave them out of the lists (MultiLoRALinear does).
+    zero gate is owed its gradient); elsewhere, and under torch.compile or torch.func, experts with a gate of zero are
+    computed all the same: leave them out of the lists (MultiLoRALinear does). First derivatives only.
 
     Raises:
-        ValueError: for shapes, counts or probabilities that do not fit together, or a backend that is not there.
+        ValueError: for shapes, counts, dtypes, devices or probabilities that do not fit together, or a backend that is
+            not there.
     """
-    _check(x, base, lora_a, lora_b, gate, scale, dropout)
+    _check(x, base, lora_a, lora_b, gate, scale)
+    check_dropout(dropout, dropout_mode)
+    _check_seed(seed)
     choice = choose_backend(backend, x.device.type, x.dtype if base is None else base.dtype)
-    trained_gate = gate.requires_grad and torch.is_grad_enabled()
+    transformed = transforms_active()
+    # Under torch.func a gate does not always say whether it is differentiated.
+    trained_gate = transformed or (gate.requires_grad and torch.is_grad_enabled())
     if plan is not None:
         _check_plan(plan, x, trained_gate)
     if dropout > 0.0 and seed is None:
@@ -82,8 +89,8 @@ def multi_lora(
         list(scale), dropout, dropout_mode == "per_expert", seed if dropout > 0.0 else None, choice.name, trained_gate,
     )  # fmt: skip
     y: Tensor
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
-        y, _ = torch.ops.dmole_kernels.multi_lora(x, base, list(lora_a), list(lora_b), gate, *settings)
+    if torch.compiler.is_compiling() or transformed or is_in_torch_dispatch_mode():
+        y, _ = _FORWARD_OP(x, base, list(lora_a), list(lora_b), gate, *settings)
         return y
     words = None if plan is None else plan.words
     if torch.is_grad_enabled():
@@ -95,9 +102,14 @@ def multi_lora(
 
 def _check(
     x: Tensor, base: Tensor | None, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], gate: Tensor,
-    scale: Sequence[float], dropout: float,
+    scale: Sequence[float],
 ) -> None:  # fmt: skip
     experts = len(lora_a)
+    if x.dim() == 0 or gate.dim() == 0:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)} and gate {tuple(gate.shape)}; expected [..., features] and [..., experts]. "
+            f"Give both a last dimension."
+        )
     if experts == 0:
         raise ValueError("lora_a is empty; expected at least one expert. Without experts use the base output itself.")
     if len(lora_b) != experts or len(scale) != experts or gate.shape[-1] != experts:
@@ -105,13 +117,17 @@ def _check(
             f"lora_a has {experts} experts, lora_b {len(lora_b)}, scale {len(scale)}, gate {gate.shape[-1]}; expected "
             f"the same number. Give every expert one A, one B, one scale and one gate column."
         )
-    outputs = lora_b[0].shape[0]
+    check_floating(x=x if base is None else base)
+    check_one_device(x=x, base=base, gate=gate)
+    outputs, device = lora_b[0].shape[0] if lora_b[0].dim() else 0, x.device
     for e, (a, b) in enumerate(zip(lora_a, lora_b, strict=True)):
         if a.dim() != 2 or b.dim() != 2 or a.shape[1] != x.shape[-1] or b.shape != (outputs, a.shape[0]):
             raise ValueError(
                 f"expert {e} has lora_a {tuple(a.shape)} and lora_b {tuple(b.shape)}; expected [rank, {x.shape[-1]}] "
                 f"and [{outputs}, rank]. Check in_features and out_features of the layer."
             )
+        if a.device != device or b.device != device:
+            check_one_device(**{"x": x, f"lora_a[{e}]": a, f"lora_b[{e}]": b})
     if base is not None and base.shape != (*x.shape[:-1], outputs):
         raise ValueError(
             f"base has shape {tuple(base.shape)}; expected {(*x.shape[:-1], outputs)}. Pass the layer's output "
@@ -123,8 +139,23 @@ def _check(
             f"gate has shape {tuple(gate.shape)} and x {tuple(x.shape)}; expected gate's leading dimensions to begin "
             f"x's. Use [samples, experts] gates for x [samples, ..., features] or [samples, tokens, experts] gates."
         )
+
+
+def check_dropout(dropout: float, dropout_mode: str) -> None:
+    """Raises ValueError for a chance outside [0, 1) or an unknown mode."""
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout is {dropout}; expected a chance in [0, 1). Use 0.05 for five percent.")
+    if dropout_mode not in ("shared", "per_expert"):
+        raise ValueError(f"dropout_mode is {dropout_mode!r}; expected 'shared' or 'per_expert'. Drop it for 'shared'.")
+
+
+def _check_seed(seed: Tensor | None) -> None:
+    if seed is None:
+        return
+    if not isinstance(seed, Tensor) or seed.numel() != 1 or seed.is_floating_point():
+        raise ValueError(
+            f"seed is {seed!r}; expected an integer tensor of one element. Use torch.tensor(2025), or None to draw one."
+        )
 
 
 def _check_plan(plan: Plan, x: Tensor, trained_gate: bool) -> None:
@@ -239,7 +270,7 @@ def _autograd(ctx: Any, grad: Tensor | None, _grad_shrunk: None) -> tuple[Any, .
             ctx.trainable, ctx.backend,
         )  # fmt: skip
         dx_packed, da, db, dgate_packed = (
-            torch.ops.dmole_kernels.multi_lora_backward(*arguments)
+            _BACKWARD_OP(*arguments)
             if ctx.plan is None or is_in_torch_dispatch_mode()
             else _backward(*arguments, ctx.plan)
         )
@@ -285,15 +316,33 @@ class _EagerMultiLora(torch.autograd.Function):
         return None, None, dx, dbase, dgate, *da, *db
 
 
-register_op(
+def _jvp(arguments: tuple[Any, ...], tangents: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> tuple[Tensor, None]:
+    """The product rule: y is linear in x, in all A, in all B and in the gate; each term is the op on the sum so far."""
+    dy = torch.zeros_like(output[0]) if tangents[1] is None else tangents[1]
+    for place in (0, 2, 3, 4):
+        tangent, value = tangents[place], arguments[place]
+        if place in (2, 3):
+            known = any(part is not None for part in tangent)
+            tangent = [torch.zeros_like(v) if t is None else t for t, v in zip(tangent, value, strict=True)]
+        else:
+            known = tangent is not None
+        if known:
+            changed = list(arguments)
+            changed[1], changed[place] = dy, tangent
+            dy, _ = _FORWARD_OP(*changed)
+    return dy, None
+
+
+_FORWARD_OP = register_op(
     "multi_lora(Tensor x, Tensor? base, Tensor[] lora_a, Tensor[] lora_b, Tensor gate, float[] scale, float dropout, "
     "bool per_expert, Tensor? seed, str backend, bool every_column) -> (Tensor, Tensor)",
     kernel=_forward,
     fake=_forward_fake,
     backward=_autograd,
     setup_context=_setup_context,
+    jvp=_jvp,
 )
-register_op(
+_BACKWARD_OP = register_op(
     "multi_lora_backward(Tensor grad, Tensor? x, Tensor? shrunk, Tensor[] lora_a, Tensor[] lora_b, Tensor gate, "
     "float[] scale, float dropout, bool per_expert, Tensor? seed, bool need_x, bool need_gate, bool[] trainable, "
     "str backend) -> (Tensor, Tensor, Tensor, Tensor)",

@@ -51,7 +51,15 @@ def dropout_keep_mask(
 
     `stream` separates masks drawn from one seed: the expert's position when every expert has its own mask, else 0.
     The seed's lower 64 bits are the key. Equals `philox_4x32` on this grid of counters, word for word, in less time.
+
+    Raises:
+        ValueError: for a probability outside [0, 1] or a negative size.
     """
+    if not 0.0 <= probability <= 1.0 or rows < 0 or columns < 0:
+        raise ValueError(
+            f"probability is {probability} for {rows} rows and {columns} columns; expected a chance in [0, 1] and no "
+            f"negative size. Use 0.05 for five percent."
+        )
     groups = -(-columns // GROUP)
     lanes = groups * LANES
     threshold = round(probability * 2**32)

@@ -237,6 +237,28 @@ def router_score_backward(
     )
 
 
+def router_score_jvp(tensors: Sequence[Tensor], tangents: Sequence[Tensor], sigmoid: bool) -> Tensor:
+    """The change of error [N, T] along `tangents`, one for each of router_score_forward's tensors."""
+    features_ND, encoder_weight_THD, encoder_bias_TH, decoder_weight_TDH, decoder_bias_TD = tensors
+    dfeatures_ND, dencoder_weight_THD, dencoder_bias_TH, ddecoder_weight_TDH, ddecoder_bias_TD = tangents
+    hidden_TNH = router_hidden(features_ND, encoder_weight_THD, encoder_bias_TH)
+    dhidden_TNH = (
+        dfeatures_ND @ encoder_weight_THD.transpose(1, 2)
+        + features_ND @ dencoder_weight_THD.transpose(1, 2)
+        + dencoder_bias_TH[:, None]
+    ) * (hidden_TNH > 0)
+    output_TND = hidden_TNH @ decoder_weight_TDH.transpose(1, 2) + decoder_bias_TD[:, None]
+    doutput_TND = (
+        dhidden_TNH @ decoder_weight_TDH.transpose(1, 2)
+        + hidden_TNH @ ddecoder_weight_TDH.transpose(1, 2)
+        + ddecoder_bias_TD[:, None]
+    )
+    if sigmoid:
+        output_TND = output_TND.sigmoid()
+        doutput_TND = doutput_TND * output_TND * (1.0 - output_TND)
+    return (2.0 * (output_TND - features_ND) * (doutput_TND - dfeatures_ND)).mean(2).t()
+
+
 def router_select(error_NT: Tensor, threshold_T: Tensor, top_k: int) -> Tensor:
     """gate[n, t] = 1 where error <= threshold_t and fewer than top_k tasks under their threshold are nearer."""
     admitted_NT = error_NT <= threshold_T

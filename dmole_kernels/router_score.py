@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from dmole_kernels import reference, triton_backend
+from dmole_kernels.argument_checks import check_floating, check_one_device, dtype_name
 from dmole_kernels.backend import BACKENDS, choose_backend, without_autocast
 from dmole_kernels.registration import register_op
+from dmole_kernels.transforms import values_are_hidden
 
 
 def router_score(
@@ -40,14 +42,14 @@ def router_score(
     cpu backend, which holds one block of one task's reconstruction at a time; but for rounding on the reference.
 
     Raises:
-        ValueError: for shapes that do not fit or an unknown decoder.
+        ValueError: for shapes, dtypes or devices that do not fit or an unknown decoder.
     """
     _check(features, encoder_weight, encoder_bias, decoder_weight, decoder_bias)
     if decoder not in ("sigmoid", "linear"):
         raise ValueError(f"decoder={decoder!r}; expected 'sigmoid' or 'linear'. Use 'sigmoid' for the paper's.")
     tensors = (features, encoder_weight, encoder_bias, decoder_weight, decoder_bias)
     name = choose_backend(backend, features.device.type, features.dtype).name
-    error: Tensor = torch.ops.dmole_kernels.router_score(*tensors, decoder == "sigmoid", name)
+    error: Tensor = _SCORE_OP(*tensors, decoder == "sigmoid", name)
     return error
 
 
@@ -65,16 +67,18 @@ def router_select(error: Tensor, threshold: Tensor, *, top_k: int = 2, backend: 
             f"error has shape {tuple(error.shape)} and threshold {tuple(threshold.shape)}; expected [samples, tasks] "
             f"and [tasks]. Give each task one threshold."
         )
+    check_floating(error=error, threshold=threshold)
+    check_one_device(error=error, threshold=threshold)
     if top_k < 1:
         raise ValueError(f"top_k={top_k}; expected at least 1. The paper's is 2.")
-    if not torch.compiler.is_compiling() and bool(threshold.isnan().any()):
+    if not values_are_hidden() and bool(threshold.isnan().any()):
         tasks = threshold.isnan().nonzero().flatten().tolist()
         raise ValueError(
             f"threshold is NaN for tasks {tasks}; expected numbers, or -inf for a task that is never to be chosen. "
             f"Calibrate those tasks again."
         )
     name = choose_backend(backend, error.device.type, torch.promote_types(error.dtype, threshold.dtype)).name
-    gate: Tensor = torch.ops.dmole_kernels.router_select(error, threshold, top_k, name)
+    gate: Tensor = _SELECT_OP(error, threshold, top_k, name)
     return gate
 
 
@@ -97,6 +101,21 @@ def _check(
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}; expected {expected} beside encoder_weight "
                 f"{tuple(encoder_weight.shape)}. Stack the tasks' tensors in dimension 0."
+            )
+    tensors = {
+        "features": features,
+        "encoder_weight": encoder_weight,
+        "encoder_bias": encoder_bias,
+        "decoder_weight": decoder_weight,
+        "decoder_bias": decoder_bias,
+    }
+    check_floating(features=features)
+    check_one_device(**tensors)
+    for name, tensor in tensors.items():
+        if tensor.dtype != features.dtype:
+            raise ValueError(
+                f"{name} is {dtype_name(tensor.dtype)} and features {dtype_name(features.dtype)}; expected one dtype. "
+                f"Cast the autoencoders or the features."
             )
 
 
@@ -163,26 +182,50 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     # Hidden values are computed again: they are T times the features, and cheap.
-    grads = torch.ops.dmole_kernels.router_score_backward(grad, *ctx.saved_tensors, ctx.sigmoid, ctx.backend)
+    grads = _SCORE_BACKWARD_OP(grad, *ctx.saved_tensors, ctx.sigmoid, ctx.backend)
     return (*grads, None, None)
 
 
+def _jvp(arguments: tuple[Any, ...], tangents: tuple[Any, ...], error: Tensor) -> Tensor:
+    """The reference's on every backend, as backward is."""
+    *tensors, sigmoid, _ = arguments
+    filled = [torch.zeros_like(v) if t is None else t for t, v in zip(tangents, tensors, strict=False)]
+    return reference.router_score_jvp(tensors, filled, sigmoid)
+
+
+def _select_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    # A step function: flat wherever it has a derivative.
+    ctx.mark_non_differentiable(output)
+
+
+def _select_backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
+    return None, None, None, None
+
+
+def _select_jvp(arguments: tuple[Any, ...], tangents: tuple[Any, ...], gate: Tensor) -> None:
+    return None
+
+
 _TENSORS = "Tensor features, Tensor encoder_weight, Tensor encoder_bias, Tensor decoder_weight, Tensor decoder_bias"
-register_op(
+_SCORE_OP = register_op(
     f"router_score({_TENSORS}, bool sigmoid, str backend) -> Tensor",
     kernel=_score,
     fake=_score_fake,
     backward=_autograd,
     setup_context=_setup_context,
+    jvp=_jvp,
 )
-register_op(
+_SCORE_BACKWARD_OP = register_op(
     f"router_score_backward(Tensor grad, {_TENSORS}, bool sigmoid, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     kernel=_score_backward,
     fake=_score_backward_fake,
 )
-register_op(
+_SELECT_OP = register_op(
     "router_select(Tensor error, Tensor threshold, int top_k, str backend) -> Tensor",
     kernel=_select,
     fake=_select_fake,
+    backward=_select_backward,
+    setup_context=_select_context,
+    jvp=_select_jvp,
 )

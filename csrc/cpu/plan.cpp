@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <numeric>
 #include <stdexcept>
 
 namespace dmole::cpu {
@@ -15,21 +16,21 @@ constexpr int64_t kHeader = 3;
 
 std::vector<int32_t> plan_words(const float* gate, int64_t gates, int64_t experts, int64_t rows, bool every) {
   const int64_t rows_per_gate = gates == 0 ? 0 : rows / gates;
-  std::vector<int32_t> start(experts + 1, 0);
+  std::vector<int64_t> ends(experts, 0);
   for (int64_t g = 0; g < gates; ++g) {
     for (int64_t e = 0; e < experts; ++e) {
-      if (every || gate[g * experts + e] != 0.0f) start[e + 1] += static_cast<int32_t>(rows_per_gate);
+      if (every || gate[g * experts + e] != 0.0f) ends[e] += rows_per_gate;
     }
   }
-  int64_t slots = 0;
-  for (int64_t e = 0; e < experts; ++e) {
-    slots += start[e + 1];
-    if (slots > std::numeric_limits<int32_t>::max()) {
-      throw std::invalid_argument("the gate joins " + std::to_string(rows) + " rows and " + std::to_string(experts) +
-                                  " experts in more than 2^31 pairs; expected fewer. Use smaller batches.");
-    }
-    start[e + 1] = static_cast<int32_t>(slots);
+  std::partial_sum(ends.begin(), ends.end(), ends.begin());
+  const int64_t slots = experts == 0 ? 0 : ends.back();
+  if (std::max(rows, slots) > std::numeric_limits<int32_t>::max()) {
+    throw std::invalid_argument("the gate joins " + std::to_string(rows) + " rows and " + std::to_string(experts) +
+                                " experts in " + std::to_string(slots) +
+                                " pairs; expected fewer than 2^31 of each. Use smaller batches.");
   }
+  std::vector<int32_t> start(1, 0);
+  start.insert(start.end(), ends.begin(), ends.end());
   std::vector<int32_t> words(kHeader + experts + 1 + 2 * slots);
   words[0] = static_cast<int32_t>(rows);
   words[1] = static_cast<int32_t>(experts);

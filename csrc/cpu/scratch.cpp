@@ -8,6 +8,10 @@
 #include <cstdlib>
 #include <new>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace dmole::cpu {
 
 namespace {
@@ -20,6 +24,14 @@ struct Buffer {
   int64_t capacity = 0;
   ~Buffer() { std::free(words); }
 };
+
+// A buffer outlives the call that made it this large: a sanitizer must be told what this call may touch.
+void show_bounds([[maybe_unused]] const Buffer& buffer, [[maybe_unused]] int64_t words) {
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(buffer.words, static_cast<size_t>(words) * sizeof(float));
+  __asan_poison_memory_region(buffer.words + words, static_cast<size_t>(buffer.capacity - words) * sizeof(float));
+#endif
+}
 
 }  // namespace
 
@@ -38,6 +50,7 @@ float* scratch(Scratch slot, int64_t words) {
       throw std::bad_alloc();
     }
   }
+  show_bounds(buffer, words);
   if (poisoned.load(std::memory_order_relaxed)) std::fill_n(buffer.words, words, std::nanf(""));
   return buffer.words;
 }

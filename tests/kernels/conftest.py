@@ -1,11 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from dmole_kernels import cpu
+
+# DMOLE_DRAWS=2000 is the long run (make test-long). The same draws at every run: a failure is one for everybody.
+settings.register_profile(
+    "kernels",
+    max_examples=int(os.environ.get("DMOLE_DRAWS", "40")),
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
+settings.load_profile("kernels")
 
 
 @pytest.fixture(params=("scalar", "avx2", "avx512", "avx512_bf16", "brgemm"))

@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -24,7 +22,6 @@ from dmole_kernels.testing import poisoned_memory, threads
 _C = pytest.importorskip("dmole_kernels._C", exc_type=ImportError)
 METHODS = ("auto", "direct", "ghost")
 DTYPES = (torch.float32, torch.bfloat16)
-DRAWS = int(os.environ.get("DMOLE_DRAWS", "20"))
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -61,7 +58,6 @@ def test_equals_the_definition(level: str, shape: tuple[int, int, int, int], dty
         check(norms(x, grad, method), x, grad)
 
 
-@settings(max_examples=DRAWS, deadline=None, derandomize=True)
 @given(
     st.integers(0, 3), st.integers(0, 210), st.integers(1, 70), st.integers(1, 70),
     st.sampled_from(METHODS), st.sampled_from(DTYPES), st.sampled_from(_C.available_isas()),
@@ -74,9 +70,12 @@ def test_any_shape(
     _C.set_isa(isa)
     try:
         with poisoned_memory():
-            check(norms(x, grad, method), x, grad)
+            norm = norms(x, grad, method).double()
     finally:
         _C.set_isa(before)
+    # A sum over tokens may cancel: then what counts is how long its terms are, one after the other.
+    exact, reach = definition(x, grad), (x.double().norm(dim=2) * grad.double().norm(dim=2)).sum(1)
+    assert bool(((norm.square() - exact.square()).abs() <= 4e-6 * exact.square() + 2**-24 * reach.square()).all())
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -269,5 +268,29 @@ def test_errors_tell_what_to_do() -> None:
         torch.ops.dmole_kernels.cpu_squared_norm(wide.half(), wide.half(), "auto")
     with pytest.raises(ValueError, match="method is 'fast'; expected 'auto', 'direct' or 'ghost'. Use 'auto'"):
         torch.ops.dmole_kernels.cpu_squared_norm(wide.float(), wide.float(), "fast")
-    with pytest.raises(ValueError, match=r"left has shape \[4, 3\]; expected \[5, 3\]"):
-        accumulate_sketch(torch.zeros(3, 3), draw(2, 4), draw(2, 5), draw(4, 3), draw(4, 3), backend="cpu")
+    ops = torch.ops.dmole_kernels
+    with pytest.raises(ValueError, match=r"grad_norm_per_sample: x has shape \[2, 4\]; expected \[samples, tokens, f"):
+        ops.cpu_squared_norm(draw(2, 4), draw(2, 5), "auto")
+    with pytest.raises(
+        ValueError, match=r"x has shape \[2, 3, 4\] and grad \[2, 4, 5\]; expected the same but for the"
+    ):
+        ops.cpu_squared_norm(draw(2, 3, 4), draw(2, 4, 5), "auto")
+    with pytest.raises(ValueError, match=r"accumulate_gradient: x has shape \[2, 3, 4\]; expected \[rows, features\]"):
+        ops.cpu_accumulate_gradient(torch.zeros(5, 4), draw(2, 3, 4), draw(2, 3, 5))
+    with pytest.raises(
+        ValueError, match=r"accumulate_gradient: buffer has shape \[4, 5\]; expected \[5, 4\]. Allocate"
+    ):
+        ops.cpu_accumulate_gradient(torch.zeros(4, 5), draw(2, 4), draw(2, 5))
+    sides = (draw(5, 3), draw(4, 3))
+    with pytest.raises(
+        ValueError, match=r"accumulate_sketch: x has shape \[4\], left \[5, 3\], right \[4, 3\]; expected"
+    ):
+        ops.cpu_accumulate_sketch(torch.zeros(3, 3), draw(4), draw(5), *sides)
+    for wrong, expected in (
+        ((torch.zeros(3, 3), draw(4, 3), draw(4, 3)), r"left has shape \[4, 3\]; expected \[5, 3\]"),
+        ((torch.zeros(3, 3), draw(5, 3), draw(5, 3)), r"right has shape \[5, 3\]; expected \[4, 3\]"),
+        ((torch.zeros(3, 2), *sides), r"sketch has shape \[3, 2\]; expected \[3, 3\]"),
+    ):
+        sketch, left, right = wrong
+        with pytest.raises(ValueError, match=f"accumulate_sketch: {expected}. Allocate it with that shape"):
+            ops.cpu_accumulate_sketch(sketch, draw(2, 4), draw(2, 5), left, right)

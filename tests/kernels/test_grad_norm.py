@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -52,7 +52,6 @@ def test_equals_the_definition_across_tiles(method: str, dtype: torch.dtype, mon
     torch.testing.assert_close(norm.double(), definition(x, grad), rtol=1e-5, atol=1e-5)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
 @given(st.integers(0, 3), st.integers(0, 9), st.integers(1, 9), st.integers(1, 9), st.sampled_from(METHODS))
 def test_any_shape(samples: int, tokens: int, width: int, outputs: int, method: str) -> None:
     x, grad = draw(samples, tokens, width), draw(samples, tokens, outputs, seed=1)
@@ -160,3 +159,32 @@ def test_errors_tell_what_to_do() -> None:
         grad_norm_per_sample(draw(2, 3, 4), draw(2, 3, 5), method="fast")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"buffer has shape \(4, 5\); expected \(5, 4\). Allocate torch.zeros\(5, 4\)"):
         accumulate_gradient(draw(4, 5), draw(6, 4), draw(6, 5))
+    with pytest.raises(
+        ValueError, match=r"x has shape \(2, 3, 4\) and grad \(2, 3, 5\); expected \[rows, features\] for both"
+    ):
+        accumulate_gradient(draw(5, 4), draw(2, 3, 4), draw(2, 3, 5))
+    with pytest.raises(
+        ValueError, match=r"x has shape \(2, 3, 4\) and grad \(3, 2, 5\); expected \[..., features\] for both"
+    ):
+        grad_norm_per_batch(draw(2, 3, 4), draw(3, 2, 5))
+    with pytest.raises(ValueError, match=r"x has shape \(\) and grad \(\); expected \[..., features\] for both"):
+        grad_norm_per_batch(torch.tensor(1.0), torch.tensor(1.0))
+    with pytest.raises(
+        ValueError, match="grad is on meta and x on cpu; expected one device. Move one of them with .to"
+    ):
+        grad_norm_per_sample(draw(2, 3, 4), draw(2, 3, 5).to("meta"))
+    with pytest.raises(ValueError, match="buffer is int64; expected a floating-point dtype. Cast it, e.g. with .float"):
+        accumulate_gradient(torch.zeros(5, 4, dtype=torch.int64), draw(6, 4), draw(6, 5))
+    with pytest.raises(ValueError, match="buffer is on meta and x on cpu; expected one device"):
+        accumulate_gradient(draw(5, 4).to("meta"), draw(6, 4), draw(6, 5))
+    x, grad, left, right = draw(6, 4), draw(6, 5), draw(5, 3), draw(4, 2)
+    for sides in ((draw(4, 3), right), (left, draw(5, 2)), (draw(5), right), (left, draw(4))):
+        shapes = rf"left has shape \({sides[0].shape[0]},.* and right \({sides[1].shape[0]},"
+        with pytest.raises(
+            ValueError, match=rf"{shapes}.*; expected \[5, k\] and \[4, l\]. Draw left for grad's width"
+        ):
+            accumulate_sketch(draw(3, 2), x, grad, *sides)
+    with pytest.raises(ValueError, match=r"sketch has shape \(2, 3\); expected \(3, 2\). Allocate torch.zeros\(3, 2\)"):
+        accumulate_sketch(draw(2, 3), x, grad, left, right)
+    with pytest.raises(ValueError, match="right is on meta and x on cpu; expected one device"):
+        accumulate_sketch(draw(3, 2), x, grad, left, right.to("meta"))

@@ -50,3 +50,13 @@ def test_errors_tell_what_to_do() -> None:
         masked_max_pool(draw(), MASK * torch.tensor([1, 0, 1])[:, None])
     with pytest.raises(ValueError, match=r"mask hides every token of samples \[0, 1, 2\]"):
         masked_max_pool(torch.zeros(3, 0, 5), torch.zeros(3, 0))
+    with pytest.raises(
+        ValueError, match=r"hidden has shape \(4, 5\) and mask \(3, 4\); expected \[samples, tokens, feat"
+    ):
+        masked_max_pool(draw()[0], MASK)
+    with pytest.raises(ValueError, match="hidden is int64; expected a floating-point dtype. Cast it, e.g. with .float"):
+        masked_max_pool(draw().long(), MASK)
+    with pytest.raises(
+        ValueError, match="mask is on meta and hidden on cpu; expected one device. Move one of them with"
+    ):
+        masked_max_pool(draw(), MASK.to("meta"))

@@ -75,3 +75,11 @@ def test_share_of_zeros_and_independence_of_columns(probability: float) -> None:
 def test_no_rows_and_no_columns() -> None:
     assert dropout_keep_mask(1, 0, 5, 0.5).shape == (0, 5)
     assert dropout_keep_mask(1, 5, 0, 0.5).shape == (5, 0)
+
+
+def test_errors_tell_what_to_do() -> None:
+    for arguments in ((1, 2, 3, 1.5), (1, 2, 3, float("nan")), (1, -2, 3, 0.5), (1, 2, -3, 0.5)):
+        with pytest.raises(
+            ValueError, match=r"probability is .* rows and .* columns; expected a chance in \[0, 1\] and"
+        ):
+            dropout_keep_mask(*arguments)

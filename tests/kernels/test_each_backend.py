@@ -1,0 +1,377 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What PyTorch may do with an op, for every op and backend: opcheck, compile, torch.func, autocast, checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, func, nn
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+
+from dmole_kernels import (
+    BACKENDS,
+    ExpertGates,
+    MultiLoRALinear,
+    accumulate_gradient,
+    accumulate_sketch,
+    cpu,
+    grad_norm_per_sample,
+    masked_max_pool,
+    multi_lora,
+    router_score,
+    router_select,
+    use_backend,
+)
+from dmole_kernels.testing import WORKLOADS, make_inputs
+
+# PyTorch's own first use of forward mode compiles decompositions with it.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+
+Call = Callable[..., Tensor]
+SCALE = [2.0, 0.5]
+MASK = torch.tensor([[True, True, False], [False, True, True]])
+
+
+@pytest.fixture(params=[name for name in BACKENDS if name in ("cpu", "reference")])
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def lora(backend: str, dropout: float = 0.0) -> Call:
+    def call(x: Tensor, base: Tensor, gate: Tensor, a0: Tensor, a1: Tensor, b0: Tensor, b1: Tensor) -> Tensor:
+        return multi_lora(
+            x, base, [a0, a1], [b0, b1], gate, SCALE, dropout=dropout, dropout_mode="per_expert",
+            seed=torch.tensor(7), backend=backend,
+        )  # fmt: skip
+
+    return call
+
+
+# Differentiable ops as functions of tensors alone.
+CALLS: dict[str, Callable[[str], Call]] = {
+    "multi_lora": lora,
+    "multi_lora_dropout": lambda name: lora(name, 0.4),
+    "grad_norm_direct": lambda name: lambda x, grad: grad_norm_per_sample(x, grad, method="direct", backend=name),
+    "grad_norm_ghost": lambda name: lambda x, grad: grad_norm_per_sample(x, grad, method="ghost", backend=name),
+    "router_score": lambda name: lambda *tensors: router_score(*tensors, backend=name),
+    "router_score_linear": lambda name: lambda *tensors: router_score(*tensors, decoder="linear", backend=name),
+    "masked_max_pool": lambda name: lambda hidden: masked_max_pool(hidden, MASK, backend=name),
+}
+LORA_SHAPES = ((2, 3, 6), (2, 3, 5), (2, 2), (1, 6), (3, 6), (5, 1), (5, 3))
+ROUTER_SHAPES = ((4, 6), (3, 2, 6), (3, 2), (3, 6, 2), (3, 6))
+SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
+    "multi_lora": LORA_SHAPES,
+    "multi_lora_dropout": LORA_SHAPES,
+    "grad_norm_direct": ((2, 3, 4), (2, 3, 5)),
+    "grad_norm_ghost": ((2, 3, 4), (2, 3, 5)),
+    "router_score": ROUTER_SHAPES,
+    "router_score_linear": ROUTER_SHAPES,
+    "masked_max_pool": ((2, 3, 5),),
+}
+EVERY_CALL = pytest.mark.parametrize("name", CALLS)
+
+
+def tensors_of(name: str, seed: int = 0) -> tuple[Tensor, ...]:
+    return tuple(draw(*shape, seed=100 * seed + i) for i, shape in enumerate(SHAPES[name]))
+
+
+def gradients(call: Call, tensors: tuple[Tensor, ...], weight: Tensor | None = None) -> tuple[Tensor, ...]:
+    """By plain autograd."""
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+    output = call(*leaves)
+    # Not autograd.grad, which checkpoints of the reentrant kind refuse.
+    output.backward(torch.ones_like(output) if weight is None else weight)
+    found = tuple(leaf.grad for leaf in leaves)
+    assert all(grad is not None for grad in found)
+    return found  # type: ignore[return-value]
+
+
+def close(actual: Any, expected: Any) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def registered_calls(backend: str) -> dict[str, tuple[Any, ...]]:
+    """Arguments for every registered op."""
+    x, base, gate, a0, a1, b0, b1 = (tensor.requires_grad_() for tensor in tensors_of("multi_lora"))
+    frozen = (base.detach(), x.detach(), draw(6, 4), [a0.detach(), a1.detach()], [b0.detach(), b1.detach()])
+    rows, grad_rows = draw(6, 4), draw(6, 5, seed=1)
+    router = tensors_of("router_score")
+    return {
+        "multi_lora": (x, base, [a0, a1], [b0, b1], gate, SCALE, 0.0, False, None, backend, True),
+        "multi_lora_backward": (
+            *frozen, gate.detach(), SCALE, 0.3, True, torch.tensor(3), True, True, [True, False], backend,
+        ),
+        "grad_norm_per_sample": (
+            *(tensor.requires_grad_() for tensor in tensors_of("grad_norm_ghost")), "ghost", backend,
+        ),
+        "accumulate_gradient": (draw(5, 4, seed=2), rows, grad_rows, backend),
+        "accumulate_sketch": (draw(3, 2, seed=2), rows, grad_rows, draw(5, 3), draw(4, 2), backend),
+        "router_score": (*(tensor.clone().requires_grad_() for tensor in router), True, backend),
+        "router_score_backward": (draw(4, 3), *router, True, backend),
+        "router_select": (draw(4, 3), draw(3), 2, backend),
+        "masked_max_pool": (draw(2, 3, 5).requires_grad_(), MASK, backend),
+    }  # fmt: skip
+
+
+def registered_ops() -> set[str]:
+    schemas = torch._C._jit_get_all_schemas()
+    return {schema.name.partition("::")[2] for schema in schemas if schema.name.startswith("dmole_kernels::")}
+
+
+@pytest.mark.parametrize("name", sorted(registered_calls("reference")))
+def test_opcheck(name: str, backend: str) -> None:
+    torch.library.opcheck(getattr(torch.ops.dmole_kernels, name).default, registered_calls(backend)[name])
+
+
+def test_opcheck_has_seen_every_op() -> None:
+    assert registered_ops() - set(cpu.OPS) == set(registered_calls("reference"))
+
+
+@pytest.mark.parametrize("name", [w.name for w in WORKLOADS])
+def test_opcheck_of_every_workload(name: str, backend: str) -> None:
+    inputs = make_inputs(next(workload for workload in WORKLOADS if workload.name == name))
+    pairs = tuple(zip(inputs.lora_a, inputs.lora_b, inputs.trainable, strict=True))
+    arguments = (
+        inputs.x.clone().requires_grad_(), inputs.grad.clone().requires_grad_(),
+        [a.clone().requires_grad_(flag) for a, _, flag in pairs],
+        [b.clone().requires_grad_(flag) for _, b, flag in pairs],
+        inputs.gate.clone().requires_grad_(), list(inputs.scale), inputs.dropout, inputs.per_expert,
+        inputs.seed if inputs.dropout else None, backend, True,
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.dmole_kernels.multi_lora.default, arguments)
+
+
+@pytest.mark.skipif(cpu.EXTENSION is None, reason=f"no compiled extension: {cpu.MISSING}")
+def test_schemas_of_the_compiled_ops_are_true() -> None:
+    """What they say about writing into their arguments; fakes and derivatives belong to the ops above them."""
+    calls = registered_calls("cpu")
+    *lora_arguments, _, every_column = calls["multi_lora"]
+    compiled = {
+        "cpu_gemm": (draw(3, 4), draw(4, 5)),
+        "cpu_multi_lora": (*lora_arguments, every_column, None),
+        "cpu_multi_lora_backward": (*calls["multi_lora_backward"][:-1], None),
+        "cpu_squared_norm": calls["grad_norm_per_sample"][:-1],
+        **{f"cpu_{name}": calls[name][:-1] for name in calls if f"cpu_{name}" in cpu.OPS and "lora" not in name},
+    }
+    assert set(compiled) == set(cpu.OPS)
+    for name, arguments in compiled.items():
+        op = getattr(torch.ops.dmole_kernels, name).default
+        with torch.no_grad():
+            torch.library.opcheck(op, arguments, test_utils="test_schema")
+
+
+@EVERY_CALL
+def test_compile_without_graph_breaks_gives_the_same_bits(name: str, backend: str) -> None:
+    call, tensors = CALLS[name](backend), tensors_of(name)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*tensors), call(*tensors))
+    assert all(map(torch.equal, gradients(compiled, tensors), gradients(call, tensors)))
+
+
+def test_compile_of_selection_and_sums(backend: str) -> None:
+    x, grad, left, right = draw(6, 4), draw(6, 5, seed=1), draw(5, 3, seed=2), draw(4, 2, seed=3)
+    error, threshold = draw(4, 3).abs(), draw(3, seed=1).abs()
+
+    def run(gradient: Tensor, sketch: Tensor) -> Tensor:
+        accumulate_gradient(gradient, x, grad, backend=backend)
+        accumulate_sketch(sketch, x, grad, left, right, backend=backend)
+        return router_select(error, threshold, backend=backend)
+
+    eager = [torch.ones(5, 4), torch.ones(3, 2)]
+    traced = [tensor.clone() for tensor in eager]
+    gate = run(*eager)
+    assert torch.equal(torch.compile(run, fullgraph=True, backend="aot_eager")(*traced), gate)
+    assert all(map(torch.equal, eager, traced))
+
+
+@EVERY_CALL
+def test_func_grad_and_vjp_equal_autograd(name: str, backend: str) -> None:
+    call, tensors = CALLS[name](backend), tensors_of(name)
+    places = tuple(range(len(tensors)))
+    close(func.grad(lambda *t: call(*t).sum(), argnums=places)(*tensors), gradients(call, tensors))
+    output, pull = func.vjp(call, *tensors)
+    weight = draw(*output.shape, seed=9)
+    close(pull(weight), gradients(call, tensors, weight))
+    # Of one tensor alone: the others are constants to the op.
+    for place in places:
+        alone = func.grad(lambda t, place=place: call(*tensors[:place], t, *tensors[place + 1 :]).sum())(tensors[place])
+        close(alone, gradients(call, tensors)[place])
+
+
+@EVERY_CALL
+def test_jvp_is_the_transpose_of_vjp(name: str, backend: str) -> None:
+    """<w, J t> = <J^T w, t>, for all tensors together and for each alone, by torch.func and by forward mode itself."""
+    call, tensors = CALLS[name](backend), tensors_of(name)
+    tangents = tensors_of(name, seed=1)
+    weight = draw(*call(*tensors).shape, seed=9)
+    products = [float((g * t).sum()) for g, t in zip(gradients(call, tensors, weight), tangents, strict=True)]
+    _, along = func.jvp(call, tensors, tangents)
+    assert float((weight * along).sum()) == pytest.approx(sum(products), rel=1e-4, abs=1e-4)
+    with forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(call(*map(forward_ad.make_dual, tensors, tangents)))
+        close(dual.tangent, along)
+    for place, product in enumerate(products):
+        _, along = func.jvp(
+            lambda t, place=place: call(*tensors[:place], t, *tensors[place + 1 :]), tensors[place : place + 1],
+            tangents[place : place + 1],
+        )  # fmt: skip
+        assert float((weight * along).sum()) == pytest.approx(product, rel=1e-4, abs=1e-4)
+
+
+@EVERY_CALL
+def test_vmap_is_a_loop(name: str, backend: str) -> None:
+    call, several = CALLS[name](backend), [tensors_of(name, seed) for seed in range(3)]
+    stacked = tuple(torch.stack(parts, 1) for parts in zip(*several, strict=True))
+    assert torch.equal(func.vmap(call, in_dims=1)(*stacked), torch.stack([call(*tensors) for tensors in several]))
+    # One mapped tensor beside constants, and gradients sample by sample.
+    constants = several[0][1:]
+    expected = [call(tensors[0], *constants) for tensors in several]
+    mapped = (1, *[None] * len(constants))
+    assert torch.equal(func.vmap(call, in_dims=mapped)(stacked[0], *constants), torch.stack(expected))
+    places = tuple(range(len(stacked)))
+    each = func.vmap(func.grad(lambda *t: call(*t).sum(), argnums=places), in_dims=1)(*stacked)
+    loop = [gradients(call, tensors) for tensors in several]
+    close(each, tuple(torch.stack(parts) for parts in zip(*loop, strict=True)))
+    # And the other way round: the derivative of a mapped call.
+    whole = func.grad(lambda *t: func.vmap(call, in_dims=1)(*t).sum(), argnums=places)(*stacked)
+    close(whole, tuple(torch.stack(parts, 1) for parts in zip(*loop, strict=True)))
+
+
+@EVERY_CALL
+def test_jacobians_agree(name: str, backend: str) -> None:
+    call, tensors = CALLS[name](backend), tensors_of(name)
+    close(func.jacrev(call)(*tensors), func.jacfwd(call)(*tensors))
+
+
+def test_selection_under_func_is_a_constant_step(backend: str) -> None:
+    error, threshold = draw(5, 4, 3).abs(), draw(5, 3, seed=1).abs()
+
+    def select(e: Tensor, t: Tensor) -> Tensor:
+        return router_select(e, t, backend=backend)
+
+    expected = torch.stack([select(e, t) for e, t in zip(error, threshold, strict=True)])
+    assert torch.equal(func.vmap(select)(error, threshold), expected)
+    gradient = func.grad(lambda e: (select(e, threshold[0]) * e).sum())(error[0])
+    assert torch.equal(gradient, expected[0])
+    _, tangent = func.jvp(lambda e: select(e, threshold[0]), (error[0],), (error[1],))
+    assert not tangent.any()
+    assert not select(error[0].requires_grad_(), threshold[0]).requires_grad
+
+
+@pytest.mark.parametrize("name", ["multi_lora", "router_score"])
+def test_second_derivatives_are_refused(name: str, backend: str) -> None:
+    call, tensors = CALLS[name](backend), tensors_of(name)
+
+    def slope(x: Tensor) -> Tensor:
+        return func.grad(lambda x: call(x, *tensors[1:]).square().sum())(x).sum()
+
+    expected = f"dmole_kernels.{name}_backward.default has no derivative; expected first derivatives of the public ops"
+    with pytest.raises(NotImplementedError, match=expected):
+        func.grad(slope)(tensors[0])
+    with pytest.raises(NotImplementedError, match=expected.replace("no derivative", "no forward-mode derivative")):
+        func.jvp(slope, (tensors[0],), (tensors[0],))
+
+
+def make_layer(gates: ExpertGates | None = None, dropout: float = 0.0) -> MultiLoRALinear:
+    torch.manual_seed(0)
+    layer = MultiLoRALinear(nn.Linear(6, 5), gates=gates, dropout=dropout)
+    for expert, rank in (("charts", 2), ("maps", 3)):
+        layer.bank.add(expert, rank, alpha=4.0)
+        nn.init.normal_(layer.bank.expert(expert).lora_b)
+    return layer
+
+
+def test_functional_call_of_the_layer(backend: str) -> None:
+    """Gradients as a function of the parameters, sample by sample, and of a stack of models."""
+    with use_backend(backend):
+        layer, x = make_layer(), draw(3, 4, 6)
+        gate = torch.tensor([[1.0, 0.0], [0.5, -1.0], [0.0, 0.0]])
+        parameters = {name: p.detach() for name, p in layer.named_parameters() if p.requires_grad}
+
+        def loss(parameters: dict[str, Tensor], x: Tensor, gate: Tensor) -> Tensor:
+            return func.functional_call(layer, parameters, (x, gate)).square().sum()
+
+        layer(x, gate).square().sum().backward()
+        expected = {name: layer.get_parameter(name).grad for name in parameters}
+        close(func.grad(loss)(parameters, x, gate), expected)
+        each = func.vmap(func.grad(loss), in_dims=(None, 0, 0))(parameters, x[:, None], gate[:, None])
+        close({name: grads.sum(0) for name, grads in each.items()}, expected)
+        models = {name: torch.stack([p, 2 * p]) for name, p in parameters.items()}
+        doubled = {name: 2 * p for name, p in parameters.items()}
+        close(
+            func.vmap(loss, in_dims=(0, None, None))(models, x, gate),
+            torch.stack([loss(parameters, x, gate), loss(doubled, x, gate)]),
+        )
+
+
+def test_gates_set_outside_a_transform_are_not_spoilt_by_it(backend: str) -> None:
+    gates = ExpertGates()
+    with use_backend(backend):
+        layer, x = make_layer(gates), draw(3, 4, 6)
+        with gates.use(torch.ones(3, 3), ["nowhere", "maps", "charts"]):
+            y = layer(x)
+            gradient = func.grad(lambda x: layer(x).sum())(x)
+            assert torch.equal(layer(x), y)
+            close(gradient, gradients(layer, (x,))[0])
+
+
+@EVERY_CALL
+def test_autocast_changes_nothing_inside_an_op(name: str, backend: str) -> None:
+    """Dtypes are settled by the arguments: autocast is for what is around the ops."""
+    call, tensors = CALLS[name](backend), tensors_of(name)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside, grads = call(*tensors), gradients(call, tensors)
+    assert torch.equal(inside, call(*tensors))
+    if not name.startswith("grad_norm"):
+        assert all(map(torch.equal, grads, gradients(call, tensors)))
+
+
+@EVERY_CALL
+@pytest.mark.parametrize("reentrant", [False, True], ids=["saved_tensor_hooks", "reentrant"])
+def test_checkpoint(name: str, reentrant: bool, backend: str) -> None:
+    call, tensors = CALLS[name](backend), tensors_of(name)
+    again = gradients(lambda *t: checkpoint(call, *t, use_reentrant=reentrant), tensors)
+    assert all(map(torch.equal, again, gradients(call, tensors)))
+
+
+@EVERY_CALL
+def test_strides_do_not_matter(name: str, backend: str) -> None:
+    call, tensors = CALLS[name](backend), tensors_of(name)
+    transposed = tuple(t.transpose(0, -1).contiguous().transpose(0, -1) for t in tensors)
+    spread = tuple(torch.stack([t, torch.full_like(t, float("nan"))], -1)[..., 0] for t in tensors)
+    for other in (transposed, spread):
+        close(call(*other), call(*tensors))
+        close(gradients(call, other), gradients(call, tensors))
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if name != "masked_max_pool"])
+def test_no_rows(name: str, backend: str) -> None:
+    call, (first, second, *rest) = CALLS[name](backend), tensors_of(name)
+    tensors = (first[:0], second if "router" in name else second[:0], *rest)
+    if "lora" in name:
+        tensors = (*tensors[:2], rest[0][:0], *rest[1:])
+    assert call(*tensors).shape[0] == 0
+    assert all(not gradient.any() for gradient in gradients(call, tensors))
+
+
+@pytest.mark.parametrize("leading", [(), (4,), (2, 3), (2, 1, 3), (2, 2, 1, 2)], ids=str)
+def test_any_number_of_leading_dimensions(leading: tuple[int, ...], backend: str) -> None:
+    call, (_, _, _, *experts) = CALLS["multi_lora"](backend), tensors_of("multi_lora")
+    x, base = draw(*leading, 6), draw(*leading, 5, seed=1)
+    for known in range(len(leading) + 1):
+        gate = draw(*leading[:known], 2, seed=2)
+        rows = gate.reshape(-1, 2).repeat_interleave(x[..., 0].numel() // gate[..., 0].numel(), 0)
+        tensors = (x.reshape(-1, 6), base.reshape(-1, 5), rows, *experts)
+        actual, expected = call(x, base, gate, *experts), call(*tensors)
+        close(actual.reshape(expected.shape), expected)
+        flat, one_by_one = gradients(call, (x, base, gate, *experts)), gradients(call, tensors)
+        close(flat[2].reshape(-1, 2).sum(0), one_by_one[2].sum(0))
+        close(flat[3:], one_by_one[3:])
