@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from dmole_kernels import cpu, reference, triton_backend
+from dmole_kernels import cpu, cuda, reference, triton_backend
 from dmole_kernels.backend import BACKENDS, choose_backend, without_autocast
 from dmole_kernels.cpu import Plan
 from dmole_kernels.registration import register_op
@@ -72,7 +72,12 @@ def multi_lora(
         ValueError: for shapes, counts or probabilities that do not fit together, or a backend that is not there.
     """
     _check(x, base, lora_a, lora_b, gate, scale, dropout)
-    choice = choose_backend(backend, x.device.type, x.dtype if base is None else base.dtype)
+    choice = choose_backend(
+        backend,
+        x.device.type,
+        x.dtype if base is None else base.dtype,
+        decode_rows=None if dropout > 0.0 or torch.is_grad_enabled() else x.shape[:-1].numel(),
+    )
     trained_gate = gate.requires_grad and torch.is_grad_enabled()
     if plan is not None:
         _check_plan(plan, x, trained_gate)
@@ -147,6 +152,9 @@ if "cpu" in BACKENDS:
 if "triton" in BACKENDS:
     FORWARD["triton"] = triton_backend.kernel("multi_lora", "multi_lora_forward")
     BACKWARD["triton"] = triton_backend.kernel("multi_lora", "multi_lora_backward")
+if "cuda" in BACKENDS:
+    FORWARD["cuda"] = cuda.multi_lora_forward
+    BACKWARD["cuda"] = cuda.absent("backward of multi_lora")
 
 
 def _forward(
