@@ -4,9 +4,8 @@
 // A row's numbers are added in the same order whatever other rows there are and however the operands are aligned, so
 // its result does not depend on its batch mates, bit for bit. Experts are read where they lie, and only those with a
 // gate that is not zero.
-#include "cuda/multi_lora.h"
-
-#include "cuda/elements.cuh"
+#include "elements.cuh"
+#include "multi_lora.h"
 
 namespace dmole::cuda {
 
@@ -97,8 +96,8 @@ __device__ inline float expert_output(const DecodeCall& call, int64_t row, int64
   return static_cast<float>(__longlong_as_double(fact(call, kScale, first))) * sum;
 }
 
-// y = base + (S * C) B^T. A thread an output of a row; a warp looks at the gates of 32 experts at once and walks through
-// those that are open, in their order.
+// y = base + (S * C) B^T. A thread an output of a row; a warp looks at the gates of 32 experts at once and walks
+// through those that are open, in their order.
 template <class T, class W>
 __global__ void __launch_bounds__(kExpandThreads) expand(const DecodeCall call) {
   const int64_t row = blockIdx.y;
@@ -153,9 +152,13 @@ extern "C" int dmole_cuda_decode(const dmole::cuda::DecodeCall* call, void* stre
   }
   const auto on = static_cast<cudaStream_t>(stream);
   switch (call->type) {
-    case kFloat: return launch_with_experts<float>(*call, on);
-    case kHalf: return launch_with_experts<__half>(*call, on);
-    case kBFloat16: return launch_with_experts<__nv_bfloat16>(*call, on);
-    default: return cudaErrorInvalidValue;
+    case kFloat:
+      return launch_with_experts<float>(*call, on);
+    case kHalf:
+      return launch_with_experts<__half>(*call, on);
+    case kBFloat16:
+      return launch_with_experts<__nv_bfloat16>(*call, on);
+    default:
+      return cudaErrorInvalidValue;
   }
 }

@@ -16,10 +16,10 @@ enum ColumnFact : int32_t { kAddressA = 0, kAddressB = 1, kStepB = 2, kExpert = 
 
 // Everything is on the device. x, base, y and s have `type`; all experts have `expert_type`: the same, or kFloat.
 struct DecodeCall {
-  const void* x;  // rows x_step elements apart
-  const void* base;  // rows base_step elements apart; or null
-  void* y;           // [rows, outputs]
-  void* s;           // [rows, ranks]: zero where the gate is; the only work memory
+  const void* x;           // rows x_step elements apart
+  const void* base;        // rows base_step elements apart; or null
+  void* y;                 // [rows, outputs]
+  void* s;                 // [rows, ranks]: zero where the gate is; the only work memory
   const float* gate;       // [gates, experts], each covers rows / gates rows
   const int64_t* columns;  // [facts, ranks]; the scale is a double's bits
   const int32_t* spans;    // [experts, 2]: first column, rank

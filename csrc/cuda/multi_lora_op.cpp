@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cuda/multi_lora_op.h"
+#include "multi_lora_op.h"
 
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
@@ -8,8 +8,8 @@
 
 #include <limits>
 
-#include "cuda/multi_lora.h"
-#include "cuda/plan.h"
+#include "multi_lora.h"
+#include "plan.h"
 
 namespace dmole::cuda {
 
@@ -17,18 +17,20 @@ namespace {
 
 ElementType element_type(const char* name, at::ScalarType dtype) {
   switch (dtype) {
-    case at::kFloat: return kFloat;
-    case at::kHalf: return kHalf;
-    case at::kBFloat16: return kBFloat16;
-    default: break;
+    case at::kFloat:
+      return kFloat;
+    case at::kHalf:
+      return kHalf;
+    case at::kBFloat16:
+      return kBFloat16;
+    default:
+      break;
   }
   TORCH_CHECK_VALUE(false, "cuda_decode: ", name, " is ", dtype,
                     "; expected float32, float16 or bfloat16. Cast it or pass backend='reference'.");
 }
 
-bool in_rows(const at::Tensor& tensor) {
-  return tensor.dim() == 2 && (tensor.size(1) <= 1 || tensor.stride(1) == 1);
-}
+bool in_rows(const at::Tensor& tensor) { return tensor.dim() == 2 && (tensor.size(1) <= 1 || tensor.stride(1) == 1); }
 
 void check_gate(const char* op, const at::Tensor& gate, int64_t rows) {
   TORCH_CHECK_VALUE(gate.dim() == 2 && gate.scalar_type() == at::kFloat && gate.is_contiguous() && gate.size(1) > 0 &&
@@ -37,9 +39,7 @@ void check_gate(const char* op, const at::Tensor& gate, int64_t rows) {
                     " rows; expected contiguous float32 [gates, experts] with gates a divisor of rows.");
 }
 
-void* stream_of(const at::Tensor& tensor) {
-  return c10::cuda::getCurrentCUDAStream(tensor.device().index()).stream();
-}
+void* stream_of(const at::Tensor& tensor) { return c10::cuda::getCurrentCUDAStream(tensor.device().index()).stream(); }
 
 void check_launch(int error) { C10_CUDA_CHECK(static_cast<cudaError_t>(error)); }
 

@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// A stable counting sort of (expert, row) pairs: count, scan, scatter. No atomics: a pair's place is the number of pairs
-// before it, which ballots count within a tile of 32 rows and a scan over the tiles, so two runs are the same.
-#include "cuda/plan.h"
-
+// A stable counting sort of (expert, row) pairs: count, scan, scatter. No atomics: a pair's place is the number of
+// pairs before it, which ballots count within a tile of 32 rows and a scan over the tiles, so two runs are the same.
 #include <limits>
 
 #include "cpu/plan.h"
-#include "cuda/elements.cuh"
+#include "elements.cuh"
+#include "plan.h"
 
 namespace dmole::cuda {
 
@@ -27,7 +26,9 @@ __device__ inline bool meets(const PlanCall& call, const float* gates, int64_t e
   return gates != nullptr && (call.every != 0 || gates[expert] != 0.0f);
 }
 
-__device__ inline int64_t tile_of_warp() { return static_cast<int64_t>(blockIdx.x) * kTilesABlock + threadIdx.x / kWarp; }
+__device__ inline int64_t tile_of_warp() {
+  return static_cast<int64_t>(blockIdx.x) * kTilesABlock + threadIdx.x / kWarp;
+}
 
 // counts[e, tile] and the tile's bits of needed.
 __global__ void __launch_bounds__(kTileThreads) count_rows(const PlanCall call, int64_t tiles) {

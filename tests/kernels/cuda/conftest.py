@@ -59,10 +59,10 @@ class PlanCall(ctypes.Structure):
 
 
 class Fenced:
-    """A tensor between two fences, all of it poison: NaN, or the most negative integer."""
+    """A tensor between two fences, all of it poison: NaN, or -1, which no word of a plan is."""
 
     def __init__(self, *shape: int, dtype: torch.dtype) -> None:
-        poison = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min
+        poison = float("nan") if dtype.is_floating_point else -1
         self.whole = torch.full((torch.Size(shape).numel() + 2 * FENCE,), poison, dtype=dtype)
         self.tensor = self.whole[FENCE : self.whole.numel() - FENCE].view(shape)
         self._before = self._fences().clone()

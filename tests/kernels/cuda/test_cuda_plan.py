@@ -14,7 +14,7 @@ from torch import Tensor
 from dmole_kernels import Plan, cpu, cuda
 
 pytestmark = pytest.mark.usefixtures("host")
-UNWRITTEN = torch.iinfo(torch.int32).min
+UNWRITTEN = -1
 FIRST, LAST = 1, 2
 
 

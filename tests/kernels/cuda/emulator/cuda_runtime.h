@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // As much of CUDA as the kernels of csrc/cuda need, on the host: they compile as C++ with this folder in the include
-// path, and run thread by thread. Threads of a block are fibers on one thread of the host. A fiber runs until it waits, at a
-// barrier or in a warp function, so what a missing barrier lets happen does happen, in an order that the test chooses;
-// what would hang or be undefined on a GPU is an error that says where.
+// path, and run thread by thread. Threads of a block are fibers on one thread of the host. A fiber runs until it waits,
+// at a barrier or in a warp function, so what a missing barrier lets happen does happen, in an order that the test
+// chooses; what would hang or be undefined on a GPU is an error that says where.
 #pragma once
 
 #include <cmath>

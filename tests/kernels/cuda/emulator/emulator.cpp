@@ -34,9 +34,10 @@ struct Fiber {
   int exchanges = 0;  // how many it has made in this block
 };
 
-// What lanes bring to their exchanges: one is only overwritten two exchanges later, when all have read it.
 struct Warp {
+  // What lanes bring to their exchanges: a value is only overwritten two exchanges later, when all have read it.
   std::array<std::array<uint64_t, kLanes>, 2> values;
+  unsigned ready = 0;
 };
 
 std::vector<std::unique_ptr<Fiber>> fibers;
@@ -50,8 +51,15 @@ Order order = Order::kForward;
 std::mt19937 shuffler;
 int64_t launches = 0;
 
+void wake(Fiber& fiber) {
+  if (fiber.state == State::kReady) return;
+  fiber.state = State::kReady;
+  ++warps[fiber.thread / kLanes].ready;
+}
+
 void give_way(State state, int line) {
   current->state = state;
+  --warps[current->thread / kLanes].ready;
   current->line = line;
   if (_setjmp(current->place) == 0) _longjmp(scheduler, 1);
 }
@@ -90,36 +98,43 @@ std::vector<unsigned> in_order(unsigned count) {
   return places;
 }
 
+// The first warp in the order that can go on, as far as it can before any other: the furthest from lock step.
+Warp* next_warp() {
+  const size_t count = warps.size(), first = order == Order::kShuffled ? shuffler() % count : 0;
+  for (size_t i = 0; i < count; ++i) {
+    const size_t place = (first + i) % count;
+    Warp& warp = warps[order == Order::kReverse ? count - 1 - place : place];
+    if (warp.ready > 0) return &warp;
+  }
+  return nullptr;
+}
+
 // Runs the block to its end; false when its threads wait for what never comes, or when one has failed.
 bool run_block() {
+  warps.assign((threads + kLanes - 1) / kLanes, Warp{});
   for (unsigned t = 0; t < threads; ++t) {
-    fibers[t]->state = State::kReady;
     fibers[t]->thread = t;
     fibers[t]->exchanges = 0;
+    fibers[t]->state = State::kDone;
+    wake(*fibers[t]);
   }
-  const std::vector<unsigned> places = in_order(threads);
-  for (;;) {
-    bool moved = false, done = true;
-    for (const unsigned t : places) {
-      Fiber& fiber = *fibers[t];
-      if (fiber.state == State::kReady) {
-        moved = true;
-        run(fiber);
-        if (!problem.empty()) return false;
-      }
-      done = done && fiber.state == State::kDone;
-    }
-    if (done) return true;
-    if (moved) continue;
-    for (unsigned t = 0; t < threads; ++t) {
-      const Fiber& fiber = *fibers[t];
-      if (fiber.state == State::kDone) continue;
-      fail("thread " + std::to_string(t) + " waits for ever in line " + std::to_string(fiber.line) +
-           (fiber.state == State::kAtBarrier ? " at a barrier that not all threads reach"
-                                             : " for lanes of its mask that do not come"));
-      return false;
+  const std::vector<unsigned> lanes = in_order(kLanes);
+  while (Warp* warp = next_warp()) {
+    const unsigned begin = static_cast<unsigned>(warp - warps.data()) * kLanes;
+    for (const unsigned lane : lanes) {
+      if (begin + lane < threads && fibers[begin + lane]->state == State::kReady) run(*fibers[begin + lane]);
+      if (!problem.empty()) return false;
     }
   }
+  for (unsigned t = 0; t < threads; ++t) {
+    const Fiber& fiber = *fibers[t];
+    if (fiber.state == State::kDone) continue;
+    fail("thread " + std::to_string(t) + " waits for ever in line " + std::to_string(fiber.line) +
+         (fiber.state == State::kAtBarrier ? " at a barrier that not all threads reach"
+                                           : " for lanes of its mask that do not come"));
+    return false;
+  }
+  return true;
 }
 
 }  // namespace
@@ -135,7 +150,6 @@ cudaError_t launch(const dim3& grid, const dim3& block, const std::function<void
   body = &thread;
   problem.clear();
   while (fibers.size() < threads) fibers.push_back(std::make_unique<Fiber>());
-  warps.assign((threads + kLanes - 1) / kLanes, Warp{});
   for (const unsigned place : in_order(grid.x * grid.y)) {
     blockIdx = dim3(place % grid.x, place / grid.x, 0);
     if (!run_block()) {
@@ -154,7 +168,7 @@ void wait_for_block(int line) {
     if (fibers[t].get() != current && fibers[t]->state == State::kAtBarrier) ++waiting;
   }
   if (waiting < threads) return give_way(State::kAtBarrier, line);
-  for (unsigned t = 0; t < threads; ++t) fibers[t]->state = State::kReady;
+  for (unsigned t = 0; t < threads; ++t) wake(*fibers[t]);
 }
 
 const uint64_t* exchange(unsigned mask, uint64_t value, int line) {
@@ -182,7 +196,7 @@ const uint64_t* exchange(unsigned mask, uint64_t value, int line) {
     give_way(State::kInWarp, line);
   } else {
     for (unsigned other = 0; other < kLanes; ++other) {
-      if ((mask >> other & 1u) != 0u) fibers[warp * kLanes + other]->state = State::kReady;
+      if ((mask >> other & 1u) != 0u) wake(*fibers[warp * kLanes + other]);
     }
   }
   return values.data();
