@@ -96,13 +96,11 @@ def choose_backend(
     return BackendChoice(name=requested, reason=reason)
 
 
-def _measured_decode(
-    device_type: str, dtype: torch.dtype | None, decode_rows: int | None
-) -> BackendChoice | None:
-    """"cuda" where the table says that it was measured faster for so few rows."""
+def _measured_decode(device_type: str, dtype: torch.dtype | None, decode_rows: int | None) -> BackendChoice | None:
+    """The choice of "cuda" where the table says that it was measured faster for so few rows; else None."""
     if not cuda_decode.FASTER_UP_TO or "cuda" not in BACKENDS or device_type != "cuda" or decode_rows is None:
         return None
-    if (dtype is not None and dtype not in cuda.DTYPES) or _gpu_is_too_old():
+    if (dtype is not None and dtype not in cuda.DTYPES) or _gpu_refusal():
         return None
     target = cuda_decode.this_target()
     rows = cuda_decode.largest_rows(target)
@@ -122,7 +120,7 @@ def _first_that_serves(device_type: str, dtype: torch.dtype | None) -> BackendCh
         if dtypes is not None and dtype is not None and dtype not in dtypes:
             passed_over = f"; {name!r} computes in {' or '.join(map(_name, dtypes))}, not {_name(dtype)}"
             continue
-        if name == "triton" and (refusal := _gpu_is_too_old()):
+        if name == "triton" and (refusal := _gpu_refusal()):
             passed_over = f"; for 'triton' {refusal}"
             continue
         reason = f"the first of {tuple(BACKENDS)} that serves {device_type}{passed_over}"
@@ -130,10 +128,11 @@ def _first_that_serves(device_type: str, dtype: torch.dtype | None) -> BackendCh
     raise AssertionError("the reference serves every device")
 
 
-def _gpu_is_too_old() -> str:
+def _gpu_refusal() -> str:
     """What the table of Triton's launch configurations says against this GPU; "" while none is in use."""
     # Under torch.compile the device is not asked: a trace shall not depend on it.
-    if torch.compiler.is_compiling() or torch.version.hip or not torch.cuda.is_initialized():
+    compiling = torch.compiler.is_compiling()
+    if compiling or torch.version.hip or not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return ""
     try:
         cuda_decode.this_target()

@@ -7,7 +7,7 @@ the plan of a gate made on the device. Whatever else is asked of it is refused, 
 
 Nothing is packed: the kernels read the experts where they lie, by the Triton backend's table of columns, and only those
 whose gate is not zero. Strided features of x or of an expert cost a copy, as do experts of several dtypes and gates of
-another dtype than float32.
+another dtype than float32. For CUDA graphs, run the step once before the capture: the first one builds that table.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 """
     largest_rows(target) -> rows up to which "auto" decodes with CUDA C++ on that GPU; 0: never
 
-The table that `backend` reads: for how many rows the CUDA C++ kernels were measured faster than Triton's, by the targets
-of `triton_backend/configs.py`.
+The table that `backend` reads: for how many rows the CUDA C++ kernels were measured faster than Triton's, by the
+targets of `triton_backend/configs.py`.
 
 2026-11-22: empty. Nothing was measured: the kernels have not run on a GPU, so they are reached by name only.
 """

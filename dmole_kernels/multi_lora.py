@@ -66,7 +66,8 @@ def multi_lora(
     backward: x and S = dropout(x) A^T where an expert is trainable; neither where all are frozen and the gate constant.
     On the cpu backend an expert costs the rows whose gate for it is not zero (all rows when the gate requires grad: a
     zero gate is owed its gradient); elsewhere, and under torch.compile, experts with a gate of zero are computed all
-    the same: leave them out of the lists (MultiLoRALinear does).
+    the same: leave them out of the lists (MultiLoRALinear does). The cuda backend is for decoding: at most 16 rows, no
+    dropout, no backward; it reads an expert for the rows whose gate for it is not zero.
 
     Raises:
         ValueError: for shapes, counts or probabilities that do not fit together, or a backend that is not there.

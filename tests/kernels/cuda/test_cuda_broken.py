@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deliberately broken CUDA kernels: one text of their sources changed, each must be caught by what the tests look at."""
+"""Deliberately broken CUDA kernels: one text of their sources changed, each must be caught."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dmole_kernels.testing import Results, Workload, judge, make_inputs, multi_l
 
 # Name -> what stands in csrc/cuda, and what the broken kernel has there.
 BROKEN_DECODE = {
-    "no_barrier_between_the_warps_sums": ("  __syncthreads();\n  if (thread < call.rows)", "  if (thread < call.rows)"),
+    "no_barrier_between_the_warps_sums": ("  __syncthreads();\n  if (thread", "  if (thread"),
     "gate_of_another_row": ("row / (call.rows / call.gates) * call.experts + expert", "expert"),
     "tail_of_the_features_dropped": ("i < left ? to_float(from[i]) : 0.0f", "0.0f"),
     "features_past_one_stride_dropped": ("d < call.features; d +=", "d < 1024; d +="),
@@ -37,15 +37,15 @@ BROKEN_DECODE = {
     ),
     "last_output_unwritten": ("if (output >= call.outputs) return;", "if (output >= call.outputs - 1) return;"),
     "one_output_too_many": ("if (output >= call.outputs) return;", "if (output >= call.outputs + 1) return;"),
-    "last_columns_block_missing": ("(call.outputs + kExpandThreads - 1) / kExpandThreads", "call.outputs / kExpandThreads"),
+    "last_columns_block_missing": ("(call.outputs + kExpandThreads - 1)", "call.outputs"),
 }  # fmt: skip
 BROKEN_PLAN = {
-    "no_barrier_between_counts_and_starts": ("  __syncthreads();\n  if (warp != 0) return;", "  if (warp != 0) return;"),
+    "no_barrier_between_counts_and_starts": ("  __syncthreads();\n  if (warp", "  if (warp"),
     "own_lane_counted": ("(1u << lane) - 1u", "(2u << lane) - 1u"),
     "tiles_before_forgotten": ("call.counts[e * tiles + tile] + __popc", "__popc"),
     "last_flag_forgotten": ("(e == last ? dmole::cpu::kLast : 0)", "0"),
     "first_flag_kept": ("    first = 0;\n", ""),
-    "scan_without_carry": ("total += __shfl_sync(kWholeWarp, sum, kWarp - 1)", "total = __shfl_sync(kWholeWarp, sum, kWarp - 1)"),
+    "scan_without_carry": ("total += __shfl_sync", "total = __shfl_sync"),
     "rows_past_the_end": ("return row < call.rows ? call.gate", "return true ? call.gate"),
     "experts_of_the_second_word": ("bits |= 1u << i", "bits |= 1u << (i % 31)"),
 }  # fmt: skip

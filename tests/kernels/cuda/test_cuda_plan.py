@@ -86,8 +86,11 @@ def test_gates_of_one_kind(pattern: str) -> None:
 
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
-    gates=st.integers(1, 40), span=st.integers(1, 5), experts=st.integers(1, 40), share=st.sampled_from((0.02, 0.3, 1.0))
-)  # fmt: skip
+    gates=st.integers(1, 40),
+    span=st.integers(1, 5),
+    experts=st.integers(1, 40),
+    share=st.sampled_from((0.02, 0.3, 1.0)),
+)
 def test_any_gate(gates: int, span: int, experts: int, share: float) -> None:
     check(drawn_gate(gates, experts, share, seed=gates), gates * span)
 
