@@ -33,7 +33,7 @@ setup: $(READY)
 
 # torch comes first and by itself: the plain index would bring a CUDA build of several GB as somebody's dependency. The
 # compiled kernels come last and in place; ninja compiles again only what changed.
-$(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*.cpp csrc/cpu/*)
+$(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "make: 'python -m venv' failed; install Python 3.10 or newer with its venv module." >&2; exit 1; }
 	if $(BIN)/python scripts/check_installed.py; then echo "setup: every pinned package is already installed; nothing is downloaded"; else \
 	  $(PIP) install -q -c constraints.txt "torch==2.13.0" && DMOLE_KERNELS_BUILD=skip $(PIP) install -q -c constraints.txt -e ".[data,dev,peft]" || \

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The compiled extension's table of contents: every tensor op by its schema, and the module's own functions.
 //
-// Tensor ops are reached as torch.ops.dmole_kernels.<name> and are the "cpu" backend of the ops that Python registers
-// (dmole_kernels/registration.py), which carry the fake implementations and the derivatives.
+// Tensor ops are reached as torch.ops.dmole_kernels.<name> and are the "cpu" and "cuda" backends of the ops that Python
+// registers (dmole_kernels/registration.py), which carry the fake implementations and the derivatives.
 #include <ATen/Parallel.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -26,6 +26,9 @@
 #include "cpu/pool_op.h"
 #include "cpu/router_op.h"
 #include "cpu/scratch.h"
+#ifdef DMOLE_WITH_CUDA
+#include "cuda/multi_lora_op.h"
+#endif
 
 #define DMOLE_TEXT_OF(value) #value
 #define DMOLE_TEXT(value) DMOLE_TEXT_OF(value)
@@ -63,6 +66,20 @@ TORCH_LIBRARY_IMPL(dmole_kernels, CPU, library) {
   library.impl("cpu_masked_max_pool", &dmole::cpu::masked_max_pool_op);
 }
 
+#ifdef DMOLE_WITH_CUDA
+TORCH_LIBRARY_FRAGMENT(dmole_kernels, library) {
+  library.def(
+      "cuda_decode(Tensor x, Tensor? base, Tensor gate, Tensor columns, Tensor spans, int outputs, "
+      "ScalarType expert_dtype, bool a_aligned, bool b_aligned) -> (Tensor, Tensor)");
+  library.def("cuda_plan(Tensor gate, int rows, bool every_column) -> (Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(dmole_kernels, CUDA, library) {
+  library.impl("cuda_decode", &dmole::cuda::decode_op);
+  library.impl("cuda_plan", &dmole::cuda::plan_op);
+}
+#endif
+
 namespace {
 
 // Which rows each expert of a gate serves; `words` is what the ops take.
@@ -98,7 +115,7 @@ struct Plan {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   using namespace dmole::cpu;
-  module.doc() = "Compiled CPU kernels of dmole_kernels.";
+  module.doc() = "Compiled kernels of dmole_kernels.";
   module.def("isa", [] { return std::string(isa_name(current_isa())); }, "Instruction set in use.");
   module.def("set_isa", &set_isa, pybind11::arg("name"), "Chooses one of available_isas(), or 'auto'.");
   module.def("available_isas", &available_isas, "What this machine runs, slowest first.");

@@ -27,7 +27,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dmole_kernels import cpu, reference, triton_backend
+from dmole_kernels import cpu, cuda, reference, triton_backend
 from dmole_kernels.argument_checks import check_floating, check_one_device
 from dmole_kernels.backend import BACKENDS, choose_backend, without_autocast
 from dmole_kernels.registration import register_op
@@ -171,6 +171,9 @@ if "triton" in BACKENDS:
     NORM["triton", "ghost"] = triton_backend.kernel("grad_norm", "squared_norm_ghost")
     ACCUMULATE["triton"] = triton_backend.kernel("grad_norm", "accumulate_gradient")
     SKETCH["triton"] = triton_backend.kernel("grad_norm", "accumulate_sketch")
+if "cuda" in BACKENDS:
+    NORM["cuda", "direct"] = NORM["cuda", "ghost"] = cuda.absent("gradient norms")
+    ACCUMULATE["cuda"] = SKETCH["cuda"] = cuda.absent("accumulated gradients")
 
 
 def _widened(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmole_kernels import reference, triton_backend
+from dmole_kernels import cuda, reference, triton_backend
 from dmole_kernels.argument_checks import check_floating, check_one_device
 from dmole_kernels.backend import BACKENDS, choose_backend
 from dmole_kernels.registration import register_op
@@ -55,6 +55,8 @@ if "cpu" in BACKENDS:
     POOL["cpu"] = torch.ops.dmole_kernels.cpu_masked_max_pool
 if "triton" in BACKENDS:
     POOL["triton"] = triton_backend.kernel("router_score", "masked_max_pool")
+if "cuda" in BACKENDS:
+    POOL["cuda"] = cuda.absent("masked_max_pool")
 
 
 def _pool(hidden: Tensor, mask: Tensor, backend: str) -> tuple[Tensor, Tensor]:

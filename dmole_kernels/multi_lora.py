@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from dmole_kernels import cpu, reference, triton_backend
+from dmole_kernels import cpu, cuda, reference, triton_backend
 from dmole_kernels.argument_checks import check_floating, check_one_device
 from dmole_kernels.backend import BACKENDS, choose_backend, without_autocast
 from dmole_kernels.cpu import Plan
@@ -68,7 +68,9 @@ def multi_lora(
     backward: x and S = dropout(x) A^T where an expert is trainable; neither where all are frozen and the gate constant.
     On the cpu backend an expert costs the rows whose gate for it is not zero (all rows when the gate requires grad: a
     zero gate is owed its gradient); elsewhere, and under torch.compile or torch.func, experts with a gate of zero are
-    computed all the same: leave them out of the lists (MultiLoRALinear does). First derivatives only.
+    computed all the same: leave them out of the lists (MultiLoRALinear does). First derivatives only. The cuda backend
+    is for decoding: at most 16 rows, no dropout, no backward; it reads an expert for the rows whose gate for it is not
+    zero.
 
     Raises:
         ValueError: for shapes, counts, dtypes, devices or probabilities that do not fit together, or a backend that is
@@ -77,7 +79,12 @@ def multi_lora(
     _check(x, base, lora_a, lora_b, gate, scale)
     check_dropout(dropout, dropout_mode)
     _check_seed(seed)
-    choice = choose_backend(backend, x.device.type, x.dtype if base is None else base.dtype)
+    choice = choose_backend(
+        backend,
+        x.device.type,
+        x.dtype if base is None else base.dtype,
+        decode_rows=None if dropout > 0.0 or torch.is_grad_enabled() else x.shape[:-1].numel(),
+    )
     transformed = transforms_active()
     # Under torch.func a gate does not always say whether it is differentiated.
     trained_gate = transformed or (gate.requires_grad and torch.is_grad_enabled())
@@ -178,6 +185,9 @@ if "cpu" in BACKENDS:
 if "triton" in BACKENDS:
     FORWARD["triton"] = triton_backend.kernel("multi_lora", "multi_lora_forward")
     BACKWARD["triton"] = triton_backend.kernel("multi_lora", "multi_lora_backward")
+if "cuda" in BACKENDS:
+    FORWARD["cuda"] = cuda.multi_lora_forward
+    BACKWARD["cuda"] = cuda.absent("backward of multi_lora")
 
 
 def _forward(

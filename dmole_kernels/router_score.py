@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dmole_kernels import reference, triton_backend
+from dmole_kernels import cuda, reference, triton_backend
 from dmole_kernels.argument_checks import check_floating, check_one_device, dtype_name
 from dmole_kernels.backend import BACKENDS, choose_backend, without_autocast
 from dmole_kernels.registration import register_op
@@ -132,6 +132,8 @@ if "triton" in BACKENDS:
     SCORE["triton"] = triton_backend.kernel("router_score", "router_score_forward")
     SCORE_BACKWARD["triton"] = reference.router_score_backward
     SELECT["triton"] = reference.router_select
+if "cuda" in BACKENDS:
+    SCORE["cuda"] = SCORE_BACKWARD["cuda"] = SELECT["cuda"] = cuda.absent("router")
 
 
 def _score(

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from dmole_kernels import BACKENDS, backend, choose_backend, cpu, multi_lora, use_backend
+from dmole_kernels import BACKENDS, backend, choose_backend, cpu, cuda, multi_lora, use_backend
 from dmole_kernels.grad_norm import ACCUMULATE, NORM, SKETCH
 from dmole_kernels.masked_pool import POOL
 from dmole_kernels.multi_lora import BACKWARD, FORWARD
@@ -27,8 +27,8 @@ def printed(**environment: str) -> str:
 @NEEDS_EXTENSION
 def test_auto_takes_the_compiled_kernels_where_they_serve() -> None:
     choice = choose_backend("auto", "cpu")
-    assert (choice.name, choice.reason) == ("cpu", "the first of ('cpu', 'reference') that serves cpu")
-    assert choose_backend("auto", "cuda").name == "reference"
+    assert (choice.name, choice.reason) == ("cpu", f"the first of {tuple(BACKENDS)} that serves cpu")
+    assert choose_backend("auto", "cuda").name == ("triton" if "triton" in BACKENDS else "reference")
     for dtype in (torch.float64, torch.float16):
         name = str(dtype).removeprefix("torch.")
         choice = choose_backend("auto", "cpu", dtype)
@@ -69,9 +69,9 @@ def test_by_name_for_tensors_it_does_not_serve_is_an_error() -> None:
         choose_backend("cpu", "cpu", torch.float64)
 
 
-@pytest.mark.parametrize("name", ["cuda", "", *(["triton"] if "triton" not in BACKENDS else [])])
+@pytest.mark.parametrize("name", ["", *({"cuda", "triton"} - set(BACKENDS))])
 def test_what_does_not_exist_is_an_error_that_names_what_does(name: str) -> None:
-    missing = " (Triton is not installed)" if name == "triton" else ""
+    missing = {"triton": " (Triton is not installed)", "cuda": f" ({cuda.MISSING})"}.get(name, "")
     expected = (
         f"backend={name!r} is not in this build of dmole_kernels{missing}; expected 'auto' or one of "
         f"{', '.join(map(repr, BACKENDS))}. Pass backend='auto' or backend='reference'."

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+    available  <=>  the compiled extension `dmole_kernels._C` was built with CUDA
+
+The "cuda" backend: CUDA C++ (csrc/cuda/) for what a decode step needs, the forward of multi_lora for 1 to 16 rows, and
+the plan of a gate made on the device. Whatever else is asked of it is refused, with the reason and the remedy.
+
+Nothing is packed: the kernels read the experts where they lie, by the Triton backend's table of columns, and only those
+whose gate is not zero. Strided features of x or of an expert cost a copy, as do experts of several dtypes and gates of
+another dtype than float32. For CUDA graphs, run the step once before the capture: the first one builds that table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from dmole_kernels import cpu
+from dmole_kernels.triton_backend.columns import expert_columns, one_dtype
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MOST_ROWS = 16
+OPS = ("cuda_decode", "cuda_plan")
+_LOAD_BYTES = 16
+_REMEDY = "Pass backend='triton' or backend='reference' for this call."
+
+
+def _missing() -> str:
+    """Why there are no CUDA kernels here; "" where there are."""
+    if cpu.EXTENSION is None:
+        return cpu.MISSING
+    if all(hasattr(torch.ops.dmole_kernels, name) for name in OPS):
+        return ""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is not a CUDA build"
+    return "dmole_kernels._C was built without nvcc, or of older sources"
+
+
+MISSING = _missing()
+
+
+def multi_lora_forward(
+    x: Tensor, base: Tensor | None, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], gate_GE: Tensor,
+    scale: Sequence[float], dropout: float, per_expert: bool, seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y and S as `reference.multi_lora_forward`, but S is zero where the gate is.
+
+    Raises:
+        ValueError: for more than 16 rows, or dropout.
+    """
+    rows = x.shape[:-1].numel()
+    if rows > MOST_ROWS:
+        raise ValueError(f"backend='cuda' got {rows} rows of x; expected at most {MOST_ROWS}, a decode step. {_REMEDY}")
+    if seed is not None:
+        raise ValueError(
+            f"backend='cuda' got dropout={dropout}; expected 0, since its kernels are for inference and draw no masks. "
+            f"Put the layer in eval() or pass backend='triton' or backend='reference'."
+        )
+    dtype = x.dtype if base is None else base.dtype
+    outputs = lora_b[0].shape[0]
+    a, b = _experts(lora_a, lora_b, dtype)
+    columns = expert_columns(a, b, scale, block=MOST_ROWS, per_expert=False)
+    y_NP, s_NR = torch.ops.dmole_kernels.cuda_decode(
+        _rows(x, dtype),
+        None if base is None else _rows(base, dtype),
+        gate_GE.to(torch.float32).contiguous(),
+        columns.table,
+        columns.experts,
+        outputs,
+        columns.a_dtype,
+        columns.a_aligned,
+        columns.b_run * columns.b_dtype.itemsize == _LOAD_BYTES,
+    )
+    return y_NP.view(*x.shape[:-1], outputs), s_NR
+
+
+def plan(gate_GE: Tensor, rows: int, *, every_column: bool = False) -> tuple[Tensor, Tensor]:
+    """Which rows each expert serves, made on the gate's device with no host synchronisation.
+
+    Returns int32 words laid out as `Plan.words`, {rows, experts, slots}, start, row, flags, in a tensor with room for
+    every pair (what is behind the plan's own words is not written), and int32 [tiles, ceil(experts / 32)]: bit e of a
+    tile says that one of its 32 rows needs expert e.
+    """
+    words, needed = torch.ops.dmole_kernels.cuda_plan(gate_GE.to(torch.float32).contiguous(), rows, every_column)
+    return words, needed
+
+
+def absent(what: str) -> Callable[..., NoReturn]:
+    """In the tables of kernels where this backend has none: says so when it is asked for."""
+
+    def refuse(*_arguments: object, **_keywords: object) -> NoReturn:
+        raise ValueError(f"backend='cuda' has no {what}; expected a decode step of multi_lora. {_REMEDY}")
+
+    return refuse
+
+
+def _experts(lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], ...]:
+    """As they are where all share float32 or the working dtype and lie in rows."""
+    experts = one_dtype([*lora_a, *lora_b], dtype)
+    if experts[0].dtype not in (dtype, torch.float32):
+        experts = [expert.to(dtype) for expert in experts]
+    return experts[: len(lora_a)], experts[len(lora_a) :]
+
+
+def _rows(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    flat = tensor.reshape(-1, tensor.shape[-1]).to(dtype)
+    return flat if flat.stride(1) == 1 or flat.shape[1] <= 1 else flat.contiguous()
