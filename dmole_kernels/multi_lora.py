@@ -55,8 +55,9 @@ def multi_lora(
         scale: per expert, alpha / rank.
         dropout: chance of zeroing an element of x, in [0, 1).
         dropout_mode: "shared" draws one mask for all experts, "per_expert" one for each.
-        seed: int64 scalar on the CPU that determines the masks; drawn from torch's default generator when None, so
-            restoring that generator's state repeats them.
+        seed: int64 scalar that determines the masks, on the CPU or on x's device; drawn from torch's default generator
+            for the CPU when None, so restoring that generator's state repeats them (while a CUDA graph is captured,
+            from the device's, so that every replay draws anew).
         backend: see `choose_backend`.
         plan: which rows each expert serves, for this gate and as many rows as x has; the cpu backend makes its own when
             None. Not for a gate that requires grad.
@@ -77,7 +78,7 @@ def multi_lora(
     if plan is not None:
         _check_plan(plan, x, trained_gate)
     if dropout > 0.0 and seed is None:
-        seed = torch.randint(0, 2**63 - 1, (), dtype=torch.int64)
+        seed = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=_seed_device(x.device))
     settings = (
         list(scale), dropout, dropout_mode == "per_expert", seed if dropout > 0.0 else None, choice.name, trained_gate,
     )  # fmt: skip
@@ -91,6 +92,12 @@ def multi_lora(
     else:
         y, _ = _forward(x, base, list(lora_a), list(lora_b), gate, *settings, words)
     return y
+
+
+def _seed_device(device: torch.device) -> torch.device:
+    """Where a seed is drawn: a graph replays launches, not the host, so in one the device has to draw."""
+    captured = device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
+    return device if captured else torch.device("cpu")
 
 
 def _check(

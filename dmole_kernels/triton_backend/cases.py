@@ -38,6 +38,7 @@ class Case:
     samples: int = 8
     gate: Literal["sample", "token"] = "sample"
     dropout: float = 0.0
+    device_seed: bool = False
     per_expert: bool = False
     need_gate: bool = False
     every_column: bool = False
@@ -47,8 +48,8 @@ class Case:
 # Every configuration (kernel, element size, column block) and every switch of the kernels, over all targets.
 CASES = (
     Case(name="rank 16", ranks=(16,)),
-    Case(name="ranks 8 16 8, experts in bf16, dropout, gates", ranks=(8, 16, 8), expert_dtype=torch.bfloat16,
-         dropout=0.05, need_gate=True, every_column=True),
+    Case(name="ranks 8 16 8, experts in bf16, dropout, seed on the device, gates", ranks=(8, 16, 8),
+         expert_dtype=torch.bfloat16, dropout=0.05, device_seed=True, need_gate=True, every_column=True),
     Case(name="4 x 16", ranks=(16,) * 4),
     Case(name="9 x 16, token gates, dropout", ranks=(16,) * 9, gate="token", dropout=0.05, need_gate=True,
          every_column=True),
@@ -70,7 +71,7 @@ def launches(case: Case, target: str) -> tuple[list[Launch], list[Launch]]:
     lora_a = [empty(rank, case.in_features, dtype=case.expert_dtype) for rank in case.ranks]
     lora_b = [empty(case.out_features, rank, dtype=case.expert_dtype) for rank in case.ranks]
     gate = empty(case.rows if case.gate == "token" else case.samples, experts, dtype=torch.float32)
-    seed = torch.tensor(2025) if case.dropout else None
+    seed = torch.tensor(2025, device="meta" if case.device_seed else "cpu") if case.dropout else None
     switches = (lora_a, lora_b, gate, [1.0] * experts, case.dropout, case.per_expert, seed)
     forward: list[Launch] = []
     backward: list[Launch] = []

@@ -56,8 +56,7 @@ def multi_lora_forward(
     config = configuration("shrink", target, bits)
     flags = _flags(x_ND, columns, config)
     facts = _facts(dtype, columns, gate_GE.contiguous(), flags, x_ND.shape[0], config) | {
-        **mask_arguments(dropout, seed),
-        "DROPOUT": seed is not None,
+        **mask_arguments(dropout, seed, x.device),
         "LOOK": "none" if flags.shape[1] == 1 else "flag" if every_column else "skip",
         "HAS_BASE": base is not None,
         "x": x_ND,
@@ -136,8 +135,7 @@ def multi_lora_backward(
         torch.empty((shares, *t.shape), dtype=wide, device=grad.device) if shares > 1 else t for t in (da, db)
     )
     facts = _facts(dtype, columns, gate_GE, flags, rows, config) | {
-        **mask_arguments(dropout, seed),
-        "DROPOUT": seed is not None,
+        **mask_arguments(dropout, seed, grad.device),
         "NEED_GATE": need_gate,
         "WEIGHTS": shares > 1,
         "TOKEN_GATES": gate_GE.shape[0] == rows,
