@@ -72,16 +72,13 @@ def multi_lora(
     Raises:
         ValueError: for shapes, counts or probabilities that do not fit together, or a backend that is not there.
     """
-    _check(x, base, lora_a, lora_b, gate, scale, dropout)
+    check_experts(x, base, lora_a, lora_b, gate, scale, dropout)
     choice = choose_backend(backend, x.device.type, x.dtype if base is None else base.dtype)
     trained_gate = gate.requires_grad and torch.is_grad_enabled()
     if plan is not None:
         _check_plan(plan, x, trained_gate)
-    if dropout > 0.0 and seed is None:
-        seed = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=_seed_device(x.device))
-    settings = (
-        list(scale), dropout, dropout_mode == "per_expert", seed if dropout > 0.0 else None, choice.name, trained_gate,
-    )  # fmt: skip
+    seed = seed_for(x.device, dropout, seed)
+    settings = (list(scale), dropout, dropout_mode == "per_expert", seed, choice.name, trained_gate)
     y: Tensor
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         y, _ = torch.ops.dmole_kernels.multi_lora(x, base, list(lora_a), list(lora_b), gate, *settings)
@@ -94,13 +91,16 @@ def multi_lora(
     return y
 
 
-def _seed_device(device: torch.device) -> torch.device:
-    """Where a seed is drawn: a graph replays launches, not the host, so in one the device has to draw."""
+def seed_for(device: torch.device, dropout: float, seed: Tensor | None) -> Tensor | None:
+    """The seed given, or one drawn; None without dropout."""
+    if dropout == 0.0 or seed is not None:
+        return seed if dropout > 0.0 else None
+    # A CUDA graph replays launches, not the host: there the device has to draw.
     captured = device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
-    return device if captured else torch.device("cpu")
+    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device if captured else "cpu")
 
 
-def _check(
+def check_experts(
     x: Tensor, base: Tensor | None, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], gate: Tensor,
     scale: Sequence[float], dropout: float,
 ) -> None:  # fmt: skip
@@ -208,7 +208,7 @@ def _backward_fake(
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def save_for_derivative(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, base, lora_a, lora_b, gate, scale, dropout, per_expert, seed, backend, every_column = inputs
     if gate.requires_grad and not every_column:
         raise ValueError(
@@ -229,7 +229,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(kept_x, kept_s, gate, seed, *lora_a, *lora_b)
 
 
-def _autograd(ctx: Any, grad: Tensor | None, _grad_shrunk: None) -> tuple[Any, ...]:
+def multi_lora_derivative(ctx: Any, grad: Tensor | None, _grad_shrunk: None) -> tuple[Any, ...]:
     x, shrunk, gate, seed, *experts = ctx.saved_tensors
     count = len(experts) // 2
     lora_a, lora_b = experts[:count], experts[count:]
@@ -281,14 +281,14 @@ class _EagerMultiLora(torch.autograd.Function):
         count = len(experts) // 2
         inputs = (x, base, list(experts[:count]), list(experts[count:]), gate, *settings)
         output = _forward(*inputs, plan)  # type: ignore[call-arg]
-        _setup_context(ctx, inputs, output)
+        save_for_derivative(ctx, inputs, output)
         ctx.plan = plan
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, grad_shrunk: None) -> tuple[Tensor | None, ...]:
-        dx, dbase, da, db, dgate, *_ = _autograd(ctx, grad, grad_shrunk)
+        dx, dbase, da, db, dgate, *_ = multi_lora_derivative(ctx, grad, grad_shrunk)
         return None, None, dx, dbase, dgate, *da, *db
 
 
@@ -297,8 +297,8 @@ register_op(
     "bool per_expert, Tensor? seed, str backend, bool every_column) -> (Tensor, Tensor)",
     kernel=_forward,
     fake=_forward_fake,
-    backward=_autograd,
-    setup_context=_setup_context,
+    backward=multi_lora_derivative,
+    setup_context=save_for_derivative,
 )
 register_op(
     "multi_lora_backward(Tensor grad, Tensor? x, Tensor? shrunk, Tensor[] lora_a, Tensor[] lora_b, Tensor gate, "
