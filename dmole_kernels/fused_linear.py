@@ -61,12 +61,9 @@ def fused_linear(
     seed = seed_for(x.device, dropout, seed)
     every_column = gate.requires_grad and torch.is_grad_enabled()
     settings = (list(scale), dropout, dropout_mode == "per_expert", seed, choice.name, every_column)
-    arguments = (settings, weight, bias, x, gate, *lora_a, *lora_b)
+    run = _FusedLinear.apply if torch.is_grad_enabled() else _run
     y: Tensor
-    if torch.is_grad_enabled():
-        y, _ = _FusedLinear.apply(*arguments)  # type: ignore[no-untyped-call]
-    else:
-        y, _ = _run(*arguments)
+    y, _ = run(settings, weight, bias, x, gate, *lora_a, *lora_b)
     return y
 
 

@@ -2,9 +2,10 @@
 """
     python -m dmole_kernels tune [--output FILE] [--kernels shrink,expand] [--quick]
 
-Measures, on the GPU at hand, the launch configurations that compile without spills and fit its shared memory, and writes
-the fastest of each (kernel, element size) with the date and the device's name in the form of `triton_backend/tuned.json`.
-Copying the file there puts it to use (then run check-aot --write); nothing is ever tuned at run time.
+Measures, on the GPU at hand, the launch configurations that compile without spills and fit its shared memory, and
+writes the fastest of each (kernel, element size) with the date and the device's name in the form of
+`triton_backend/tuned.json`. Copying the file there puts it to use (then run check-aot --write); nothing is ever tuned
+at run time.
 
 A configuration is judged by the sum over the rank classes (16, 32 and 64 packed columns) of its median time, at one
 number of rows: it must not depend on how many rows a call has, or a sample's result would depend on its batch mates.
@@ -65,7 +66,9 @@ class Trial:
 
 def candidates(kernel: str, current: Config) -> list[Config]:
     """The table's own entry first, then its neighbours."""
-    rows, widths, depths = (16, 32, 64), (128,), (0,)
+    rows: tuple[int, ...] = (16, 32, 64)
+    widths: tuple[int, ...] = (128,)
+    depths: tuple[int, ...] = (0,)
     if kernel == "expand":
         rows, widths = (32, 64, 128), (64, 128, 256)
     elif kernel == "shrink_gradient":
@@ -207,13 +210,13 @@ def _seconds(launch: Launch, device: str) -> float:
     times = []
     for _ in range(ROUNDS):
         flushed.zero_()
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        events[0].record()  # type: ignore[no-untyped-call]
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin.record()
         launch.run()
-        events[1].record()  # type: ignore[no-untyped-call]
-        events[1].synchronize()  # type: ignore[no-untyped-call]
-        times.append(events[0].elapsed_time(events[1]) / 1e3)  # type: ignore[no-untyped-call]
-    return statistics.median(times)
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return float(statistics.median(times))
 
 
 def main(arguments: Sequence[str] = ()) -> int:
@@ -225,7 +228,9 @@ def main(arguments: Sequence[str] = ()) -> int:
     chosen = options.kernels.split(",")
     unknown = [name for name in chosen if name not in LAUNCHES]
     if unknown:
-        raise ValueError(f"--kernels has {', '.join(unknown)}; expected some of {', '.join(LAUNCHES)}. Check the names.")
+        raise ValueError(
+            f"--kernels has {', '.join(unknown)}; expected some of {', '.join(LAUNCHES)}. Check the names."
+        )
     device = "cpu" if interpreting() else "cuda"
     if interpreting():
         print(INTERPRETER)

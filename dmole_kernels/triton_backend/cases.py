@@ -9,7 +9,7 @@ that making them asks the device for no value.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -79,12 +79,15 @@ MODEL = Sizes()
 
 
 def _drawn(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device=device) if device == "meta" else torch.randn(
-        *shape, device=device
-    ).to(dtype)
+    return (
+        torch.empty(shape, dtype=dtype, device=device)
+        if device == "meta"
+        else torch.randn(*shape, device=device).to(dtype)
+    )
 
 
-Arguments = tuple[Tensor, Tensor, tuple[Any, ...]]
+Switches = tuple[list[Tensor], list[Tensor], Tensor, list[float], float, bool, Tensor | None]
+Arguments = tuple[Tensor, Tensor, Switches]
 
 
 def launches(case: Case, target: Target, tensors: Arguments | None = None) -> tuple[list[Launch], list[Launch]]:

@@ -121,7 +121,7 @@ def misfits(line: Line) -> Iterator[str]:
         for config, bits, element in zip(pair, ("16", "32"), (0, 1), strict=True):
             leader = line[FLAGS_OF[kernel]][element] if kernel in FLAGS_OF else config
             if config.rows % leader.rows:
-                yield f"{kernel}, {bits} bits: {config.rows} rows; expected a multiple of {leader.rows}, the flags' groups"
+                yield f"{kernel}, {bits} bits: {config.rows} rows; expected a multiple of the flags' {leader.rows}"
             if kernel in MASKED_TILES and config.width != DROPOUT_GROUP:
                 yield f"{kernel}, {bits} bits: width {config.width}; expected {DROPOUT_GROUP}, a group of the mask"
 

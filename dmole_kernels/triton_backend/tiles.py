@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What kernels share: masked tiles, the dot and the loop around it; the gate of a tile, the experts' rows by address."""
+"""What kernels share: masked tiles, the dot and the loop around it; gates of a tile, experts' rows by address."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def pointers_into_b(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def is_active(flags, tile, block, flag_rows, blocks, RATIO: tl.constexpr, ONE_BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Whether any of the RATIO flagged row groups of this tile needs the column block; the only one always is computed."""
+    """Whether any of the RATIO flagged row groups of this tile needs the column block; an only block is not asked."""
     if ONE_BLOCK:
         active = tl.full([], 1, dtype=tl.int32)
     else:
