@@ -206,7 +206,7 @@ def multi_lora_backward(
                     "dY": size(grad_NP),
                     "S": size(s_NR),
                     "dS": size(ds_NR),
-                    "plan": plan_bytes(facts),
+                    "plan": plan_bytes(facts) + size(columns.learning),
                 },
                 writes={"dA": size(partial_a), "dB": size(partial_b)},
             )
@@ -222,7 +222,11 @@ def multi_lora_backward(
                 facts | {"SIZE": config.width, "ROWS": config.rows},
                 grid=sums + (gate_groups * gate_GE.shape[1] if need_gate else 0),
                 config=config,
-                reads={"partial": size(partial_a, partial_b) if shares > 1 else 0, "P * S": size(products_NR)},
+                reads={
+                    "partial": size(partial_a, partial_b) if shares > 1 else 0,
+                    "P * S": size(products_NR),
+                    "plan": size(columns.table, columns.experts) if need_gate else 0,
+                },
                 writes={"dA, dB": size(da, db) if shares > 1 else 0, "dg": size(dgate)},
             )
         )

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.check_gpu.correctness import SEVERAL_BLOCKS, checks
+from benchmarks.check_gpu.correctness import SEVERAL_BLOCKS
 from dmole_kernels import ExpertGates, MultiLoRALinear
 from dmole_kernels.fused_linear import fused_linear
 from dmole_kernels.testing import (
@@ -29,13 +29,6 @@ from dmole_kernels.triton_backend.configs import TARGETS
 from dmole_kernels.triton_backend.fused_base import fused_base_forward
 
 pytestmark = pytest.mark.usefixtures("triton_on_cpu")
-
-
-def test_a_fused_launch_is_checked_as_every_op_is() -> None:
-    """`check-gpu`'s own checks of the experiment, interpreted: output and all gradients with W = 0, and with a base."""
-    found = [check for check in checks("cpu", tiny=True) if "fused_linear" in check.name]
-    assert len(found) == 1 + 2 * 4
-    assert {check.name: check.complaints() for check in found if check.complaints()} == {}
 
 
 @pytest.mark.parametrize("workload", (*WORKLOADS, SEVERAL_BLOCKS), ids=lambda workload: workload.name)
@@ -82,7 +75,7 @@ def layer(fuse_base: bool) -> tuple[MultiLoRALinear, ExpertGates]:
     gates = ExpertGates()
     made = MultiLoRALinear(nn.Linear(24, 20), gates=gates, dropout=0.2, backend="triton", fuse_base=fuse_base)
     for name, rank in (("films", 3), ("charts", 5)):
-        made.bank.add(name, rank)
+        made.bank.add(name, rank, alpha=2.0 * rank)
         nn.init.normal_(made.bank.expert(name).lora_b)
     return made, gates
 
