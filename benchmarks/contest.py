@@ -47,6 +47,8 @@ class Contest:
     base: str | None = None
     added_flops: float = 0.0
     added_bytes: float = 0.0
+    base_bytes: float = 0.0
+    device: str = "cpu"
     refusals: Sequence[str] = ()
 
 
@@ -109,8 +111,11 @@ def hold(
             if complaints:
                 wrong[contender.provider] = complaints
         runs = {c.provider: c.run for c in contest.contenders if c.provider not in wrong}
-        samples = interleaved(runs, seconds=seconds, min_rounds=min_rounds, max_rounds=max_rounds) if runs else {}
-        peaks = {provider: peak_memory_mib(run) for provider, run in runs.items()} if memory else {}
+        wait = torch.cuda.synchronize if contest.device == "cuda" else None
+        samples: dict[str, list[float]] = {}
+        if runs:
+            samples = interleaved(runs, seconds=seconds, min_rounds=min_rounds, max_rounds=max_rounds, wait=wait)
+        peaks = {provider: peak_memory_mib(run, contest.device) for provider, run in runs.items()} if memory else {}
     return Outcome(contest=contest, samples=samples, wrong=wrong, memory_mib=peaks)
 
 

@@ -93,6 +93,12 @@ class LoraProblem:
         learning = 2.0 * sum(self.weight.shape) * sum(pairs for e, pairs in used if self.inputs.trainable[e])
         return 2 * every + learning
 
+    def base_bytes(self, direction: Direction) -> float:
+        """Operands and result of each of the base's products, once."""
+        n, (p, d) = self.case.rows, self.weight.shape
+        product = float(self.weight.element_size() * (n * d + d * p + n * p))
+        return product if direction == "forward" else 2 * product
+
     def added_bytes(self, direction: Direction) -> float:
         n, (p, d) = self.case.rows, self.weight.shape
         r = sum(self.case.ranks[e] for e in self.active)
@@ -116,23 +122,25 @@ def make_gate(case: LoraCase, generator: torch.Generator) -> Tensor:
     return torch.zeros(count, experts).scatter_(1, chosen, 1.0).view(*leading, experts)
 
 
-def make_problem(case: LoraCase, dtype: torch.dtype, *, seed: int = 0, zero_base: bool = False) -> LoraProblem:
-    """Tensors drawn in float32 and rounded once. `zero_base`: W = 0, so that y is the LoRA delta alone."""
+def make_problem(
+    case: LoraCase, dtype: torch.dtype, *, seed: int = 0, zero_base: bool = False, device: torch.device | str = "cpu"
+) -> LoraProblem:
+    """Tensors drawn in float32 on the CPU and rounded once. `zero_base`: W = 0, so that y is the LoRA delta alone."""
     if not 0 <= case.top <= len(case.ranks):
         raise ValueError(f"{case.name}: top is {case.top}; expected 0 (dense) to {len(case.ranks)}, its experts.")
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(*shape, generator=generator) * scale).to(dtype)
+        return (torch.randn(*shape, generator=generator) * scale).to(device, dtype)
 
     d, p = case.in_features, case.out_features
-    weight = torch.zeros(p, d, dtype=dtype) if zero_base else draw(p, d, scale=d**-0.5)
+    weight = torch.zeros(p, d, dtype=dtype, device=device) if zero_base else draw(p, d, scale=d**-0.5)
     last = len(case.ranks) - 1
     inputs = LoraInputs(
         x=draw(case.samples, case.tokens, d),
         lora_a=tuple(draw(rank, d, scale=d**-0.5) for rank in case.ranks),
         lora_b=tuple(draw(p, rank, scale=rank**-0.5) for rank in case.ranks),
-        gate=make_gate(case, generator),
+        gate=make_gate(case, generator).to(device),
         scale=tuple(2.0 / (1 + e % 4) for e in range(len(case.ranks))),
         grad=draw(case.samples, case.tokens, p),
         trainable=tuple(case.trainable == "all" or e == last for e in range(len(case.ranks))),

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.contest import CannotTake, Contender, Contest
 from benchmarks.lora_case import Direction, LoraCase, LoraProblem, make_problem
-from benchmarks.lora_rivals import Built, builders, cpu_backends
+from benchmarks.lora_rivals import Built, backends, builders
 from dmole_kernels.testing import Results, judge, multi_lora_loop, rejected, run_autograd, run_reference
 
 JUDGED_FLOPS = 1e10  # of the float64 oracle, which runs every expert on every row
@@ -28,14 +28,14 @@ OWN_FACTOR, RIVAL_FACTOR = 2.0, 8.0
 
 def lora_contest(
     case: LoraCase, dtype: torch.dtype, direction: Direction, threads: int, providers: Sequence[str],
-    *, table: Mapping[str, Callable[[LoraProblem], Built]] | None = None,
+    *, table: Mapping[str, Callable[[LoraProblem], Built]] | None = None, device: str = "cpu",
 ) -> Contest:  # fmt: skip
     """`table` adds or replaces providers (tests put a wrong one there)."""
-    known = {**builders(), **(table or {})}
+    known = {**builders(device), **(table or {})}
     if "packed_compiled" in providers:
         torch._dynamo.reset()  # earlier cases' code, which counts against the limit of recompilations
-    problem = make_problem(case, dtype)
-    judging = _Judging(case, dtype, direction)
+    problem = make_problem(case, dtype, device=device)
+    judging = _Judging(case, dtype, direction, device)
     contenders: list[Contender] = []
     refusals: list[str] = []
     for provider in providers:
@@ -52,7 +52,7 @@ def lora_contest(
             judge_it: Callable[[], Sequence[str]] = _base_judge(built, problem)
         else:
             flops += problem.added_flops(direction)
-            factor = OWN_FACTOR if provider in cpu_backends() else RIVAL_FACTOR
+            factor = OWN_FACTOR if provider.startswith(backends(device)) else RIVAL_FACTOR
             judge_it = _expert_judge(judging, judged, factor)
         contenders.append(
             Contender(provider=provider, run=call(built, problem, direction), judge=judge_it, flops=flops)
@@ -66,6 +66,8 @@ def lora_contest(
         base="base_only",
         added_flops=problem.added_flops(direction),
         added_bytes=problem.added_bytes(direction),
+        base_bytes=problem.base_bytes(direction),
+        device=device,
         refusals=refusals,
     )
 
@@ -116,30 +118,31 @@ class _Judging:
     case: LoraCase
     dtype: torch.dtype
     direction: Direction
+    device: str
 
     @property
     def problem(self) -> LoraProblem:
-        return _judged_problem(self.case, self.dtype)
+        return _judged_problem(self.case, self.dtype, self.device)
 
     def truth_and_yardstick(self) -> tuple[Results, Results]:
-        truth, yardstick = _oracle(self.case, self.dtype)
+        truth, yardstick = _oracle(self.case, self.dtype, self.device)
         if self.direction == "forward":
             return {"delta": truth["delta"]}, {"delta": yardstick["delta"]}
         return truth, yardstick
 
 
 @cache
-def _judged_problem(case: LoraCase, dtype: torch.dtype) -> LoraProblem:
+def _judged_problem(case: LoraCase, dtype: torch.dtype, device: str) -> LoraProblem:
     per_row = 6.0 * (case.in_features + case.out_features) * sum(case.ranks)
     # One row alone compares two roundings by luck.
     rows = replace(case, samples=max(case.samples, -(-16 // case.tokens)))
     small = replace(rows.limited(max(1, min(1024, int(JUDGED_FLOPS / per_row)))), dropout=0.0)
-    return make_problem(small, dtype, seed=1, zero_base=True)
+    return make_problem(small, dtype, seed=1, zero_base=True, device=device)
 
 
 @cache
-def _oracle(case: LoraCase, dtype: torch.dtype) -> tuple[Results, Results]:
-    inputs = _judged_problem(case, dtype).inputs
+def _oracle(case: LoraCase, dtype: torch.dtype, device: str) -> tuple[Results, Results]:
+    inputs = _judged_problem(case, dtype, device).inputs
     truth = run_autograd(multi_lora_loop, inputs.to(torch.float64))
     yardstick = run_reference(inputs)
     return tuple({k: v for k, v in r.items() if k != "dgate"} for r in (truth, yardstick))  # type: ignore[return-value]

@@ -11,7 +11,7 @@ done once and not timed, for every rival; so is the gate plan of this package, w
     peft_loop         its loop over adapters, each on its own rows, with autograd; gates allowed
     dmole_loop        the published D-MoLE layer's loop: every expert the batch uses, on all rows
     grouped_mm        rows sorted by expert, F.grouped_mm twice, ranks padded to the largest
-    reference, cpu    this package's MultiLoRALinear with that backend
+    reference, cpu    this package's MultiLoRALinear with that backend; triton_fused: with fuse_base
     cpu_pytorch_base  the cpu backend's experts beside F.linear, where it would take its own kernel for the base
 """
 
@@ -161,6 +161,13 @@ def packed_compiled(problem: LoraProblem) -> Built:
     )
 
 
+def _linear_of(problem: LoraProblem) -> nn.Linear:
+    outputs, features = problem.weight.shape
+    linear = nn.Linear(features, outputs, bias=False, device="meta")
+    linear.weight = nn.Parameter(problem.weight)
+    return linear
+
+
 def peft_mixed(problem: LoraProblem) -> Built:
     case, inputs = problem.case, problem.inputs
     if case.level != "sample" or not problem.hard or bool((inputs.gate.sum(-1) > 1).any()):
@@ -169,8 +176,7 @@ def peft_mixed(problem: LoraProblem) -> Built:
         peft = importlib.import_module("peft")
     except ImportError as error:
         raise CannotTake("peft is not installed") from error
-    linear = nn.Linear(case.in_features, case.out_features, bias=False, dtype=problem.weight.dtype)
-    linear.weight = nn.Parameter(problem.weight)
+    linear = _linear_of(problem)
     model: Any = None
     with warnings.catch_warnings():
         # PEFT warns of each adapter beyond the first; that is what is wanted here.
@@ -252,7 +258,7 @@ def grouped_mm(problem: LoraProblem) -> Built:
     pair_rows = torch.cat(rows)
     factors = [problem.gate_NE[r, e] * inputs.scale[e] for r, e in zip(rows, active, strict=True)]
     factor_M1 = torch.cat(factors)[:, None].to(dtype)
-    offsets = torch.tensor([len(r) for r in rows]).cumsum(0).to(torch.int32)
+    offsets = torch.tensor([len(r) for r in rows]).cumsum(0).to(problem.weight.device, torch.int32)
 
     def forward(x: Tensor) -> Tensor:
         result = F.linear(x, problem.weight)
@@ -269,15 +275,14 @@ def grouped_mm(problem: LoraProblem) -> Built:
     return Built(forward=forward, parameters=(stacked_a, stacked_b), gradients=gradients)
 
 
-def module_of(backend: str) -> Callable[[LoraProblem], Built]:
+def module_of(backend: str, *, fuse_base: bool = False) -> Callable[[LoraProblem], Built]:
     """MultiLoRALinear with this backend, its experts in the working dtype like everybody's here."""
 
     def build(problem: LoraProblem) -> Built:
         case, inputs = problem.case, problem.inputs
-        linear = nn.Linear(case.in_features, case.out_features, bias=False, dtype=problem.weight.dtype)
-        linear.weight = nn.Parameter(problem.weight)
+        linear = _linear_of(problem)
         gates = ExpertGates()
-        layer = MultiLoRALinear(linear, gates=gates, dropout=inputs.dropout, backend=backend)
+        layer = MultiLoRALinear(linear, gates=gates, dropout=inputs.dropout, backend=backend, fuse_base=fuse_base)
         names = [f"e{e}" for e in range(len(case.ranks))]
         for e, name in enumerate(names):
             layer.bank.add(name, case.ranks[e], alpha=inputs.scale[e] * case.ranks[e], trainable=inputs.trainable[e])
@@ -317,9 +322,13 @@ def cpu_pytorch_base(problem: LoraProblem) -> Built:
     return _with_forward(built, forward)
 
 
+def backends(device_type: str) -> tuple[str, ...]:
+    """The backends of this build that serve such devices, fastest first."""
+    return tuple(name for name, devices in BACKENDS.items() if devices is None or device_type in devices)
+
+
 def cpu_backends() -> tuple[str, ...]:
-    """The backends of this build that serve CPUs, fastest first."""
-    return tuple(name for name, devices in BACKENDS.items() if devices is None or "cpu" in devices)
+    return backends("cpu")
 
 
 RIVALS: Mapping[str, Callable[[LoraProblem], Built]] = {
@@ -334,6 +343,9 @@ RIVALS: Mapping[str, Callable[[LoraProblem], Built]] = {
 }
 
 
-def builders() -> dict[str, Callable[[LoraProblem], Built]]:
+def builders(device_type: str = "cpu") -> dict[str, Callable[[LoraProblem], Built]]:
     """Every provider by name; this package's own are called by their backends."""
-    return {**RIVALS, **{backend: module_of(backend) for backend in cpu_backends()}}
+    own = {backend: module_of(backend) for backend in backends(device_type)}
+    if "triton" in own:
+        own["triton_fused"] = module_of("triton", fuse_base=True)
+    return {**RIVALS, **own}

@@ -29,13 +29,15 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 @dataclass
 class Machine:
-    """Peak and bandwidth are measured at the first question for a dtype and number of threads, and kept."""
+    """Peak and bandwidth are measured at the first question for a dtype and number of threads, and kept; on a GPU the
+    threads do not matter."""
 
     name: str
     versions: str
     commit: str
     shapes: tuple[tuple[int, int, int], ...] = PEAK_SHAPES
     copy_bytes: int = COPY_BYTES
+    device: str = "cpu"
     _peak: dict[tuple[torch.dtype, int], float] = field(default_factory=dict)
     _bandwidth: dict[int, float] = field(default_factory=dict)
 
@@ -44,16 +46,16 @@ class Machine:
         key = (dtype, threads)
         if key not in self._peak:
             with with_threads(threads), torch.no_grad():
-                self._peak[key] = max(_linear_rate(dtype, *shape) for shape in self.shapes)
+                self._peak[key] = max(_linear_rate(dtype, *shape, self.device) for shape in self.shapes)
         return self._peak[key]
 
     def bandwidth(self, threads: int) -> float:
         """Byte/s read and written by the fastest `copy_` between buffers that no cache holds."""
         if threads not in self._bandwidth:
-            source = torch.zeros(self.copy_bytes // 4)
+            source = torch.zeros(self.copy_bytes // 4, device=self.device)
             target = torch.empty_like(source)
             with with_threads(threads):
-                best = _fastest(lambda: target.copy_(source), 5)
+                best = _fastest(lambda: target.copy_(source), 5, self.device)
             self._bandwidth[threads] = 2 * self.copy_bytes / best
         return self._bandwidth[threads]
 
@@ -138,19 +140,23 @@ def this_machine() -> Machine:
     )
 
 
-def _linear_rate(dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> float:
-    x, weight = torch.randn(rows, inputs).to(dtype), torch.randn(outputs, inputs).to(dtype)
-    seconds = _fastest(lambda: F.linear(x, weight), 8)
-    if cpu.EXTENSION is not None:
-        seconds = min(seconds, _fastest(lambda: torch.ops.dmole_kernels.cpu_linear(x, weight, None), 8))
+def _linear_rate(dtype: torch.dtype, rows: int, inputs: int, outputs: int, device: str) -> float:
+    x, weight = (torch.randn(side, inputs, device=device).to(dtype) for side in (rows, outputs))
+    seconds = _fastest(lambda: F.linear(x, weight), 8, device)
+    if cpu.EXTENSION is not None and device == "cpu" and dtype in cpu.DTYPES:
+        own = _fastest(lambda: torch.ops.dmole_kernels.cpu_linear(x, weight, None), 8, device)
+        seconds = min(seconds, own)
     return 2.0 * rows * inputs * outputs / seconds
 
 
-def _fastest(run: Callable[[], object], calls: int) -> float:
+def _fastest(run: Callable[[], object], calls: int, device: str) -> float:
+    wait: Callable[[], object] = torch.cuda.synchronize if device == "cuda" else lambda: None
     times = []
     run()
     for _ in range(calls):
+        wait()
         start = time.perf_counter()
         run()
+        wait()
         times.append(time.perf_counter() - start)
     return min(times)

@@ -16,9 +16,14 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 
-def peak_memory_mib(run: Callable[[], object]) -> float:
-    """Largest sum of tensors alive during `run()`, above what was alive before, in MiB."""
+def peak_memory_mib(run: Callable[[], object], device: str = "cpu") -> float:
+    """Largest sum of tensors alive on the device during `run()`, above what was alive before, in MiB."""
     gc.collect()
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         kept = run()
     del kept

@@ -8,6 +8,11 @@ dense bfloat16 peaks and bandwidths, and the shapes of the language models' line
 base, 8 samples of 1024 tokens, experts of rank 16, two a sample. Attention, norms, the vision tower and the optimizer
 are left out of every column. Real kernels reach a part of the peaks, small ones the smallest part.
 
+LLaVA 7B's shapes are transformers' defaults for `LlamaConfig`, the language model of `LlavaConfig` (a test holds them
+to it). InternVL2-2B's language model is InternLM2-1.8B, which transformers has no class for: hidden size 2048,
+intermediate 8192, 24 blocks, 16 heads and 8 key-value heads of 128, queries, keys and values in one linear of 4096
+outputs, from its published configuration and confirmed by nothing installed.
+
 The D-MoLE-style loop serves one list of experts a batch, here two, so it does less than the other columns. For every
 linear it asks the device about each expert it holds, 1 + 2 E host synchronisations taken as 10 us each, and moves six
 times the output's bytes whoever is active; an active expert adds two products, a multiplication by its gate and an

@@ -18,12 +18,14 @@ SHORTEST_SAMPLE = 1e-3  # seconds; a faster call is repeated within one sample
 
 
 def interleaved(
-    runs: Mapping[str, Callable[[], object]], *, seconds: float, min_rounds: int = 5, max_rounds: int = 100
-) -> dict[str, list[float]]:
+    runs: Mapping[str, Callable[[], object]], *, seconds: float, min_rounds: int = 5, max_rounds: int = 100,
+    wait: Callable[[], object] | None = None,
+) -> dict[str, list[float]]:  # fmt: skip
     """Seconds per call, one sample a round: `samples[name][round]`.
 
     As many rounds as fit into `seconds`, but at least `min_rounds` and at most `max_rounds`. Two calls of each come
-    before, unmeasured. The garbage collector rests meanwhile.
+    before, unmeasured. The garbage collector rests meanwhile. `wait` returns when a device has done what it was given;
+    a sample begins after one and ends with one.
     """
     collecting = gc.isenabled()
     gc.collect()
@@ -33,7 +35,7 @@ def interleaved(
         round_seconds = 0.0
         for name, run in runs.items():
             run()
-            once = _seconds(run, 1)
+            once = _seconds(run, 1, wait)
             calls[name] = max(1, min(1000, round(SHORTEST_SAMPLE / max(once, 1e-7))))
             round_seconds += once * calls[name]
         rounds = max(min_rounds, min(max_rounds, int(seconds / max(round_seconds, 1e-9))))
@@ -43,17 +45,21 @@ def interleaved(
         for _ in range(rounds):
             chance.shuffle(order)
             for name in order:
-                samples[name].append(_seconds(runs[name], calls[name]))
+                samples[name].append(_seconds(runs[name], calls[name], wait))
         return samples
     finally:
         if collecting:
             gc.enable()
 
 
-def _seconds(run: Callable[[], object], calls: int) -> float:
+def _seconds(run: Callable[[], object], calls: int, wait: Callable[[], object] | None) -> float:
+    if wait is not None:
+        wait()
     start = time.perf_counter()
     for _ in range(calls):
         run()
+    if wait is not None:
+        wait()
     return (time.perf_counter() - start) / calls
 
 

@@ -1,13 +1,66 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prints which backend the ops use on this machine, and why; `check-aot` compiles the Triton kernels ahead of time."""
+"""
+    python -m dmole_kernels               which backend the ops use on this machine, and why
+    python -m dmole_kernels check-aot     compiles the Triton kernels for every target, without a GPU (`aot`)
+    python -m dmole_kernels check-gpu     correctness, sanitizer, tuner and benchmark on a GPU (`benchmarks.check_gpu`)
+    python -m dmole_kernels tune          measures launch configurations on a GPU (`tune`)
 
+Without a GPU the last two run in Triton's interpreter, on tiny shapes, to show that they work.
+"""
+
+import os
 import sys
+from collections.abc import Callable, Sequence
 
 from dmole_kernels.backend import explain_backend
 
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["check-aot"]:
-        from dmole_kernels.aot import check_aot
 
-        sys.exit(check_aot(sys.argv[2:]))
-    print(explain_backend())
+def _check_aot() -> Callable[[Sequence[str]], int]:
+    from dmole_kernels.aot import check_aot
+
+    return check_aot
+
+
+def _check_gpu() -> Callable[[Sequence[str]], int]:
+    _choose_interpreter()
+    try:
+        from benchmarks.check_gpu import main
+    except ModuleNotFoundError as error:
+        if error.name is None or not error.name.startswith("benchmarks"):
+            raise
+        raise SystemExit(
+            f"check-gpu found no {error.name}; expected the repository's benchmarks folder, for its rivals are "
+            f"measured too. Run it from the root of a checkout."
+        ) from error
+    return main
+
+
+def _tune() -> Callable[[Sequence[str]], int]:
+    _choose_interpreter()
+    from dmole_kernels.tune import main
+
+    return main
+
+
+def _choose_interpreter() -> None:
+    """Without a GPU, Triton's interpreter; it is chosen before Triton is imported or not at all."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+COMMANDS = {"check-aot": _check_aot, "check-gpu": _check_gpu, "tune": _tune}
+
+
+def main(arguments: Sequence[str]) -> int:
+    if not arguments:
+        print(explain_backend())
+        return 0
+    if arguments[0] not in COMMANDS:
+        raise SystemExit(f"python -m dmole_kernels got {arguments[0]!r}; expected nothing or {', '.join(COMMANDS)}.")
+    return COMMANDS[arguments[0]]()(arguments[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -102,18 +102,14 @@ def compile_target(target: str) -> dict[str, Entry]:
 
 def compile_share(target: str, share: int, shares: int) -> dict[str, Entry]:
     """One process's part of `compile_target`: every `shares`-th distinct launch."""
-    from dmole_kernels.triton_backend.cases import CASES, launches, other_launches
+    from dmole_kernels.triton_backend.cases import every_launch
     from dmole_kernels.triton_backend.launch import Launch, interpreting
 
     if interpreting():
         raise ValueError("TRITON_INTERPRET is set; expected compiled kernels. Unset it for check-aot.")
-    calls: list[tuple[str, Launch]] = [
-        (case.name, launch) for case in CASES for part in launches(case, target) for launch in part
-    ]
-    calls += other_launches(target)
     distinct: dict[str, tuple[str, Launch, Any, dict[str, Any]]] = {}
     names: set[str] = set()
-    for name, launch in calls:
+    for name, launch in every_launch(target):
         source, options, mark = _bound(launch, target)
         if mark not in distinct:
             key = f"{target} {launch.name} | {name}"

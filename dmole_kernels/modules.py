@@ -18,6 +18,7 @@ from dmole_kernels.backend import choose_backend
 from dmole_kernels.cpu import Plan
 from dmole_kernels.expert_bank import ExpertBank
 from dmole_kernels.frozen_linear import frozen_linear
+from dmole_kernels.fused_linear import fused_linear
 from dmole_kernels.multi_lora import DropoutMode, check_dropout, multi_lora
 from dmole_kernels.transforms import values_are_hidden
 
@@ -25,8 +26,9 @@ from dmole_kernels.transforms import values_are_hidden
 class GatePlan:
     """A gate and the names of its columns, with the columns some row uses found once for all layers.
 
-    `active` costs the only host synchronisation of a step. A gate that requires grad has all its experts active: an
-    expert at gate zero still owes that zero a gradient.
+    A gate on the CPU beside a model on a GPU goes there when a layer asks for it, and no step waits for the GPU; of one
+    on the GPU, `active` costs the only host synchronisation of a step. A gate that requires grad has all its experts
+    active: an expert at gate zero still owes that zero a gradient.
     """
 
     def __init__(self, gate: Tensor, experts: Sequence[str]) -> None:
@@ -44,19 +46,22 @@ class GatePlan:
         else:
             used = (gate != 0).flatten(0, -2).any(0).tolist()
             self.active = tuple(name for name, flag in zip(names, used, strict=True) if flag)
-        self._columns: dict[tuple[str, ...], Tensor] = {}
+        self._columns: dict[tuple[tuple[str, ...], torch.device], Tensor] = {}
         self._rows: dict[tuple[tuple[str, ...], int], Plan] = {}
 
-    def columns(self, names: tuple[str, ...]) -> Tensor:
-        """The gate of just these experts, [..., len(names)]; kept, since many layers hold the same experts."""
-        if names == self.names:
+    def columns(self, names: tuple[str, ...], device: torch.device | None = None) -> Tensor:
+        """The gate of just these experts, [..., len(names)], on the device (None: the gate's own); kept, since many
+        layers hold the same experts."""
+        device = self.gate.device if device is None else device
+        if names == self.names and device == self.gate.device:
             return self.gate
-        kept = self._columns.get(names)
+        kept = self._columns.get((names, device))
         if kept is None:
-            kept = self.gate[..., [self.names.index(name) for name in names]]
+            kept = self.gate if names == self.names else self.gate[..., [self.names.index(name) for name in names]]
+            kept = kept.to(device, non_blocking=True)
             # A tensor of a transform must not outlive it.
             if not values_are_hidden():
-                self._columns[names] = kept
+                self._columns[names, device] = kept
         return kept
 
     def rows(self, names: tuple[str, ...], count: int) -> Plan:
@@ -121,6 +126,8 @@ class MultiLoRALinear(nn.Module):
         dropout: chance of zeroing an element of the experts' input while training.
         dropout_mode: "shared" (one mask for all experts of the layer, the default) or "per_expert".
         backend: see `choose_backend`.
+        fuse_base: an experiment of the Triton backend: base and experts in one launch (`fused_linear`). It reads the
+            base's weight and bias, so hooks on the base do not see the call.
 
     Where no gate is on forward is `base(x)` to the bit; where one is, but no expert of this layer's, the base's product
     and nothing else. Beside such a gate a plain `nn.Linear` without hooks is multiplied by `frozen_linear`, any other
@@ -136,6 +143,7 @@ class MultiLoRALinear(nn.Module):
         dropout: float = 0.0,
         dropout_mode: DropoutMode = "shared",
         backend: str = "auto",
+        fuse_base: bool = False,
     ) -> None:
         super().__init__()
         check_dropout(dropout, dropout_mode)
@@ -145,6 +153,7 @@ class MultiLoRALinear(nn.Module):
         self.dropout = dropout
         self.dropout_mode: DropoutMode = dropout_mode
         self.backend = backend
+        self.fuse_base = fuse_base
         dtype = torch.float64 if base.weight.dtype == torch.float64 else torch.float32
         self.bank = ExpertBank(base.in_features, base.out_features, device=base.weight.device, dtype=dtype)
 
@@ -183,9 +192,16 @@ class MultiLoRALinear(nn.Module):
         # Autocast would cast x in the base, the op cast it again, and once more in backward, and each cast its dx back.
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        y = self._base_output(x)
         chosen = [self.bank.expert(name) for name in names]
-        gates = plan.columns(names)
+        gates = plan.columns(names, x.device)
+        tensors = ([e.lora_a for e in chosen], [e.lora_b for e in chosen], gates, [e.scale for e in chosen])
+        dropout = self.dropout if self.training else 0.0
+        if self.fuse_base:
+            return fused_linear(
+                x, self.base.weight, self.base.bias, *tensors, dropout=dropout, dropout_mode=self.dropout_mode,
+                backend=self.backend,
+            )  # fmt: skip
+        y = self._base_output(x)
         rows = None
         if (
             not values_are_hidden()
@@ -194,17 +210,8 @@ class MultiLoRALinear(nn.Module):
         ):
             rows = plan.rows(names, x.shape[:-1].numel())
         return multi_lora(
-            x,
-            y,
-            [expert.lora_a for expert in chosen],
-            [expert.lora_b for expert in chosen],
-            gates,
-            [expert.scale for expert in chosen],
-            dropout=self.dropout if self.training else 0.0,
-            dropout_mode=self.dropout_mode,
-            backend=self.backend,
-            plan=rows,
-        )
+            x, y, *tensors, dropout=dropout, dropout_mode=self.dropout_mode, backend=self.backend, plan=rows
+        )  # fmt: skip
 
     def _base_output(self, x: Tensor) -> Tensor:
         """base(x); a plain frozen `nn.Linear` without hooks goes through `frozen_linear`, to the same equation."""

@@ -57,8 +57,9 @@ def multi_lora(
         scale: per expert, alpha / rank.
         dropout: chance of zeroing an element of x, in [0, 1).
         dropout_mode: "shared" draws one mask for all experts, "per_expert" one for each.
-        seed: int64 scalar on the CPU that determines the masks; drawn from torch's default generator when None, so
-            restoring that generator's state repeats them.
+        seed: int64 scalar that determines the masks, on the CPU or on x's device; drawn from torch's default generator
+            for the CPU when None, so restoring that generator's state repeats them (while a CUDA graph is captured,
+            from the device's, so that every replay draws anew).
         backend: see `choose_backend`.
         plan: which rows each expert serves, for this gate and as many rows as x has; the cpu backend makes its own when
             None. Not for a gate that requires grad.
@@ -76,9 +77,9 @@ def multi_lora(
         ValueError: for shapes, counts, dtypes, devices or probabilities that do not fit together, or a backend that is
             not there.
     """
-    _check(x, base, lora_a, lora_b, gate, scale)
+    check_experts(x, base, lora_a, lora_b, gate, scale)
     check_dropout(dropout, dropout_mode)
-    _check_seed(seed)
+    check_seed(seed)
     choice = choose_backend(
         backend,
         x.device.type,
@@ -90,11 +91,8 @@ def multi_lora(
     trained_gate = transformed or (gate.requires_grad and torch.is_grad_enabled())
     if plan is not None:
         _check_plan(plan, x, trained_gate)
-    if dropout > 0.0 and seed is None:
-        seed = torch.randint(0, 2**63 - 1, (), dtype=torch.int64)
-    settings = (
-        list(scale), dropout, dropout_mode == "per_expert", seed if dropout > 0.0 else None, choice.name, trained_gate,
-    )  # fmt: skip
+    seed = seed_for(x.device, dropout, seed)
+    settings = (list(scale), dropout, dropout_mode == "per_expert", seed, choice.name, trained_gate)
     y: Tensor
     if torch.compiler.is_compiling() or transformed or is_in_torch_dispatch_mode():
         y, _ = _FORWARD_OP(x, base, list(lora_a), list(lora_b), gate, *settings)
@@ -107,7 +105,16 @@ def multi_lora(
     return y
 
 
-def _check(
+def seed_for(device: torch.device, dropout: float, seed: Tensor | None) -> Tensor | None:
+    """The seed given, or one drawn; None without dropout."""
+    if dropout == 0.0 or seed is not None:
+        return seed if dropout > 0.0 else None
+    # A CUDA graph replays launches, not the host: there the device has to draw.
+    captured = device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
+    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device if captured else "cpu")
+
+
+def check_experts(
     x: Tensor, base: Tensor | None, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], gate: Tensor,
     scale: Sequence[float],
 ) -> None:  # fmt: skip
@@ -156,7 +163,7 @@ def check_dropout(dropout: float, dropout_mode: str) -> None:
         raise ValueError(f"dropout_mode is {dropout_mode!r}; expected 'shared' or 'per_expert'. Drop it for 'shared'.")
 
 
-def _check_seed(seed: Tensor | None) -> None:
+def check_seed(seed: Tensor | None) -> None:
     if seed is None:
         return
     if not isinstance(seed, Tensor) or seed.numel() != 1 or seed.is_floating_point():
@@ -242,7 +249,7 @@ def _backward_fake(
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def save_for_derivative(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, base, lora_a, lora_b, gate, scale, dropout, per_expert, seed, backend, every_column = inputs
     if gate.requires_grad and not every_column:
         raise ValueError(
@@ -263,7 +270,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(kept_x, kept_s, gate, seed, *lora_a, *lora_b)
 
 
-def _autograd(ctx: Any, grad: Tensor | None, _grad_shrunk: None) -> tuple[Any, ...]:
+def multi_lora_derivative(ctx: Any, grad: Tensor | None, _grad_shrunk: None) -> tuple[Any, ...]:
     x, shrunk, gate, seed, *experts = ctx.saved_tensors
     count = len(experts) // 2
     lora_a, lora_b = experts[:count], experts[count:]
@@ -315,14 +322,14 @@ class _EagerMultiLora(torch.autograd.Function):
         count = len(experts) // 2
         inputs = (x, base, list(experts[:count]), list(experts[count:]), gate, *settings)
         output = _forward(*inputs, plan)  # type: ignore[call-arg]
-        _setup_context(ctx, inputs, output)
+        save_for_derivative(ctx, inputs, output)
         ctx.plan = plan
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, grad_shrunk: None) -> tuple[Tensor | None, ...]:
-        dx, dbase, da, db, dgate, *_ = _autograd(ctx, grad, grad_shrunk)
+        dx, dbase, da, db, dgate, *_ = multi_lora_derivative(ctx, grad, grad_shrunk)
         return None, None, dx, dbase, dgate, *da, *db
 
 
@@ -348,8 +355,8 @@ _FORWARD_OP = register_op(
     "bool per_expert, Tensor? seed, str backend, bool every_column) -> (Tensor, Tensor)",
     kernel=_forward,
     fake=_forward_fake,
-    backward=_autograd,
-    setup_context=_setup_context,
+    backward=multi_lora_derivative,
+    setup_context=save_for_derivative,
     jvp=_jvp,
 )
 _BACKWARD_OP = register_op(

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils import deterministic
 
-from dmole_kernels import cpu, reference
+from dmole_kernels import cpu, reference, triton_backend
+from dmole_kernels.backend import BACKENDS, DTYPES
 from dmole_kernels.multi_lora import multi_lora
 from dmole_kernels.philox import dropout_keep_mask
 
@@ -349,3 +350,17 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def triton_on_cpu() -> Iterator[None]:
+    """`backend="triton"` for tensors on the CPU in the block, in every dtype: for Triton's interpreter, which runs the
+    kernels there (TRITON_INTERPRET=1 before Triton is imported)."""
+    if not triton_backend.available():
+        raise ValueError("Triton is not installed; expected triton 3.9. Run pip install triton.")
+    before = BACKENDS["triton"], DTYPES["triton"]
+    BACKENDS["triton"], DTYPES["triton"] = ("cpu", "cuda"), None
+    try:
+        yield
+    finally:
+        BACKENDS["triton"], DTYPES["triton"] = before

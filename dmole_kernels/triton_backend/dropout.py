@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
 from torch import Tensor
@@ -17,15 +18,31 @@ from torch import Tensor
 from dmole_kernels.triton_backend.launch import signed
 
 
-def mask_arguments(dropout: float, seed: Tensor | None) -> dict[str, Any]:
-    """key_low, key_high, threshold as int32 and the factor 1 / (1 - dropout); without a seed none is used."""
-    key = 0 if seed is None else int(seed)
-    return {
-        "key_low": signed(key & 0xFFFFFFFF),
-        "key_high": signed((key >> 32) & 0xFFFFFFFF),
+def mask_arguments(dropout: float, seed: Tensor | None, device: torch.device) -> dict[str, Any]:
+    """The seed, the threshold as int32 and the factor 1 / (1 - dropout); without a seed none is used.
+
+    A seed on the device is passed as its address and read by the kernels (DEVICE_KEY): the host never waits for it,
+    and a captured CUDA graph draws the masks of what the tensor holds at each replay. One on the host is passed as two
+    int32 words, so a graph would repeat it.
+    """
+    if seed is not None and seed.device == device:
+        key: dict[str, Any] = {"key_low": seed, "key_high": 0}
+    else:
+        number = 0 if seed is None else int(seed)
+        key = {"key_low": signed(number & 0xFFFFFFFF), "key_high": signed((number >> 32) & 0xFFFFFFFF)}
+    return key | {
+        "DROPOUT": seed is not None,
+        "DEVICE_KEY": isinstance(key["key_low"], Tensor),
         "threshold": 0 if seed is None else signed(round(dropout * 2**32)),
         "inverse_keep": 1.0 if seed is None else 1.0 / (1.0 - dropout),
     }
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def key_words(seed):  # type: ignore[no-untyped-def]
+    """(key_low, key_high) of the int64 at this address."""
+    key = tl.load(seed)
+    return key.to(tl.int32), (key >> 32).to(tl.int32)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]

@@ -11,15 +11,16 @@ from __future__ import annotations
 import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
-from dmole_kernels.triton_backend.dropout import keep_tile
+from dmole_kernels.triton_backend.dropout import keep_tile, key_words
 from dmole_kernels.triton_backend.tiles import (
     block_columns,
     column_gate,
     is_active,
-    narrow,
+    load_tile,
     pointers_into_b,
     product,
     rows_of_a,
+    store_tile,
 )
 
 
@@ -31,18 +32,31 @@ def _expanded_block(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     columns, column_mask, _ = block_columns(blocks, block, R, BLOCK_R, PER_EXPERT)
     gate_tile = column_gate(gate, table, rows, row_mask, columns, column_mask, R, E, rows_per_gate, ACC)
-    s_tile = tl.load(
-        shrunk + rows.to(tl.int64)[:, None] * R + columns[None, :],
-        mask=row_mask[:, None] & column_mask[None, :],
-        other=0.0,
-    )
-    gated = s_tile.to(ACC) * gate_tile
+    gated = load_tile(shrunk, rows, row_mask, R, columns, column_mask).to(ACC) * gate_tile
     b_tile = tl.load(
         pointers_into_b(table, columns, column_mask, outputs, R, B_TYPE, B_RUN, False),
         mask=column_mask[:, None] & output_mask[None, :],
         other=0.0,
     )
     return product(gated, b_tile, total, TYPE, UPCAST)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def expanded_blocks(  # type: ignore[no-untyped-def]
+    total, shrunk, table, blocks, gate, flags, tile, rows, row_mask, outputs, output_mask, R, E, rows_per_gate,
+    block_count, flag_rows,
+    BLOCK_R: tl.constexpr, TYPE: tl.constexpr, ACC: tl.constexpr, B_TYPE: tl.constexpr, B_RUN: tl.constexpr,
+    PER_EXPERT: tl.constexpr, ONE_BLOCK: tl.constexpr, RATIO: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """total + (S * C) B^T over the column blocks that a row of the tile needs, in order."""
+    stop = 1 if ONE_BLOCK else block_count
+    for block in range(0, stop):
+        if is_active(flags, tile, block, flag_rows, block_count, RATIO, ONE_BLOCK):
+            total = _expanded_block(
+                total, shrunk, table, blocks, gate, rows, row_mask, outputs, output_mask, block, R, E,
+                rows_per_gate, BLOCK_R, TYPE, ACC, B_TYPE, B_RUN, PER_EXPERT, UPCAST,
+            )  # fmt: skip
+    return total
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -59,23 +73,13 @@ def expand(  # type: ignore[no-untyped-def]
     outputs = (program % tiles) * WIDTH + tl.arange(0, WIDTH)
     row_mask, output_mask = rows < N, outputs < P
     total = tl.zeros([ROWS, WIDTH], dtype=ACC)
-    if ONE_BLOCK:
-        total = _expanded_block(
-            total, shrunk, table, blocks, gate, rows, row_mask, outputs, output_mask, 0, R, E, rows_per_gate,
-            BLOCK_R, TYPE, ACC, B_TYPE, B_RUN, PER_EXPERT, UPCAST,
-        )  # fmt: skip
-    else:
-        for block in range(0, block_count):
-            if is_active(flags, tile, block, flag_rows, block_count, RATIO):
-                total = _expanded_block(
-                    total, shrunk, table, blocks, gate, rows, row_mask, outputs, output_mask, block, R, E,
-                    rows_per_gate, BLOCK_R, TYPE, ACC, B_TYPE, B_RUN, PER_EXPERT, UPCAST,
-                )  # fmt: skip
-    both = row_mask[:, None] & output_mask[None, :]
+    total = expanded_blocks(
+        total, shrunk, table, blocks, gate, flags, tile, rows, row_mask, outputs, output_mask, R, E, rows_per_gate,
+        block_count, flag_rows, BLOCK_R, TYPE, ACC, B_TYPE, B_RUN, PER_EXPERT, ONE_BLOCK, RATIO, UPCAST,
+    )  # fmt: skip
     if HAS_BASE:
-        place = base + rows.to(tl.int64)[:, None] * base_step + outputs[None, :]
-        total += tl.load(place, mask=both, other=0.0).to(ACC)
-    tl.store(y + rows.to(tl.int64)[:, None] * P + outputs[None, :], narrow(total, TYPE, UPCAST), mask=both)
+        total += load_tile(base, rows, row_mask, base_step, outputs, output_mask).to(ACC)
+    store_tile(y, rows, row_mask, P, outputs, output_mask, total, UPCAST)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -85,11 +89,7 @@ def _input_block(  # type: ignore[no-untyped-def]
     A_TYPE: tl.constexpr, A_ALIGNED: tl.constexpr, MASKS: tl.constexpr, PER_EXPERT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     columns, column_mask, stream = block_columns(blocks, block, R, BLOCK_R, PER_EXPERT)
-    ds_tile = tl.load(
-        dshrunk + rows.to(tl.int64)[:, None] * R + columns[None, :],
-        mask=row_mask[:, None] & column_mask[None, :],
-        other=0.0,
-    )
+    ds_tile = load_tile(dshrunk, rows, row_mask, R, columns, column_mask)
     a_rows = rows_of_a(table, columns, column_mask, A_TYPE, A_ALIGNED)
     a_tile = tl.load(a_rows[:, None] + features[None, :], mask=column_mask[:, None] & feature_mask[None, :], other=0.0)
     if MASKS:
@@ -105,8 +105,8 @@ def _input_block(  # type: ignore[no-untyped-def]
 def input_gradient(  # type: ignore[no-untyped-def]
     dshrunk, table, blocks, flags, dx, N, D, R, block_count, flag_rows, key_low, key_high, threshold,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, TYPE: tl.constexpr, ACC: tl.constexpr,
-    A_TYPE: tl.constexpr, A_ALIGNED: tl.constexpr, DROPOUT: tl.constexpr, PER_EXPERT: tl.constexpr,
-    ONE_BLOCK: tl.constexpr, RATIO: tl.constexpr, UPCAST: tl.constexpr,
+    A_TYPE: tl.constexpr, A_ALIGNED: tl.constexpr, DROPOUT: tl.constexpr, DEVICE_KEY: tl.constexpr,
+    PER_EXPERT: tl.constexpr, ONE_BLOCK: tl.constexpr, RATIO: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     tiles = tl.cdiv(D, WIDTH)
@@ -115,22 +115,18 @@ def input_gradient(  # type: ignore[no-untyped-def]
     features = (program % tiles) * WIDTH + tl.arange(0, WIDTH)
     row_mask, feature_mask = rows < N, features < D
     total = tl.zeros([ROWS, WIDTH], dtype=ACC)
-    if ONE_BLOCK:
-        total = _input_block(
-            total, dshrunk, table, blocks, rows, row_mask, features, feature_mask, 0, R, key_low, key_high, threshold,
-            ROWS, WIDTH, BLOCK_R, TYPE, ACC, A_TYPE, A_ALIGNED, DROPOUT and PER_EXPERT, PER_EXPERT, UPCAST,
-        )  # fmt: skip
-    else:
-        for block in range(0, block_count):
-            if is_active(flags, tile, block, flag_rows, block_count, RATIO):
-                total = _input_block(
-                    total, dshrunk, table, blocks, rows, row_mask, features, feature_mask, block, R, key_low, key_high,
-                    threshold, ROWS, WIDTH, BLOCK_R, TYPE, ACC, A_TYPE, A_ALIGNED, DROPOUT and PER_EXPERT, PER_EXPERT,
-                    UPCAST,
-                )  # fmt: skip
+    if DEVICE_KEY:
+        key_low, key_high = key_words(key_low)
+    stop = 1 if ONE_BLOCK else block_count
+    for block in range(0, stop):
+        if is_active(flags, tile, block, flag_rows, block_count, RATIO, ONE_BLOCK):
+            total = _input_block(
+                total, dshrunk, table, blocks, rows, row_mask, features, feature_mask, block, R, key_low, key_high,
+                threshold, ROWS, WIDTH, BLOCK_R, TYPE, ACC, A_TYPE, A_ALIGNED, DROPOUT and PER_EXPERT, PER_EXPERT,
+                UPCAST,
+            )  # fmt: skip
     if DROPOUT and not PER_EXPERT:
         first = (program % tiles) * WIDTH
         keep = keep_tile(rows, first, 0, key_low, key_high, threshold, ROWS)
         total = tl.where(keep, total, tl.zeros_like(total))
-    place = dx + rows.to(tl.int64)[:, None] * D + features[None, :]
-    tl.store(place, narrow(total, TYPE, UPCAST), mask=row_mask[:, None] & feature_mask[None, :])
+    store_tile(dx, rows, row_mask, D, features, feature_mask, total, UPCAST)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmole_kernels.triton_backend.configs import Config, configuration
+from dmole_kernels.triton_backend.configs import Config, Target, configuration
 from dmole_kernels.triton_backend.launch import Launch, Runner, computing, rows_of, run, size, target_of
 from dmole_kernels.triton_backend.norms import accumulate, add_rows, add_samples, norm_direct, norm_ghost, sketch_tile
 
@@ -22,7 +22,7 @@ SKETCH_BLOCK = 32
 
 
 def squared_norm_direct(
-    x_BTD: Tensor, grad_BTP: Tensor, *, target: str | None = None, runner: Runner = run
+    x_BTD: Tensor, grad_BTP: Tensor, *, target: Target | None = None, runner: Runner = run
 ) -> Tensor:  # fmt: skip
     """sum((G^T X)^2) per sample."""
     target = target_of(x_BTD.device) if target is None else target
@@ -33,7 +33,7 @@ def squared_norm_direct(
 
 
 def squared_norm_ghost(
-    x_BTD: Tensor, grad_BTP: Tensor, *, target: str | None = None, runner: Runner = run
+    x_BTD: Tensor, grad_BTP: Tensor, *, target: Target | None = None, runner: Runner = run
 ) -> Tensor:  # fmt: skip
     """sum_{t,t'} (x_t . x_t') (g_t . g_t') per sample, half of the tiles computed."""
     target = target_of(x_BTD.device) if target is None else target
@@ -74,7 +74,7 @@ def _norm(
 
 
 def accumulate_gradient(
-    buffer_PD: Tensor, x_ND: Tensor, grad_NP: Tensor, *, target: str | None = None, runner: Runner = run
+    buffer_PD: Tensor, x_ND: Tensor, grad_NP: Tensor, *, target: Target | None = None, runner: Runner = run
 ) -> None:
     """buffer += G^T X."""
     target = target_of(x_ND.device) if target is None else target
@@ -115,7 +115,7 @@ def accumulate_gradient(
 
 def accumulate_sketch(
     sketch_KL: Tensor, x_ND: Tensor, grad_NP: Tensor, left_PK: Tensor, right_DL: Tensor, *,
-    target: str | None = None, runner: Runner = run,
+    target: Target | None = None, runner: Runner = run,
 ) -> None:  # fmt: skip
     """Y += (G L)^T (X R), the projections of a tile of rows never written."""
     target = target_of(x_ND.device) if target is None else target

@@ -91,6 +91,14 @@ class Launch:
         else:
             self._start()
 
+    def spills(self) -> int:
+        """Registers that the compiler keeps in memory, for the GPU at hand."""
+        compiled = self.kernel.warmup(
+            **self.arguments, **self.constants, num_warps=self.config.warps, num_stages=self.config.stages, grid=(1,)
+        )
+        compiled._init_handles()  # Triton counts them when it loads the code
+        return int(compiled.n_spills)
+
     def _start(self) -> None:
         self.kernel[(self.grid,)](
             **self.arguments, **self.constants, num_warps=self.config.warps, num_stages=self.config.stages

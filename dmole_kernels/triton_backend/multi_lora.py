@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dmole_kernels.triton_backend.columns import Columns, expert_columns, one_dtype
-from dmole_kernels.triton_backend.configs import Config, column_block, configuration
+from dmole_kernels.triton_backend.configs import Config, Target, column_block, configuration
 from dmole_kernels.triton_backend.dropout import mask_arguments
 from dmole_kernels.triton_backend.expand import expand, input_gradient
 from dmole_kernels.triton_backend.finish import finish
@@ -36,7 +36,7 @@ FINISH = Config(rows=64, width=1024, warps=4, stages=1)
 def multi_lora_forward(
     x: Tensor, base: Tensor | None, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], gate_GE: Tensor,
     scale: Sequence[float], dropout: float, per_expert: bool, seed: Tensor | None,
-    every_column: bool = True, _plan: Tensor | None = None, *, target: str | None = None, runner: Runner = run,
+    every_column: bool = True, _plan: Tensor | None = None, *, target: Target | None = None, runner: Runner = run,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y and S as `reference.multi_lora_forward`.
 
@@ -45,66 +45,78 @@ def multi_lora_forward(
     """
     target = target_of(x.device) if target is None else target
     dtype = x.dtype if base is None else base.dtype
-    x_ND, outputs = rows_of(x), lora_b[0].shape[0]
-    columns = _columns(lora_a, lora_b, scale, dtype, per_expert and seed is not None)
-    y = x.new_empty((*x.shape[:-1], outputs), dtype=dtype)
-    s_NR = x.new_empty((x_ND.shape[0], columns.count), dtype=dtype)
-    if y.numel() == 0:
-        return y, s_NR.zero_()
-    base_NP = None if base is None else rows_of(base)
-    bits = dtype.itemsize * 8
-    config = configuration("shrink", target, bits)
-    flags = _flags(x_ND, columns, config)
-    facts = _facts(dtype, columns, gate_GE.contiguous(), flags, x_ND.shape[0], config) | {
-        **mask_arguments(dropout, seed),
-        "DROPOUT": seed is not None,
-        "LOOK": "none" if flags.shape[1] == 1 else "flag" if every_column else "skip",
-        "HAS_BASE": base is not None,
-        "x": x_ND,
-        "shrunk": s_NR,
-        "base": y if base_NP is None else base_NP,
-        "y": y,
-        "D": x_ND.shape[1],
-        "P": outputs,
-        "x_step": x_ND.stride(0),
-        "base_step": outputs if base_NP is None else base_NP.stride(0),
-    }
-    runner(
-        Launch.bound(
-            shrink,
-            facts | _tile(config, config),
-            grid=flags.numel(),
-            config=config,
-            dots=[(config.rows, columns.block, config.width)],
-            reads={"x": size(x_ND), "A": columns.bytes_a, "plan": _plan_bytes(facts)},
-            writes={"S": size(s_NR), "flags": size(flags)},
-        )
+    columns, facts = shrink_rows(
+        x, lora_a, lora_b, gate_GE, scale, dropout, per_expert, seed, every_column, dtype, target, runner
     )
-    flagged, config = config, configuration("expand", target, bits)
+    s_NR, outputs = facts["shrunk"], facts["P"]
+    y = x.new_empty((*x.shape[:-1], outputs), dtype=dtype)
+    if y.numel() == 0:
+        return y, s_NR
+    base_NP = None if base is None else rows_of(base)
+    config = configuration("expand", target, dtype.itemsize * 8)
     runner(
         Launch.bound(
             expand,
-            facts | _tile(config, flagged),
-            grid=-(-x_ND.shape[0] // config.rows) * -(-outputs // config.width),
+            facts
+            | row_tile(config, facts)
+            | {
+                "HAS_BASE": base is not None,
+                "base": y if base_NP is None else base_NP,
+                "y": y,
+                "base_step": outputs if base_NP is None else base_NP.stride(0),
+            },
+            grid=-(-s_NR.shape[0] // config.rows) * -(-outputs // config.width),
             config=config,
             dots=[(config.rows, config.width, columns.block)],
-            reads={
-                "S": size(s_NR),
-                "B": columns.bytes_b,
-                "base": size(base_NP),
-                "plan": _plan_bytes(facts) + size(flags),
-            },
+            reads={"S": size(s_NR), "B": columns.bytes_b, "base": size(base_NP), "plan": plan_bytes(facts)},
             writes={"y": size(y)},
         )
     )
     return y, s_NR
 
 
+def shrink_rows(
+    x: Tensor, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], gate_GE: Tensor, scale: Sequence[float],
+    dropout: float, per_expert: bool, seed: Tensor | None, every_column: bool, dtype: torch.dtype, target: Target,
+    runner: Runner,
+) -> tuple[Columns, dict[str, Any]]:  # fmt: skip
+    """The first launch of a forward, and the facts that the second needs: S, the flags, and what both share."""
+    x_ND, outputs = rows_of(x), lora_b[0].shape[0]
+    columns = _columns(lora_a, lora_b, scale, dtype, per_expert and seed is not None)
+    s_NR = x.new_empty((x_ND.shape[0], columns.count), dtype=dtype)
+    config = configuration("shrink", target, dtype.itemsize * 8)
+    flags = _flags(x_ND, columns, config)
+    facts = _facts(dtype, columns, gate_GE.contiguous(), flags, x_ND.shape[0], config) | {
+        **mask_arguments(dropout, seed, x.device),
+        "LOOK": "none" if flags.shape[1] == 1 else "flag" if every_column else "skip",
+        "x": x_ND,
+        "shrunk": s_NR,
+        "D": x_ND.shape[1],
+        "P": outputs,
+        "x_step": x_ND.stride(0),
+    }
+    if x_ND.shape[0] == 0 or outputs == 0:
+        s_NR.zero_()
+        return columns, facts
+    runner(
+        Launch.bound(
+            shrink,
+            facts | row_tile(config, facts),
+            grid=flags.numel(),
+            config=config,
+            dots=[(config.rows, columns.block, config.width)],
+            reads={"x": size(x_ND), "A": columns.bytes_a, "plan": table_bytes(facts)},
+            writes={"S": size(s_NR), "flags": size(flags)},
+        )
+    )
+    return columns, facts
+
+
 def multi_lora_backward(
     grad: Tensor, x: Tensor | None, s_NR: Tensor | None, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor],
     gate_GE: Tensor, scale: Sequence[float], dropout: float, per_expert: bool, seed: Tensor | None,
     need_x: bool, need_gate: bool, trainable: Sequence[bool], _plan: Tensor | None = None, *,
-    target: str | None = None, runner: Runner = run,
+    target: Target | None = None, runner: Runner = run,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, dA, dB^T and dg as `reference.multi_lora_backward`; what is not wanted is empty and not computed."""
     target = target_of(grad.device) if target is None else target
@@ -124,7 +136,7 @@ def multi_lora_backward(
     if grad_NP.numel() == 0:
         return dx.zero_(), da.zero_(), db.zero_(), dgate.zero_()
 
-    config = flagged = configuration("shrink_gradient", target, bits)
+    config = configuration("shrink_gradient", target, bits)
     flags = _flags(grad_NP, columns, config)
     ds_NR = grad.new_empty((rows, columns.count))
     products_NR = torch.empty((rows, columns.count) if need_gate else 0, dtype=wide, device=grad.device)
@@ -136,8 +148,7 @@ def multi_lora_backward(
         torch.empty((shares, *t.shape), dtype=wide, device=grad.device) if shares > 1 else t for t in (da, db)
     )
     facts = _facts(dtype, columns, gate_GE, flags, rows, config) | {
-        **mask_arguments(dropout, seed),
-        "DROPOUT": seed is not None,
+        **mask_arguments(dropout, seed, grad.device),
         "NEED_GATE": need_gate,
         "WEIGHTS": shares > 1,
         "TOKEN_GATES": gate_GE.shape[0] == rows,
@@ -168,7 +179,7 @@ def multi_lora_backward(
     runner(
         Launch.bound(
             shrink_gradient,
-            facts | _tile(config, config),
+            facts | row_tile(config, facts),
             grid=flags.numel(),
             config=config,
             dots=[(config.rows, columns.block, config.width)],
@@ -176,7 +187,7 @@ def multi_lora_backward(
                 "dY": size(grad_NP),
                 "B": columns.bytes_b,
                 "S": size(s_NR) if need_gate else 0,
-                "plan": _plan_bytes(facts),
+                "plan": table_bytes(facts),
             },
             writes={"dS": size(ds_NR), "P * S": size(products_NR), "flags": size(flags)},
         )
@@ -186,7 +197,7 @@ def multi_lora_backward(
         runner(
             Launch.bound(
                 weight_gradient,
-                facts | _tile(config, flagged),
+                facts | row_tile(config, facts),
                 grid=tiles * shares,
                 config=config,
                 dots=[(columns.block, config.width, config.rows)],
@@ -195,7 +206,7 @@ def multi_lora_backward(
                     "dY": size(grad_NP),
                     "S": size(s_NR),
                     "dS": size(ds_NR),
-                    "plan": _plan_bytes(facts) + size(flags),
+                    "plan": plan_bytes(facts) + size(columns.learning),
                 },
                 writes={"dA": size(partial_a), "dB": size(partial_b)},
             )
@@ -211,7 +222,11 @@ def multi_lora_backward(
                 facts | {"SIZE": config.width, "ROWS": config.rows},
                 grid=sums + (gate_groups * gate_GE.shape[1] if need_gate else 0),
                 config=config,
-                reads={"partial": size(partial_a, partial_b) if shares > 1 else 0, "P * S": size(products_NR)},
+                reads={
+                    "partial": size(partial_a, partial_b) if shares > 1 else 0,
+                    "P * S": size(products_NR),
+                    "plan": size(columns.table, columns.experts) if need_gate else 0,
+                },
                 writes={"dA, dB": size(da, db) if shares > 1 else 0, "dg": size(dgate)},
             )
         )
@@ -220,7 +235,7 @@ def multi_lora_backward(
         runner(
             Launch.bound(
                 input_gradient,
-                facts | _tile(config, flagged),
+                facts | row_tile(config, facts),
                 grid=-(-rows // config.rows) * -(-features // config.width),
                 config=config,
                 dots=[(config.rows, config.width, columns.block)],
@@ -265,9 +280,10 @@ def _facts(
         "N": rows,
         "R": columns.count,
         "E": gate_GE.shape[1],
-        "rows_per_gate": rows // gate_GE.shape[0],
+        "rows_per_gate": rows // max(1, gate_GE.shape[0]),
         "block_count": flags.shape[1],
         "flag_rows": flags.shape[0],
+        "flagged_rows": flagged.rows,
     }
 
 
@@ -278,15 +294,16 @@ def _shares(tiles: int, rows: int, tile_rows: int, gradient_rows: int, element: 
     return max(1, min(MOST_SHARES, affordable, -(-ENOUGH_PROGRAMS // tiles), -(-rows // tile_rows)))
 
 
-def _tile(config: Config, flagged: Config) -> dict[str, int]:
-    """The tile's sides, and how many row groups of `flags` its rows are."""
-    if config.rows % flagged.rows:
-        raise ValueError(
-            f"a tile has {config.rows} rows and the flags' groups {flagged.rows}; expected a multiple. Change the "
-            f"lines of this target in triton_backend/configs.py."
-        )
-    return {"ROWS": config.rows, "WIDTH": config.width, "RATIO": config.rows // flagged.rows}
+def row_tile(config: Config, facts: dict[str, Any]) -> dict[str, int]:
+    """The tile's sides, and how many row groups of `flags` its rows are (configs.py keeps it a whole number)."""
+    return {"ROWS": config.rows, "WIDTH": config.width, "RATIO": config.rows // facts["flagged_rows"]}
 
 
-def _plan_bytes(facts: dict[str, Any]) -> int:
+def table_bytes(facts: dict[str, Any]) -> int:
+    """What every launch reads beside the matrices: addresses, blocks and gates."""
     return size(facts["table"], facts["blocks"], facts["gate"])
+
+
+def plan_bytes(facts: dict[str, Any]) -> int:
+    """The same with the flags that the first launch wrote."""
+    return table_bytes(facts) + size(facts["flags"])

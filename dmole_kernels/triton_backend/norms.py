@@ -13,32 +13,19 @@ from __future__ import annotations
 import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
-from dmole_kernels.triton_backend.tiles import narrow, product
+from dmole_kernels.triton_backend.tiles import load_tile, narrow, product, store_tile, summed_products
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def gradient_tile(  # type: ignore[no-untyped-def]
+def _gradient_tile(  # type: ignore[no-untyped-def]
     x, grad, x_step, grad_step, outputs, features, T, P, D,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, TYPE: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """(G^T X)[outputs, features] over T rows, zero outside."""
-    total = tl.zeros([WIDTH, WIDTH], dtype=ACC)
-    for first in range(0, T, ROWS):
-        rows = first + tl.arange(0, ROWS)
-        row_mask = rows < T
-        wide_rows = rows.to(tl.int64)
-        g_tile = tl.load(
-            grad + wide_rows[None, :] * grad_step + outputs[:, None],
-            mask=row_mask[None, :] & (outputs < P)[:, None],
-            other=0.0,
-        )
-        x_tile = tl.load(
-            x + wide_rows[:, None] * x_step + features[None, :],
-            mask=row_mask[:, None] & (features < D)[None, :],
-            other=0.0,
-        )
-        total = product(g_tile, x_tile, total, TYPE, UPCAST)
-    return total
+    return summed_products(
+        grad, outputs.to(tl.int64), outputs < P, grad_step, x, features.to(tl.int64), features < D, x_step,
+        tl.zeros([WIDTH, WIDTH], dtype=ACC), T, ROWS, TYPE, UPCAST,
+    )  # fmt: skip
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -52,7 +39,7 @@ def norm_direct(  # type: ignore[no-untyped-def]
     sample, tile = (program // tiles).to(tl.int64), program % tiles
     outputs = (tile // columns) * WIDTH + tl.arange(0, WIDTH)
     features = (tile % columns) * WIDTH + tl.arange(0, WIDTH)
-    total = gradient_tile(
+    total = _gradient_tile(
         x + sample * T * D, grad + sample * T * P, D, P, outputs, features, T, P, D, ROWS, WIDTH, TYPE, ACC, UPCAST
     )
     tl.store(partial + program, tl.sum(tl.sum(total * total, 1), 0))
@@ -68,12 +55,11 @@ def accumulate(  # type: ignore[no-untyped-def]
     columns = tl.cdiv(D, WIDTH)
     outputs = (program // columns) * WIDTH + tl.arange(0, WIDTH)
     features = (program % columns) * WIDTH + tl.arange(0, WIDTH)
-    total = gradient_tile(
+    total = _gradient_tile(
         x, grad, x_step, grad_step, outputs, features, T, P, D, ROWS, WIDTH, TYPE, ACC, UPCAST
     )  # fmt: skip
-    place = buffer + outputs.to(tl.int64)[:, None] * buffer_step + features[None, :]
-    mask = (outputs < P)[:, None] & (features < D)[None, :]
-    tl.store(place, tl.load(place, mask=mask, other=0.0).to(ACC) + total, mask=mask)
+    total += load_tile(buffer, outputs, outputs < P, buffer_step, features, features < D).to(ACC)
+    store_tile(buffer, outputs, outputs < P, buffer_step, features, features < D, total, UPCAST)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -81,22 +67,10 @@ def _gram(  # type: ignore[no-untyped-def]
     tokens, left_rows, right_rows, T, WIDE,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, TYPE: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    total = tl.zeros([ROWS, ROWS], dtype=ACC)
-    for first in range(0, WIDE, WIDTH):
-        features = first + tl.arange(0, WIDTH)
-        inside = features < WIDE
-        left = tl.load(
-            tokens + left_rows.to(tl.int64)[:, None] * WIDE + features[None, :],
-            mask=(left_rows < T)[:, None] & inside[None, :],
-            other=0.0,
-        )
-        right = tl.load(
-            tokens + right_rows.to(tl.int64)[None, :] * WIDE + features[:, None],
-            mask=(right_rows < T)[None, :] & inside[:, None],
-            other=0.0,
-        )
-        total = product(left, right, total, TYPE, UPCAST)
-    return total
+    return summed_products(
+        tokens, left_rows.to(tl.int64) * WIDE, left_rows < T, 1, tokens, right_rows.to(tl.int64) * WIDE, right_rows < T,
+        1, tl.zeros([ROWS, ROWS], dtype=ACC), WIDE, WIDTH, TYPE, UPCAST,
+    )  # fmt: skip
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -125,22 +99,10 @@ def _projected(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, TYPE: tl.constexpr, ACC: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    total = tl.zeros([ROWS, COLUMNS], dtype=ACC)
-    for first in range(0, WIDE, WIDTH):
-        features = first + tl.arange(0, WIDTH)
-        inside = features < WIDE
-        t_tile = tl.load(
-            tokens + rows.to(tl.int64)[:, None] * step + features[None, :],
-            mask=(rows < N)[:, None] & inside[None, :],
-            other=0.0,
-        )
-        m_tile = tl.load(
-            matrix + features[:, None] * K + columns[None, :],
-            mask=inside[:, None] & (columns < K)[None, :],
-            other=0.0,
-        )
-        total = product(t_tile, m_tile, total, TYPE, UPCAST)
-    return total
+    return summed_products(
+        tokens, rows.to(tl.int64) * step, rows < N, 1, matrix, columns.to(tl.int64), columns < K, K,
+        tl.zeros([ROWS, COLUMNS], dtype=ACC), WIDE, WIDTH, TYPE, UPCAST,
+    )  # fmt: skip
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -159,10 +121,8 @@ def sketch_tile(  # type: ignore[no-untyped-def]
     l = (part % across) * BLOCK_L + tl.arange(0, BLOCK_L)  # noqa: E741
     u = _projected(grad, left, rows, k, N, P, K, grad_step, ROWS, WIDTH, BLOCK_K, TYPE, ACC, UPCAST)
     v = _projected(x, right, rows, l, N, D, L, x_step, ROWS, WIDTH, BLOCK_L, TYPE, ACC, UPCAST)
-    total = tl.zeros([BLOCK_K, BLOCK_L], dtype=ACC)
-    total = product(tl.trans(u), v, total, TYPE, UPCAST)
-    place = partial + tile.to(tl.int64) * K * L + k[:, None] * L + l[None, :]
-    tl.store(place, total, mask=(k < K)[:, None] & (l < L)[None, :])
+    total = product(tl.trans(u), v, tl.zeros([BLOCK_K, BLOCK_L], dtype=ACC), TYPE, UPCAST)
+    store_tile(partial + tile.to(tl.int64) * K * L, k, k < K, L, l, l < L, total, UPCAST)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
-from dmole_kernels.triton_backend.tiles import narrow, product
+from dmole_kernels.triton_backend.tiles import load_tile, narrow, product, summed_products
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -26,19 +26,10 @@ def router_score(  # type: ignore[no-untyped-def]
     task = (program % T).to(tl.int64)
     hidden = tl.arange(0, BLOCK_H)
     row_mask, hidden_mask = rows < N, hidden < H
-    z_rows = features + rows.to(tl.int64)[:, None] * step
-
-    encoded = tl.zeros([ROWS, BLOCK_H], dtype=ACC)
-    for first in range(0, D, WIDTH):
-        places = first + tl.arange(0, WIDTH)
-        inside = places < D
-        z_tile = tl.load(z_rows + places[None, :], mask=row_mask[:, None] & inside[None, :], other=0.0)
-        weight = tl.load(
-            encoder_weight + (task * H + hidden)[None, :] * D + places[:, None],
-            mask=inside[:, None] & hidden_mask[None, :],
-            other=0.0,
-        )
-        encoded = product(z_tile, weight, encoded, TYPE, UPCAST)
+    encoded = summed_products(
+        features, rows.to(tl.int64) * step, row_mask, 1, encoder_weight, (task * H + hidden) * D, hidden_mask, 1,
+        tl.zeros([ROWS, BLOCK_H], dtype=ACC), D, WIDTH, TYPE, UPCAST,
+    )  # fmt: skip
     bias = tl.load(encoder_bias + task * H + hidden, mask=hidden_mask, other=0.0)
     encoded = encoded + bias.to(ACC)[None, :]
     encoded = tl.where(encoded < 0, 0.0, encoded)
@@ -56,7 +47,7 @@ def router_score(  # type: ignore[no-untyped-def]
         decoded += tl.load(decoder_bias + task * D + places, mask=inside, other=0.0).to(ACC)[None, :]
         if SIGMOID:
             decoded = 1.0 / (1.0 + tl.exp(-decoded))
-        z_tile = tl.load(z_rows + places[None, :], mask=row_mask[:, None] & inside[None, :], other=0.0)
+        z_tile = load_tile(features, rows, row_mask, step, places, inside)
         difference = tl.where(inside[None, :], decoded - z_tile.to(ACC), 0.0)
         total += tl.sum(difference * difference, 1)
     place = error + rows.to(tl.int64) * T + task

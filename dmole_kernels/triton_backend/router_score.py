@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dmole_kernels.triton_backend import router
-from dmole_kernels.triton_backend.configs import Config, configuration
+from dmole_kernels.triton_backend.configs import Config, Target, configuration
 from dmole_kernels.triton_backend.launch import Launch, Runner, computing, rows_of, run, size, target_of
 
 LARGEST_HIDDEN = 256
@@ -20,7 +20,7 @@ POOL = Config(rows=1, width=128, warps=4, stages=1)
 def router_score_forward(
     features_ND: Tensor, encoder_weight_THD: Tensor, encoder_bias_TH: Tensor,
     decoder_weight_TDH: Tensor, decoder_bias_TD: Tensor, sigmoid: bool, *,
-    target: str | None = None, runner: Runner = run,
+    target: Target | None = None, runner: Runner = run,
 ) -> Tensor:  # fmt: skip
     """error[n, t], as the reference; the hidden size is at most 256, which one program keeps in registers."""
     target = target_of(features_ND.device) if target is None else target
@@ -74,7 +74,7 @@ def router_score_forward(
 
 
 def masked_max_pool(
-    hidden_BTD: Tensor, mask_BT: Tensor, *, target: str | None = None, runner: Runner = run
+    hidden_BTD: Tensor, mask_BT: Tensor, *, target: Target | None = None, runner: Runner = run
 ) -> tuple[Tensor, Tensor]:
     """Maxima over the tokens with mask True, and the token each came from."""
     if target is None:

@@ -14,8 +14,16 @@ from __future__ import annotations
 import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
-from dmole_kernels.triton_backend.dropout import keep_tile
-from dmole_kernels.triton_backend.tiles import block_columns, column_gate, narrow, pointers_into_b, product, rows_of_a
+from dmole_kernels.triton_backend.dropout import keep_tile, key_words
+from dmole_kernels.triton_backend.tiles import (
+    block_columns,
+    column_gate,
+    load_tile,
+    pointers_into_b,
+    product,
+    rows_of_a,
+    store_tile,
+)
 
 
 @triton.jit(do_not_specialize=["key_low", "key_high", "threshold"])  # type: ignore[untyped-decorator, unused-ignore]
@@ -23,8 +31,8 @@ def shrink(  # type: ignore[no-untyped-def]
     x, table, blocks, gate, shrunk, flags, N, D, R, E, rows_per_gate, block_count, x_step,
     key_low, key_high, threshold, inverse_keep,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, TYPE: tl.constexpr, ACC: tl.constexpr,
-    A_TYPE: tl.constexpr, A_ALIGNED: tl.constexpr, DROPOUT: tl.constexpr, PER_EXPERT: tl.constexpr,
-    LOOK: tl.constexpr, UPCAST: tl.constexpr,
+    A_TYPE: tl.constexpr, A_ALIGNED: tl.constexpr, DROPOUT: tl.constexpr, DEVICE_KEY: tl.constexpr,
+    PER_EXPERT: tl.constexpr, LOOK: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     # Column blocks of one row tile stand side by side: the second finds x in the cache.
     program = tl.program_id(0)
@@ -41,12 +49,13 @@ def shrink(  # type: ignore[no-untyped-def]
             stop = D * active
 
     a_rows = rows_of_a(table, columns, column_mask, A_TYPE, A_ALIGNED)
-    x_rows = x + rows.to(tl.int64)[:, None] * x_step
+    if DEVICE_KEY:
+        key_low, key_high = key_words(key_low)
     total = tl.zeros([ROWS, BLOCK_R], dtype=ACC)
     for first in range(0, stop, WIDTH):
         features = first + tl.arange(0, WIDTH)
         inside = features < D
-        x_tile = tl.load(x_rows + features[None, :], mask=row_mask[:, None] & inside[None, :], other=0.0)
+        x_tile = load_tile(x, rows, row_mask, x_step, features, inside)
         if DROPOUT:
             keep = keep_tile(rows, first, stream, key_low, key_high, threshold, ROWS)
             x_tile = tl.where(keep, x_tile, tl.zeros_like(x_tile))
@@ -54,8 +63,7 @@ def shrink(  # type: ignore[no-untyped-def]
         total = product(x_tile, a_tile, total, TYPE, UPCAST)
     if DROPOUT:
         total = total * inverse_keep
-    place = shrunk + rows.to(tl.int64)[:, None] * R + columns[None, :]
-    tl.store(place, narrow(total, TYPE, UPCAST), mask=row_mask[:, None] & column_mask[None, :])
+    store_tile(shrunk, rows, row_mask, R, columns, column_mask, total, UPCAST)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -77,21 +85,19 @@ def shrink_gradient(  # type: ignore[no-untyped-def]
     # A gate of zero still has a gradient, so P is needed in full for it.
     stop = P if NEED_GATE else P * active
 
-    grad_rows = grad + rows.to(tl.int64)[:, None] * grad_step
     total = tl.zeros([ROWS, BLOCK_R], dtype=ACC)
     for first in range(0, stop, WIDTH):
         outputs = first + tl.arange(0, WIDTH)
         inside = outputs < P
-        grad_tile = tl.load(grad_rows + outputs[None, :], mask=row_mask[:, None] & inside[None, :], other=0.0)
+        grad_tile = load_tile(grad, rows, row_mask, grad_step, outputs, inside)
         b_tile = tl.load(
             pointers_into_b(table, columns, column_mask, outputs, R, B_TYPE, B_RUN, True),
             mask=inside[:, None] & column_mask[None, :],
             other=0.0,
         )
         total = product(grad_tile, b_tile, total, TYPE, UPCAST)
-    both = row_mask[:, None] & column_mask[None, :]
-    place = rows.to(tl.int64)[:, None] * R + columns[None, :]
     if NEED_GATE:
-        tl.store(products + place, total * tl.load(shrunk + place, mask=both, other=0.0).to(ACC), mask=both)
+        s_tile = load_tile(shrunk, rows, row_mask, R, columns, column_mask).to(ACC)
+        store_tile(products, rows, row_mask, R, columns, column_mask, total * s_tile, UPCAST)
     # Where no gate is on the loop did not run: zero.
-    tl.store(dshrunk + place, narrow(total * gate_tile * inverse_keep, TYPE, UPCAST), mask=both)
+    store_tile(dshrunk, rows, row_mask, R, columns, column_mask, total * gate_tile * inverse_keep, UPCAST)

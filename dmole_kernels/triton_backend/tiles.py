@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the multi-LoRA kernels share: the gate of a tile, the experts' rows behind the address table, the dot."""
+"""What kernels share: masked tiles, the dot and the loop around it; gates of a tile, experts' rows by address."""
 
 from __future__ import annotations
 
@@ -29,6 +29,55 @@ def product(left, right, total, TYPE: tl.constexpr, UPCAST: tl.constexpr):  # ty
             left = left.to(tl.float32)
             right = right.to(tl.float32)
     return tl.dot(left, right, total, input_precision="ieee", out_dtype=total.dtype)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def load_tile(pointer, rows, row_mask, step, columns, column_mask):  # type: ignore[no-untyped-def]
+    """tile[n, c] = pointer[rows[n] step + columns[c]], zero outside the masks."""
+    return tl.load(
+        pointer + rows.to(tl.int64)[:, None] * step + columns[None, :],
+        mask=row_mask[:, None] & column_mask[None, :],
+        other=0.0,
+    )
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def store_tile(  # type: ignore[no-untyped-def]
+    pointer, rows, row_mask, step, columns, column_mask, tile, UPCAST: tl.constexpr
+):
+    """The counterpart of `load_tile`, rounded to the pointer's dtype."""
+    tl.store(
+        pointer + rows.to(tl.int64)[:, None] * step + columns[None, :],
+        narrow(tile, pointer.dtype.element_ty, UPCAST),
+        mask=row_mask[:, None] & column_mask[None, :],
+    )
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def summed_products(  # type: ignore[no-untyped-def]
+    left, left_places, left_mask, left_step, right, right_places, right_mask, right_step, total, K,
+    DEPTH: tl.constexpr, TYPE: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """total[i, j] + sum_k left[left_places[i] + k left_step] right[right_places[j] + k right_step], DEPTH k at a time.
+
+    Places are int64, so that no multiple of a step leaves 32 bits; a step of 1 is given as the number, which the
+    compiler then knows.
+    """
+    for first in range(0, K, DEPTH):
+        k = first + tl.arange(0, DEPTH)
+        inside = k < K
+        left_tile = tl.load(
+            left + left_places[:, None] + (k.to(tl.int64) * left_step)[None, :],
+            mask=left_mask[:, None] & inside[None, :],
+            other=0.0,
+        )
+        right_tile = tl.load(
+            right + right_places[None, :] + (k.to(tl.int64) * right_step)[:, None],
+            mask=inside[:, None] & right_mask[None, :],
+            other=0.0,
+        )
+        total = product(left_tile, right_tile, total, TYPE, UPCAST)
+    return total
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -94,7 +143,11 @@ def pointers_into_b(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def is_active(flags, tile, block, flag_rows, blocks, RATIO: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Whether any of the RATIO flagged row groups of this tile needs the column block."""
-    group = tile * RATIO + tl.arange(0, RATIO)
-    return tl.max(tl.load(flags + group * blocks + block, mask=group < flag_rows, other=0), 0) != 0
+def is_active(flags, tile, block, flag_rows, blocks, RATIO: tl.constexpr, ONE_BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Whether any of the RATIO flagged row groups of this tile needs the column block; an only block is not asked."""
+    if ONE_BLOCK:
+        active = tl.full([], 1, dtype=tl.int32)
+    else:
+        group = tile * RATIO + tl.arange(0, RATIO)
+        active = tl.max(tl.load(flags + group * blocks + block, mask=group < flag_rows, other=0), 0)
+    return active != 0

@@ -12,8 +12,8 @@ from __future__ import annotations
 import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
-from dmole_kernels.triton_backend.dropout import keep_tile
-from dmole_kernels.triton_backend.tiles import block_columns, column_gate, is_active, narrow, product
+from dmole_kernels.triton_backend.dropout import keep_tile, key_words
+from dmole_kernels.triton_backend.tiles import block_columns, column_gate, is_active, load_tile, narrow, product
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -27,19 +27,11 @@ def _row_tile(  # type: ignore[no-untyped-def]
     rows = tile * ROWS + tl.arange(0, ROWS)
     features = first + tl.arange(0, WIDTH)
     row_mask, feature_mask = rows < N, features < WIDE
-    left_tile = tl.load(
-        left + rows.to(tl.int64)[:, None] * R + columns[None, :],
-        mask=row_mask[:, None] & column_mask[None, :],
-        other=0.0,
-    )
+    left_tile = load_tile(left, rows, row_mask, R, columns, column_mask)
     if GATED:
         gate_tile = column_gate(gate, table, rows, row_mask, columns, column_mask, R, E, rows_per_gate, ACC)
         left_tile = left_tile.to(ACC) * gate_tile
-    right_tile = tl.load(
-        right + rows.to(tl.int64)[:, None] * step + features[None, :],
-        mask=row_mask[:, None] & feature_mask[None, :],
-        other=0.0,
-    )
+    right_tile = load_tile(right, rows, row_mask, step, features, feature_mask)
     if DROPOUT:
         keep = keep_tile(rows, first, stream, key_low, key_high, threshold, ROWS)
         right_tile = tl.where(keep, right_tile, tl.zeros_like(right_tile))
@@ -62,17 +54,11 @@ def _share(  # type: ignore[no-untyped-def]
     first = tile * WIDTH
     total = tl.zeros([BLOCK_R, WIDTH], dtype=ACC)
     for row_tile in range(begin, tl.minimum(begin + each, row_tiles)):
-        if ONE_BLOCK:
+        if is_active(flags, row_tile, block, flag_rows, block_count, RATIO, ONE_BLOCK):
             total = _row_tile(
                 total, left, right, table, gate, row_tile, columns, column_mask, first, stream, N, WIDE, R, E,
                 rows_per_gate, step, key_low, key_high, threshold, ROWS, WIDTH, TYPE, ACC, GATED, DROPOUT, UPCAST,
             )  # fmt: skip
-        else:
-            if is_active(flags, row_tile, block, flag_rows, block_count, RATIO):
-                total = _row_tile(
-                    total, left, right, table, gate, row_tile, columns, column_mask, first, stream, N, WIDE, R, E,
-                    rows_per_gate, step, key_low, key_high, threshold, ROWS, WIDTH, TYPE, ACC, GATED, DROPOUT, UPCAST,
-                )  # fmt: skip
     gradient_row = tl.load(table + 5 * R + columns, mask=column_mask, other=-1)
     features = first + tl.arange(0, WIDTH)
     place = out + (share.to(tl.int64) * row_count + gradient_row)[:, None] * WIDE + features[None, :]
@@ -86,9 +72,11 @@ def weight_gradient(  # type: ignore[no-untyped-def]
     N, D, P, R, E, rows_per_gate, block_count, learning_count, flag_rows, x_step, grad_step, row_count, shares,
     key_low, key_high, threshold,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, TYPE: tl.constexpr, ACC: tl.constexpr,
-    DROPOUT: tl.constexpr, PER_EXPERT: tl.constexpr, ONE_BLOCK: tl.constexpr, RATIO: tl.constexpr,
-    UPCAST: tl.constexpr,
+    DROPOUT: tl.constexpr, DEVICE_KEY: tl.constexpr, PER_EXPERT: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    RATIO: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
+    if DEVICE_KEY:
+        key_low, key_high = key_words(key_low)
     program = tl.program_id(0)
     # Column blocks of one tile of features side by side: they read the same x or dY.
     block = tl.load(learning + program % learning_count)

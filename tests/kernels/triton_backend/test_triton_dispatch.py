@@ -3,27 +3,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from dmole_kernels import backend
-from dmole_kernels.multi_lora import BACKWARD, FORWARD, PLANNED
 from dmole_kernels.testing import LoraInputs, Workload, make_inputs, multi_lora_op
-from dmole_kernels.triton_backend import kernel
-
-
-@pytest.fixture
-def triton_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The backend's lines in the tables, for the device on which the interpreter runs."""
-    monkeypatch.setitem(backend.BACKENDS, "triton", ("cpu", "cuda"))
-    monkeypatch.setitem(backend.DTYPES, "triton", None)
-    monkeypatch.setattr(sys.modules["dmole_kernels.multi_lora"], "PLANNED", PLANNED | {"triton"})
-    monkeypatch.setitem(FORWARD, "triton", kernel("multi_lora", "multi_lora_forward"))
-    monkeypatch.setitem(BACKWARD, "triton", kernel("multi_lora", "multi_lora_backward"))
 
 
 @pytest.mark.usefixtures("triton_on_cpu")

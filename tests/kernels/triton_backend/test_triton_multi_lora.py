@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from triton.runtime.interpreter import TensorHandle, interpreter_builder
 
+from benchmarks.check_gpu.correctness import SEVERAL_BLOCKS
 from dmole_kernels import reference
 from dmole_kernels.philox import dropout_keep_mask
 from dmole_kernels.testing import (
@@ -27,23 +28,12 @@ from dmole_kernels.testing import (
     run_kernels,
 )
 from dmole_kernels.triton_backend.columns import column_blocks
-from dmole_kernels.triton_backend.configs import TABLE, Config, configuration, target_of_capability
+from dmole_kernels.triton_backend.configs import TABLE, Config, configuration, misfits, target_of_capability
 from dmole_kernels.triton_backend.launch import Launch
 from dmole_kernels.triton_backend.multi_lora import multi_lora_backward, multi_lora_forward
 from dmole_kernels.triton_backend.shrink import shrink
 
 BY_NAME = {workload.name: workload for workload in WORKLOADS}
-# More columns than one block holds, several row tiles, gates that leave whole (row tile, column block) pairs out.
-SEVERAL_BLOCKS = Workload(
-    name="several_blocks",
-    leading=(5, 32),
-    in_features=136,
-    out_features=40,
-    ranks=(33, 31, 64, 8),
-    pattern="one_expert",
-)
-
-
 # So many rows for so few columns that the sums over rows are cut into shares.
 SEVERAL_SHARES = Workload(name="several_shares", leading=(2, 150), in_features=40, out_features=24, ranks=(2, 1))
 
@@ -91,25 +81,6 @@ def test_gates_said_to_be_constant_give_the_same_output_and_skip_the_rest() -> N
     # Expert 1, the only one in use, has columns 33 to 63, in block 0; the other two blocks are not computed.
     assert torch.equal(shrunk[:, :64], shrunk_skipped[:, :64])
     assert not shrunk_skipped[:, 64:].any()
-
-
-@pytest.mark.parametrize("name", ["dropout_per_expert", "several_blocks"])
-@pytest.mark.parametrize("order", ["reversed", "shuffled"])
-def test_the_order_of_programs_changes_no_bit(name: str, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = make_inputs((BY_NAME | {"several_blocks": SEVERAL_BLOCKS})[name])
-    expected = run_triton(inputs)
-    start = type(interpreter_builder).set_grid_idx
-
-    def permuted(x: int, y: int, z: int) -> None:
-        count = interpreter_builder.grid_dim[0]
-        places = torch.arange(count - 1, -1, -1)
-        if order == "shuffled":
-            places = torch.randperm(count, generator=torch.Generator().manual_seed(count))
-        start(interpreter_builder, int(places[x]), y, z)
-
-    monkeypatch.setattr(interpreter_builder, "set_grid_idx", permuted)
-    actual = run_triton(inputs)
-    assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 def test_a_sample_does_not_see_its_batch_mates(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,13 +155,21 @@ def test_dots_that_gpus_refuse_are_refused_on_the_host() -> None:
 
 
 def test_the_table_keeps_tiles_that_the_kernels_can_use() -> None:
-    for target, kernels in TABLE.items():
-        for pair in zip(*kernels.values(), strict=True):
-            named = dict(zip(kernels, pair, strict=True))
-            assert named["expand"].rows % named["shrink"].rows == 0, target
-            for name in ("weight_gradient", "input_gradient"):
-                assert named[name].rows % named["shrink_gradient"].rows == 0, target
-                assert named[name].width == named["shrink"].width == 128, target
+    for target, line in TABLE.items():
+        assert list(misfits(line)) == [], target
+        for bits in (16, 32):
+            assert configuration("expand", target, bits) is configuration("expand", line, bits)
+
+
+def test_tiles_that_do_not_fit_are_told() -> None:
+    line = dict(TABLE["sm_90"])
+    odd = Config(rows=48, width=64, warps=4, stages=2)
+    line["input_gradient"] = (odd, odd)
+    assert list(misfits(line)) == [
+        "input_gradient, 16 bits: 48 rows; expected a multiple of the flags' 32",
+        "input_gradient, 16 bits: width 64; expected 128, a group of the mask",
+        "input_gradient, 32 bits: width 64; expected 128, a group of the mask",
+    ]
 
 
 def test_unknown_targets_and_dtypes_say_what_to_do() -> None:

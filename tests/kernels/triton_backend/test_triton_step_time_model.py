@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-from benchmarks.step_time_model import GPUS, Gpu, base_time, launch_time, loop_time, ours_time, table
+from transformers import LlamaConfig, LlavaConfig
+
+from benchmarks.step_time_model import GPUS, MODELS, Gpu, base_time, launch_time, loop_time, ours_time, table
 
 
 def test_a_launch_costs_its_slowest_resource() -> None:
@@ -18,3 +20,12 @@ def test_the_table_says_that_it_is_a_model_and_experts_hardly_change_ours() -> N
         few, many = (ours_time(gpu, 4096, 4096, experts) for experts in (9, 64))
         assert many < 2 * few < loop_time(gpu, 4096, 4096, 9)
         assert base_time(gpu, 4096, 4096) > 0
+
+
+def test_llava_s_shapes_are_those_of_its_configuration() -> None:
+    config = LlavaConfig().text_config
+    assert isinstance(config, LlamaConfig)
+    hidden, inner = config.hidden_size, config.intermediate_size
+    assert config.num_key_value_heads * config.head_dim == hidden
+    linears = ((hidden, hidden),) * 4 + ((hidden, inner),) * 2 + ((inner, hidden),)
+    assert MODELS["LLaVA 7B"] == (config.num_hidden_layers, linears)
