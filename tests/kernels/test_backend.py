@@ -69,7 +69,7 @@ def test_by_name_for_tensors_it_does_not_serve_is_an_error() -> None:
         choose_backend("cpu", "cpu", torch.float64)
 
 
-@pytest.mark.parametrize("name", ["", *({"cuda", "triton"} - set(BACKENDS))])
+@pytest.mark.parametrize("name", ["", *sorted({"cuda", "triton"} - set(BACKENDS))])
 def test_what_does_not_exist_is_an_error_that_names_what_does(name: str) -> None:
     missing = {"triton": " (Triton is not installed)", "cuda": f" ({cuda.MISSING})"}.get(name, "")
     expected = (
