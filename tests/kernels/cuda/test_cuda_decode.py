@@ -247,6 +247,25 @@ def test_experts_of_several_dtypes_and_strided_ones_are_copied_first() -> None:
     assert equal(decode(half), decode(rounded))
 
 
+def test_gates_of_another_dtype_and_strided_ones_are_copied_first() -> None:
+    inputs = drawn(BY_NAME["token_gates"], torch.float32, torch.float32)
+    narrow = inputs.gate.bfloat16()
+    strided = narrow.float().transpose(0, 2).contiguous().transpose(0, 2)
+    expected = decode(replace(inputs, gate=narrow.float()))
+    assert equal(decode(replace(inputs, gate=narrow)), expected)
+    assert equal(decode(replace(inputs, gate=strided)), expected)
+
+
+def test_rows_beyond_32_bits_are_reached() -> None:
+    """A row step of 2^30 elements: row 5 lies past the 32nd bit. The memory between is never touched."""
+    step = 2**30
+    x = torch.as_strided(torch.empty(5 * step + 16, dtype=torch.float16), (6, 16), (step, 1))
+    x.copy_(torch.arange(96).view(6, 16) / 96)
+    a, b, gate = torch.eye(16).half(), torch.eye(16).half(), torch.ones(1, 1)
+    y, _ = cuda.multi_lora_forward(x, None, [a], [b], gate, [1.0], 0.0, False, None)
+    assert torch.equal(y, x.contiguous())
+
+
 def test_what_is_no_decode_step_is_refused_before_anything_is_launched(host: Any) -> None:
     inputs = drawn(Workload(name="", leading=(17,), in_features=8, out_features=8, ranks=(2,)), torch.float32,
                    torch.float32)  # fmt: skip
