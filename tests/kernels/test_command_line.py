@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from dmole_kernels import triton_backend
 from dmole_kernels.__main__ import COMMANDS, main
 
 
@@ -20,7 +21,15 @@ def test_an_unknown_command_is_refused() -> None:
         main(["check-tpu"])
 
 
+@pytest.mark.parametrize("command", ["check-gpu", "tune"])
+def test_without_triton_it_says_what_to_install(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_backend, "available", lambda: False)
+    with pytest.raises(SystemExit, match="Triton is not installed; expected triton 3.9. Run pip install triton."):
+        main([command])
+
+
 def test_check_gpu_without_the_repository_says_where_to_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_backend, "available", lambda: True)
     monkeypatch.setitem(sys.modules, "benchmarks.check_gpu", None)
     with pytest.raises(SystemExit, match="check-gpu found no benchmarks.check_gpu; expected the repository's"):
         main(["check-gpu"])
