@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from dmole_kernels import triton_backend
 from dmole_kernels.backend import explain_backend
 
 
@@ -22,7 +23,7 @@ def _check_aot() -> Callable[[Sequence[str]], int]:
 
 
 def _check_gpu() -> Callable[[Sequence[str]], int]:
-    _choose_interpreter()
+    _prepare_triton()
     try:
         from benchmarks.check_gpu import main
     except ModuleNotFoundError as error:
@@ -36,16 +37,18 @@ def _check_gpu() -> Callable[[Sequence[str]], int]:
 
 
 def _tune() -> Callable[[Sequence[str]], int]:
-    _choose_interpreter()
+    _prepare_triton()
     from dmole_kernels.tune import main
 
     return main
 
 
-def _choose_interpreter() -> None:
+def _prepare_triton() -> None:
     """Without a GPU, Triton's interpreter; it is chosen before Triton is imported or not at all."""
     import torch
 
+    if not triton_backend.available():
+        raise SystemExit("Triton is not installed; expected triton 3.9. Run pip install triton.")
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
 

@@ -230,7 +230,6 @@ class DMoLE(Method):
 
     @contextlib.contextmanager
     def _using(self, gate_SE: Tensor, experts: Sequence[str]) -> Iterator[None]:
-        gate_SE = gate_SE.to(self.mm.model.device)
         with contextlib.ExitStack() as stack:
             for gates in self.gates.values():
                 stack.enter_context(gates.use(gate_SE, experts))

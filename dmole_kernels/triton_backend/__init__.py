@@ -3,10 +3,13 @@
 
 Importing this package does not import Triton: `kernel` gives a function that does so when it is first called.
 
-    launch     a launch as a value: what runs, counted or compiled; configs   the table of launch configurations
+    launch     a launch as a value: what runs, counted or compiled; cases     representative launches
+    configs    the table of launch configurations; tuned.json      what a GPU measured instead; aot.json   what compiles
     columns    which packed column belongs to which expert, as a table on the device
     dropout    the mask of `philox.py`; shrink, expand, weight_gradient, finish   the kernels of multi_lora
+    norms, router   the kernels of the gradient norms and of the router; tiles      what all kernels share
     multi_lora, grad_norm, router_score   the ops, with the signatures of `reference`
+    fused_base      an experiment: the base product in the same launch (`dmole_kernels.fused_linear`)
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ def shrink_rows(
             config=config,
             dots=[(config.rows, columns.block, config.width)],
             reads={"x": size(x_ND), "A": columns.bytes_a, "plan": table_bytes(facts)},
-            writes={"S": size(s_NR), "flags": size(flags)},
+            writes={"S": size(s_NR), "flags": 0 if facts["ONE_BLOCK"] else size(flags)},
         )
     )
     return columns, facts

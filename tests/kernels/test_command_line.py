@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m dmole_kernels`: what it prints, and what it says to words it does not know."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from dmole_kernels import triton_backend
+from dmole_kernels.__main__ import COMMANDS, main
+
+
+def test_without_a_word_it_explains_the_backend(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    assert capsys.readouterr().out.startswith("backend ")
+
+
+def test_an_unknown_command_is_refused() -> None:
+    with pytest.raises(SystemExit, match="got 'check-tpu'; expected nothing or check-aot, check-gpu, tune"):
+        main(["check-tpu"])
+
+
+@pytest.mark.parametrize("command", ["check-gpu", "tune"])
+def test_without_triton_it_says_what_to_install(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_backend, "available", lambda: False)
+    with pytest.raises(SystemExit, match="Triton is not installed; expected triton 3.9. Run pip install triton."):
+        main([command])
+
+
+def test_check_gpu_without_the_repository_says_where_to_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_backend, "available", lambda: True)
+    monkeypatch.setitem(sys.modules, "benchmarks.check_gpu", None)
+    with pytest.raises(SystemExit, match="check-gpu found no benchmarks.check_gpu; expected the repository's"):
+        main(["check-gpu"])
+
+
+def test_every_command_is_described() -> None:
+    import dmole_kernels.__main__ as module
+
+    assert all(f"python -m dmole_kernels {name} " in str(module.__doc__) for name in COMMANDS)
