@@ -322,9 +322,9 @@ def test_errors_tell_what_to_do() -> None:
     with pytest.raises(ValueError, match=r"dropout is 1.0; expected a chance in \[0, 1\)"):
         multi_lora(x, None, [a], [b], gate, [1.0], dropout=1.0)
     with pytest.raises(
-        ValueError, match="backend='cuda' is not in this build of dmole_kernels; expected 'auto' or one of"
+        ValueError, match="backend='tpu' is not in this build of dmole_kernels; expected 'auto' or one of"
     ):
-        multi_lora(x, None, [a], [b], gate, [1.0], backend="cuda")
+        multi_lora(x, None, [a], [b], gate, [1.0], backend="tpu")
     with pytest.raises(
         ValueError, match=r"x has shape \(\) and gate \(2, 1\); expected \[..., features\] and \[..., exp"
     ):
