@@ -10,12 +10,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-long sanitize lint setup data results docs clean
+.PHONY: demo test test-long sanitize lint aot setup data results docs clean
 
 demo: setup
 	$(BIN)/dmole run mini --recipe demo --output results/demo --resume
 
-test: setup lint
+test: setup lint aot
 	$(BIN)/python -m pytest
 
 test-long: setup
@@ -29,6 +29,10 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The Triton kernels for one target, without a GPU, against the committed record; all targets: without --quick.
+aot: setup
+	$(BIN)/python -m dmole_kernels check-aot --quick
+
 setup: $(READY)
 
 # torch comes first and by itself: the plain index would bring a CUDA build of several GB as somebody's dependency. The
@@ -36,7 +40,7 @@ setup: $(READY)
 $(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "make: 'python -m venv' failed; install Python 3.10 or newer with its venv module." >&2; exit 1; }
 	if $(BIN)/python scripts/check_installed.py; then echo "setup: every pinned package is already installed; nothing is downloaded"; else \
-	  $(PIP) install -q -c constraints.txt "torch==2.13.0" && DMOLE_KERNELS_BUILD=skip $(PIP) install -q -c constraints.txt -e ".[data,dev,peft]" || \
+	  $(PIP) install -q -c constraints.txt "torch==2.13.0" && DMOLE_KERNELS_BUILD=skip $(PIP) install -q -c constraints.txt -e ".[data,dev,peft,triton]" || \
 	  { echo "setup: a package above could not be installed. With no network, install it from a wheel into $(VENV) and run make again." >&2; exit 1; }; fi
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python setup.py -q build_ext --inplace
 	touch $(READY)

@@ -31,7 +31,7 @@ RANKS = (4, 16, 9)
 
 
 def calls_that_differ(product: Callable[[int], Tensor], thread_counts: Iterable[int]) -> list[str]:
-    """The calls, as "rows x threads", whose rows have other bits than in the whole; product(n) takes the first n."""
+    """The calls, as "rows x threads", whose rows are not bit for bit the whole's; product(n) takes the first n."""
     with threads(1):
         whole = product(WHOLE)
     differing = []

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = ("data", "dev", "peft")
+EXTRAS = ("data", "dev", "peft", "triton")
 
 
 def wanted() -> list[str]:
