@@ -245,6 +245,20 @@ def test_vmap_is_a_loop(name: str, backend: str) -> None:
     close(whole, tuple(torch.stack(parts, 1) for parts in zip(*loop, strict=True)))
 
 
+def test_tangents_inside_a_compiled_function_are_never_silently_zero(backend: str) -> None:
+    call, tensors = CALLS["grad_norm_direct"](backend), tensors_of("grad_norm_direct")
+
+    def tangent(x: Tensor) -> Tensor:
+        return func.jvp(lambda x: call(x, tensors[1]), (x,), (x,))[1]
+
+    # What was learnt about this code under the other backend or flag is forgotten each time.
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.TorchDynamoException):
+        torch.compile(tangent, fullgraph=True, backend="aot_eager")(tensors[0])
+    torch._dynamo.reset()
+    close(torch.compile(tangent, backend="aot_eager")(tensors[0]), tangent(tensors[0]))
+
+
 @EVERY_CALL
 def test_jacobians_agree(name: str, backend: str) -> None:
     call, tensors = CALLS[name](backend), tensors_of(name)
