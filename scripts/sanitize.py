@@ -28,7 +28,7 @@ TESTS = (
     "test_multi_lora.py",
 )
 # Nothing of the reference is sanitized.
-CHOICE = ("-k", "not (test_each_backend and reference)")
+CHOICE = ("-k", "not ((test_each_backend or test_modules) and reference)")
 
 
 def build() -> None:
