@@ -23,9 +23,9 @@ Formula = Callable[..., Any]
 
 def transforms_active() -> bool:
     """Whether a torch.func transform or a forward-mode level is open."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
 def values_are_hidden() -> bool:
@@ -91,6 +91,12 @@ def transformable(
     def run(*arguments: Any) -> Any:
         if not transforms_active():
             return op(*arguments)
+        if torch.compiler.is_compiling():
+            # Ends the graph here: the transform then runs uncompiled. Without this its tangents would be zeros.
+            raise NotImplementedError(
+                f"{name} is under a torch.func transform inside torch.compile(fullgraph=True); expected one without "
+                f"the other. Compile what is inside the transform, or drop fullgraph."
+            )
         call = _Call(arguments)
         return Transformable.apply(call, *call.tensors)  # type: ignore[no-untyped-call]
 

@@ -115,16 +115,13 @@ def test_any_strides_and_no_samples() -> None:
 
 
 @pytest.mark.parametrize("decoder", ["sigmoid", "linear"])
-def test_gradients_opcheck_and_compile(decoder: str) -> None:
+def test_gradients(decoder: str) -> None:
     arguments = [t.requires_grad_() for t in tensors(5, 2, 6, 3)]
     score(arguments, decoder).square().sum().backward()
     wide = [t.detach().double().requires_grad_() for t in arguments]
     router_score(*wide, decoder=decoder).square().sum().backward()  # type: ignore[arg-type]
     for narrow, exact in zip(arguments, wide, strict=True):
         torch.testing.assert_close(narrow.grad, exact.grad.float(), rtol=1e-4, atol=1e-5)  # type: ignore[union-attr]
-    torch.library.opcheck(torch.ops.dmole_kernels.router_score.default, (*arguments, decoder == "sigmoid", "cpu"))
-    compiled = torch.compile(score, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(arguments, decoder), score(arguments, decoder))
 
 
 @given(st.integers(0, 4), st.integers(0, 7), st.integers(1, 8), st.integers(0, 99), st.sampled_from(DTYPES))
@@ -180,13 +177,12 @@ def test_pool_of_a_sample_without_tokens_and_of_no_samples() -> None:
     assert masked_max_pool(hidden[:0], mask[:0], backend="cpu").shape == (0, 600)
 
 
-def test_pool_gradients_and_opcheck() -> None:
+def test_pool_gradients() -> None:
     hidden = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
     mask = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1], [1, 1, 1, 1]], dtype=torch.bool)
     found = torch.autograd.grad(masked_max_pool(hidden, mask, backend="cpu").square().sum(), hidden)[0]
     exact = torch.autograd.grad(masked_max_pool(hidden, mask, backend="reference").square().sum(), hidden)[0]
     assert torch.equal(found, exact)
-    torch.library.opcheck(torch.ops.dmole_kernels.masked_max_pool.default, (hidden, mask, "cpu"))
 
 
 def test_errors_tell_what_to_do() -> None:

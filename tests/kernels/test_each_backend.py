@@ -62,6 +62,7 @@ CALLS: dict[str, Callable[[str], Call]] = {
     "multi_lora_dropout": lambda name: lora(name, 0.4),
     "grad_norm_direct": lambda name: lambda x, grad: grad_norm_per_sample(x, grad, method="direct", backend=name),
     "grad_norm_ghost": lambda name: lambda x, grad: grad_norm_per_sample(x, grad, method="ghost", backend=name),
+    "grad_norm": lambda name: lambda x, grad: grad_norm_per_sample(x, grad, backend=name),
     "router_score": lambda name: lambda *tensors: router_score(*tensors, backend=name),
     "router_score_linear": lambda name: lambda *tensors: router_score(*tensors, decoder="linear", backend=name),
     "masked_max_pool": lambda name: lambda hidden: masked_max_pool(hidden, MASK, backend=name),
@@ -73,6 +74,7 @@ SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
     "multi_lora_dropout": LORA_SHAPES,
     "grad_norm_direct": ((2, 3, 4), (2, 3, 5)),
     "grad_norm_ghost": ((2, 3, 4), (2, 3, 5)),
+    "grad_norm": ((2, 3, 4), (2, 3, 5)),
     "router_score": ROUTER_SHAPES,
     "router_score_linear": ROUTER_SHAPES,
     "masked_max_pool": ((2, 3, 5),),
@@ -247,6 +249,20 @@ def test_vmap_is_a_loop(name: str, backend: str) -> None:
     # And the other way round: the derivative of a mapped call.
     whole = func.grad(lambda *t: func.vmap(call, in_dims=1)(*t).sum(), argnums=places)(*stacked)
     close(whole, tuple(torch.stack(parts, 1) for parts in zip(*loop, strict=True)))
+
+
+def test_tangents_inside_a_compiled_function_are_never_silently_zero(backend: str) -> None:
+    call, tensors = CALLS["grad_norm_direct"](backend), tensors_of("grad_norm_direct")
+
+    def tangent(x: Tensor) -> Tensor:
+        return func.jvp(lambda x: call(x, tensors[1]), (x,), (x,))[1]
+
+    # What was learnt about this code under the other backend or flag is forgotten each time.
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.TorchDynamoException):
+        torch.compile(tangent, fullgraph=True, backend="aot_eager")(tensors[0])
+    torch._dynamo.reset()
+    close(torch.compile(tangent, backend="aot_eager")(tensors[0]), tangent(tensors[0]))
 
 
 @EVERY_CALL

@@ -71,25 +71,6 @@ def test_gradient_at_zero_is_zero() -> None:
     assert not x.grad.any()
 
 
-@pytest.mark.parametrize("method", ["direct", "ghost"])
-def test_opcheck(method: str) -> None:
-    arguments = (draw(2, 3, 4).requires_grad_(), draw(2, 3, 5).requires_grad_(), method, "reference")
-    torch.library.opcheck(torch.ops.dmole_kernels.grad_norm_per_sample.default, arguments)
-
-
-def test_opcheck_of_the_accumulators() -> None:
-    x, grad = draw(6, 4), draw(6, 5)
-    utils = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(
-        torch.ops.dmole_kernels.accumulate_gradient.default, (draw(5, 4), x, grad, "reference"), test_utils=utils
-    )
-    torch.library.opcheck(
-        torch.ops.dmole_kernels.accumulate_sketch.default,
-        (draw(3, 2), x, grad, draw(5, 3), draw(4, 2), "reference"),
-        test_utils=utils,
-    )
-
-
 def test_per_batch_is_the_norm_of_the_sum() -> None:
     x, grad = draw(2, 3, 4), draw(2, 3, 5, seed=1)
     expected = torch.einsum("btp,btd->pd", grad, x).norm()

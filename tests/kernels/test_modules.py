@@ -2,13 +2,20 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dmole_kernels import ExpertGates, MultiLoRALinear, frozen_linear
+from dmole_kernels import ExpertGates, MultiLoRALinear, frozen_linear, use_backend
+
+
+@pytest.fixture(autouse=True, params=["auto", "reference"])
+def backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    with use_backend(request.param):
+        yield
 
 
 def make_layer(

@@ -276,35 +276,6 @@ def test_frozen_experts_get_no_gradient_buffer_and_unasked_dx_is_not_computed() 
     assert a[0].grad is None
 
 
-@pytest.mark.parametrize("name", ["zero_and_negative", "old_and_new", "dropout_per_expert", "token_gates"])
-def test_opcheck_forward(name: str) -> None:
-    inputs = make_inputs(BY_NAME[name])
-    base = inputs.grad.clone().requires_grad_()
-    a = [t.clone().requires_grad_(flag) for t, flag in zip(inputs.lora_a, inputs.trainable, strict=True)]
-    b = [t.clone().requires_grad_(flag) for t, flag in zip(inputs.lora_b, inputs.trainable, strict=True)]
-    seed = inputs.seed if inputs.dropout else None
-    arguments = (
-        inputs.x.clone().requires_grad_(), base, a, b, inputs.gate.clone().requires_grad_(), list(inputs.scale),
-        inputs.dropout, inputs.per_expert, seed, "reference", True,
-    )  # fmt: skip
-    torch.library.opcheck(torch.ops.dmole_kernels.multi_lora.default, arguments)
-
-
-@pytest.mark.parametrize("need", [(True, True), (False, False)], ids=["all", "experts_only"])
-def test_opcheck_backward(need: tuple[bool, bool]) -> None:
-    inputs = make_inputs(BY_NAME["frozen_between"])
-    shrunk = torch.randn(24, 14)
-    arguments = (
-        inputs.grad, inputs.x, shrunk, list(inputs.lora_a), list(inputs.lora_b), inputs.gate, list(inputs.scale), 0.0,
-        False, None, *need, list(inputs.trainable), "reference",
-    )  # fmt: skip
-    torch.library.opcheck(
-        torch.ops.dmole_kernels.multi_lora_backward.default,
-        arguments,
-        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
-    )
-
-
 def test_errors_tell_what_to_do() -> None:
     x, a, b, gate = torch.zeros(2, 3, 4), torch.zeros(5, 4), torch.zeros(6, 5), torch.ones(2, 1)
     with pytest.raises(ValueError, match="lora_a is empty; expected at least one expert. Without experts use the base"):
