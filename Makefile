@@ -9,6 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 READY := $(VENV)/.ready
+CXX_FILES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh tests/kernels/cuda/emulator/*.cpp tests/kernels/cuda/emulator/*.h)
 
 .PHONY: demo test test-long sanitize lint aot setup data results docs clean
 
@@ -28,6 +29,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 
 # The Triton kernels for one target, without a GPU, against the committed record; all targets: without --quick.
 aot: setup

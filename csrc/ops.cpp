@@ -121,8 +121,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("available_isas", &available_isas, "What this machine runs, slowest first.");
   module.def("has_amx", &has_amx, "Whether the machine has AMX tiles that this process may use.");
   module.def("cpu_maker", [] { return std::string(cpu_maker()); }, "'intel', 'amd' or 'other'.");
-  module.def("set_threads", [](int count) { at::set_num_threads(count); }, pybind11::arg("count"),
-             "Threads of the kernels: torch's own pool, so the same as torch.set_num_threads.");
+  module.def(
+      "set_threads", [](int count) { at::set_num_threads(count); }, pybind11::arg("count"),
+      "Threads of the kernels: torch's own pool, so the same as torch.set_num_threads.");
   module.def("threads", [] { return at::get_num_threads(); }, "Threads of the kernels.");
   pybind11::class_<Plan>(module, "Plan", "Which rows each expert serves; built once per step and shared by layers.")
       .def(pybind11::init<const at::Tensor&, int64_t, bool>(), pybind11::arg("gate"), pybind11::arg("rows"),

@@ -6,11 +6,12 @@
 // words, which are then added to C: blocks keep long sums accurate, and being fixed they keep every element's rounding
 // the same whatever M and N are.
 
-constexpr int64_t kDepth = 256;             // words of k at once: a panel of B stays in the first-level cache
+constexpr int64_t kDepth = 256;              // words of k at once: a panel of B stays in the first-level cache
 constexpr int64_t kRowStride = kDepth + 16;  // rows of A a power of two apart would share cache sets
 constexpr int64_t kBlockRows = 16 * kTileRows;
 
-// `count` rows of `words` words, kRowStride apart, zeros up to a whole number of registers. Source element (i, k) is from[i * stride + k * k_stride].
+// `count` rows of `words` words, kRowStride apart, zeros up to a whole number of registers. Source element (i, k) is
+// from[i * stride + k * k_stride].
 template <class Unit, class T>
 void pack_rows(int64_t count, int64_t elements, const T* from, int64_t stride, int64_t k_stride, float* to) {
   const int64_t words = (elements + Unit::kPerWord - 1) / Unit::kPerWord;

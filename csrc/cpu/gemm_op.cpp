@@ -21,8 +21,8 @@ void run(const at::Tensor& a, const at::Tensor& b, at::Tensor& c) {
 at::Tensor gemm_op(const at::Tensor& a, const at::Tensor& b) {
   check_dtype("gemm", "a", a);
   check_dtype("gemm", "b", b);
-  TORCH_CHECK_VALUE(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(0), "gemm: a has shape ", a.sizes(),
-                    " and b ", b.sizes(), "; expected [M, K] and [K, N]. Transpose one of them.");
+  TORCH_CHECK_VALUE(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(0), "gemm: a has shape ", a.sizes(), " and b ",
+                    b.sizes(), "; expected [M, K] and [K, N]. Transpose one of them.");
   at::Tensor c = at::empty({a.size(0), b.size(1)}, a.options().dtype(at::kFloat));
   const bool wide_a = a.scalar_type() == at::kFloat, wide_b = b.scalar_type() == at::kFloat;
   if (wide_a && wide_b) run<float, float>(a, b, c);

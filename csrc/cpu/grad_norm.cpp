@@ -184,8 +184,8 @@ void accumulate_gradient(const ParallelFor& parallel_for, int64_t rows, const Ro
 
 template <class T>
 void accumulate_sketch(const ParallelFor& parallel_for, int64_t rows, const Rows<T>& x, const Rows<T>& grad,
-                       const float* left, int64_t k, const float* right, int64_t l, float* shrunk_grad,
-                       float* shrunk_x, float* sketch) {
+                       const float* left, int64_t k, const float* right, int64_t l, float* shrunk_grad, float* shrunk_x,
+                       float* sketch) {
   const int64_t blocks = (rows + kSketchRows - 1) / kSketchRows;
   const int64_t products = kSketchRows * (grad.columns * k + x.columns * l) / 2;
   parallel_for(2 * blocks, grain_of(products), [&](int64_t begin, int64_t end) {
@@ -209,11 +209,11 @@ void accumulate_sketch(const ParallelFor& parallel_for, int64_t rows, const Rows
   });
 }
 
-#define DMOLE_GRAD_NORM(T)                                                                                             \
-  template void squared_norms<T>(const ParallelFor&, NormMethod, int64_t, int64_t, const Rows<T>&, const Rows<T>&,     \
-                                 float*);                                                                              \
-  template void accumulate_gradient<T>(const ParallelFor&, int64_t, const Rows<T>&, const Rows<T>&, float*);           \
-  template void accumulate_sketch<T>(const ParallelFor&, int64_t, const Rows<T>&, const Rows<T>&, const float*,        \
+#define DMOLE_GRAD_NORM(T)                                                                                         \
+  template void squared_norms<T>(const ParallelFor&, NormMethod, int64_t, int64_t, const Rows<T>&, const Rows<T>&, \
+                                 float*);                                                                          \
+  template void accumulate_gradient<T>(const ParallelFor&, int64_t, const Rows<T>&, const Rows<T>&, float*);       \
+  template void accumulate_sketch<T>(const ParallelFor&, int64_t, const Rows<T>&, const Rows<T>&, const float*,    \
                                      int64_t, const float*, int64_t, float*, float*, float*);
 DMOLE_GRAD_NORM(float)
 DMOLE_GRAD_NORM(bfloat16)

@@ -44,7 +44,7 @@ void accumulate_gradient(const ParallelFor& parallel_for, int64_t rows, const Ro
 // memory: `shrunk_grad` [rows, k], `shrunk_x` [rows, l].
 template <class T>
 void accumulate_sketch(const ParallelFor& parallel_for, int64_t rows, const Rows<T>& x, const Rows<T>& grad,
-                       const float* left, int64_t k, const float* right, int64_t l, float* shrunk_grad,
-                       float* shrunk_x, float* sketch);
+                       const float* left, int64_t k, const float* right, int64_t l, float* shrunk_grad, float* shrunk_x,
+                       float* sketch);
 
 }  // namespace dmole::cpu

@@ -95,7 +95,7 @@ void accumulate_gradient_op(at::Tensor& buffer, const at::Tensor& x, const at::T
 void accumulate_sketch_op(at::Tensor& sketch, const at::Tensor& x, const at::Tensor& grad, const at::Tensor& left,
                           const at::Tensor& right) {
   TORCH_CHECK_VALUE(x.dim() == 2 && left.dim() == 2 && right.dim() == 2, "accumulate_sketch: x has shape ", x.sizes(),
-                    ", left ", left.sizes(), ", right ", right.sizes(), 
+                    ", left ", left.sizes(), ", right ", right.sizes(),
                     "; expected two dimensions each. Reshape them.");
   const Pair pair("accumulate_sketch", x, grad);
   const int64_t k = left.size(1), l = right.size(1);

@@ -17,7 +17,7 @@ using GemmKernel = void (*)(int64_t M, int64_t N, int64_t K, const void* a, int6
                             int64_t b_row, int64_t b_col, float* c, int64_t ldc, bool accumulate);
 
 struct Kernels {
-  GemmKernel gemm[2][2];  // [A is bfloat16][B is bfloat16]
+  GemmKernel gemm[2][2];                               // [A is bfloat16][B is bfloat16]
   void (*lora_forward[2])(const LoraForward& call);    // [working type is bfloat16]
   void (*lora_backward[2])(const LoraBackward& call);  // the same
   void (*linear[2])(const LinearCall& call);           // the same

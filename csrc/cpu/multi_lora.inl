@@ -46,8 +46,8 @@ struct PackedWeights {
   std::vector<const float*> panels;
 
   // `of_rows` and `of_panels` choose A or B, with as many columns as given; of the experts in use, those wanted.
-  void pack(const LoraCall& call, Weight LoraExpert::*of_rows, int64_t row_columns,
-            const std::vector<uint8_t>& rows_wanted, Weight LoraExpert::*of_panels, int64_t panel_columns,
+  void pack(const LoraCall& call, Weight LoraExpert::* of_rows, int64_t row_columns,
+            const std::vector<uint8_t>& rows_wanted, Weight LoraExpert::* of_panels, int64_t panel_columns,
             bool panels_wanted) {
     const int64_t experts = call.plan.experts;
     rows.resize(experts);

@@ -60,8 +60,8 @@ void fill_call(LoraCall& call, Held& held, at::ScalarType dtype, at::TensorList 
     const at::Tensor &a = lora_a[e], &b = lora_b[e];
     TORCH_CHECK_VALUE(a.dim() == 2 && b.dim() == 2 && a.size(1) == call.features && b.size(0) == call.outputs &&
                           b.size(1) == a.size(0) && a.device().is_cpu() && b.device().is_cpu(),
-                      kOp, ": expert ", e, " has lora_a ", a.sizes(), " and lora_b ", b.sizes(),
-                      "; expected [rank, ", call.features, "] and [", call.outputs, ", rank] on the CPU.");
+                      kOp, ": expert ", e, " has lora_a ", a.sizes(), " and lora_b ", b.sizes(), "; expected [rank, ",
+                      call.features, "] and [", call.outputs, ", rank] on the CPU.");
     LoraExpert& expert = held.experts[e];
     expert.rank = a.size(0);
     expert.first = call.ranks;
@@ -179,8 +179,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> multi_lora_backward_o
   const at::Tensor dx = need_x ? at::empty(shape, options) : at::empty({0}, options);
   const at::Tensor da = learns ? at::empty({call.trainable_ranks, call.features}, options) : at::empty({0}, options);
   const at::Tensor db = learns ? at::empty({call.trainable_ranks, call.outputs}, options) : at::empty({0}, options);
-  const at::Tensor dgate = need_gate ? at::empty({call.gates, gate.size(1)}, options.dtype(at::kFloat))
-                                     : at::empty({0}, options);
+  const at::Tensor dgate =
+      need_gate ? at::empty({call.gates, gate.size(1)}, options.dtype(at::kFloat)) : at::empty({0}, options);
   call.dx = need_x ? dx.data_ptr() : nullptr;
   call.da = learns ? da.data_ptr() : nullptr;
   call.db = learns ? db.data_ptr() : nullptr;

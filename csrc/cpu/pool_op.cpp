@@ -38,7 +38,8 @@ std::tuple<at::Tensor, at::Tensor> masked_max_pool_op(const at::Tensor& hidden, 
   check_dtype("masked_max_pool", "hidden", hidden);
   TORCH_CHECK_VALUE(hidden.dim() == 3 && mask.sizes() == hidden.sizes().slice(0, 2) && mask.scalar_type() == at::kBool,
                     "masked_max_pool: hidden has shape ", hidden.sizes(), " and mask ", mask.sizes(), " of ",
-                    mask.scalar_type(), "; expected [samples, tokens, features] and bool [samples, tokens]. "
+                    mask.scalar_type(),
+                    "; expected [samples, tokens, features] and bool [samples, tokens]. "
                     "Pass mask != 0.");
   const at::Tensor rows = hidden.stride(2) == 1 || hidden.size(2) <= 1 ? hidden : hidden.contiguous();
   at::Tensor values = at::empty({hidden.size(0), hidden.size(2)}, hidden.options());

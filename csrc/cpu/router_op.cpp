@@ -15,13 +15,13 @@ namespace {
 template <class T>
 void score(const at::Tensor& features, const at::Tensor& encoder_weight, const at::Tensor& encoder_bias,
            const at::Tensor& decoder_weight, const at::Tensor& decoder_bias, bool sigmoid, at::Tensor& error) {
-  const Autoencoders<T> all{encoder_weight.size(0),       encoder_weight.size(1),    encoder_weight.size(2),
-                            elements<T>(encoder_weight),  elements<T>(encoder_bias), elements<T>(decoder_weight),
-                            elements<T>(decoder_bias),    sigmoid};
+  const Autoencoders<T> all{
+      encoder_weight.size(0),    encoder_weight.size(1),      encoder_weight.size(2),    elements<T>(encoder_weight),
+      elements<T>(encoder_bias), elements<T>(decoder_weight), elements<T>(decoder_bias), sigmoid};
   const int64_t samples = features.size(0), tile = router_tile(samples);
   const at::Tensor transposed = at::empty({(samples + tile - 1) / tile, all.width, tile}, features.options());
-  router_score<T>(torch_parallel_for, samples, elements<T>(features), features.stride(0), all,
-                  elements<T>(transposed), elements<T>(error));
+  router_score<T>(torch_parallel_for, samples, elements<T>(features), features.stride(0), all, elements<T>(transposed),
+                  elements<T>(error));
 }
 
 }  // namespace

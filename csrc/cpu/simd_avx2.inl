@@ -19,9 +19,7 @@ inline Vec load_part(const float* from, int count) { return _mm256_maskload_ps(f
 inline void store(float* to, Vec value) { _mm256_storeu_ps(to, value); }
 inline void store_part(float* to, Vec value, int count) { _mm256_maskstore_ps(to, first(count), value); }
 
-inline Vec widened(__m128i halves) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
-}
+inline Vec widened(__m128i halves) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16)); }
 inline __m128i part_of(const bfloat16* from, int count) {
   alignas(16) uint16_t copy[8] = {};
   std::memcpy(copy, from, static_cast<size_t>(count) * sizeof(uint16_t));

@@ -17,13 +17,9 @@ inline Vec load_part(const float* from, int count) { return _mm512_maskz_loadu_p
 inline void store(float* to, Vec value) { _mm512_storeu_ps(to, value); }
 inline void store_part(float* to, Vec value, int count) { _mm512_mask_storeu_ps(to, first(count), value); }
 
-inline Vec widened(__m256i halves) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
-}
+inline Vec widened(__m256i halves) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16)); }
 inline Vec load(const bfloat16* from) { return widened(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))); }
-inline Vec load_part(const bfloat16* from, int count) {
-  return widened(_mm256_maskz_loadu_epi16(first(count), from));
-}
+inline Vec load_part(const bfloat16* from, int count) { return widened(_mm256_maskz_loadu_epi16(first(count), from)); }
 
 // To nearest, ties to even; every NaN becomes a quiet one.
 #if defined(DMOLE_LEVEL_PAIRS)

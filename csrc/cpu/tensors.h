@@ -30,8 +30,8 @@ inline at::Tensor matrix(const at::Tensor& tensor, at::ScalarType dtype) {
 }
 
 inline void check_dtype(const char* op, const char* name, const at::Tensor& tensor) {
-  TORCH_CHECK_VALUE(tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kBFloat16, op, ": ", name,
-                    " is ", tensor.scalar_type(),
+  TORCH_CHECK_VALUE(tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kBFloat16, op, ": ", name, " is ",
+                    tensor.scalar_type(),
                     "; the cpu backend expects float32 or bfloat16. Cast it or pass backend='reference'.");
 }
 

@@ -93,8 +93,8 @@ void squared_error_of(const float* sums, const T* bias, const T* target, int64_t
 }
 
 template <class T>
-void squared_error(const float* sums, const void* bias, const void* target, bool sigmoid, int64_t rows,
-                   int64_t columns, int64_t stride, float* error) {
+void squared_error(const float* sums, const void* bias, const void* target, bool sigmoid, int64_t rows, int64_t columns,
+                   int64_t stride, float* error) {
   const auto run = sigmoid ? squared_error_of<T, true> : squared_error_of<T, false>;
   run(sums, static_cast<const T*>(bias), static_cast<const T*>(target), rows, columns, stride, error);
 }
