@@ -280,5 +280,5 @@ def test_errors_tell_what_to_do() -> None:
         MultiLoRALinear(nn.Linear(2, 2), dropout=1.5)
     with pytest.raises(ValueError, match="dropout_mode is 'each'; expected 'shared' or 'per_expert'"):
         MultiLoRALinear(nn.Linear(2, 2), dropout_mode="each")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="backend='triton' is not in this build of dmole_kernels"):
-        MultiLoRALinear(nn.Linear(2, 2), backend="triton")
+    with pytest.raises(ValueError, match="backend='abacus' is not in this build of dmole_kernels"):
+        MultiLoRALinear(nn.Linear(2, 2), backend="abacus")
