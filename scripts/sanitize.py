@@ -24,6 +24,7 @@ TESTS = (
     "test_cpu_multi_lora.py",
     "test_cpu_router.py",
     "test_each_backend.py",
+    "test_frozen_linear.py",
     "test_modules.py",
     "test_multi_lora.py",
 )

@@ -78,6 +78,16 @@ def norms(place: Place, dtype: torch.dtype, width: int, outputs: int) -> Iterato
     yield ops.cpu_gemm(rows, place(draw(width, outputs, dtype=dtype)))
 
 
+def linear(place: Place, dtype: torch.dtype, width: int, outputs: int) -> Iterator[Tensor]:
+    # Few rows and many: two forms of the product.
+    for rows in (2, 27):
+        x = place(draw(rows, width, dtype=dtype))
+        for weights in {dtype, torch.float32}:
+            weight, bias = place(draw(outputs, width, dtype=weights)), place(draw(outputs, dtype=weights))
+            yield torch.ops.dmole_kernels.cpu_linear(x, weight, bias)
+            yield torch.ops.dmole_kernels.cpu_linear(x, place(draw(width, outputs, dtype=weights)).t(), None)
+
+
 def router(place: Place, dtype: torch.dtype, width: int, hidden: int) -> Iterator[Tensor]:
     ops = torch.ops.dmole_kernels
     shapes = ((9, width), (2, hidden, width), (2, hidden), (2, width, hidden), (2, width))
@@ -90,11 +100,12 @@ def router(place: Place, dtype: torch.dtype, width: int, hidden: int) -> Iterato
 def results(place: Place) -> list[Tensor]:
     found: list[Tensor] = []
     for dtype, (width, outputs) in product(
-        (torch.float32, torch.bfloat16), ((1, 1), (7, 3), (16, 32), (33, 47), (130, 63), (515, 21))
+        (torch.float32, torch.bfloat16), ((1, 1), (7, 3), (16, 32), (33, 47), (130, 63), (515, 21), (1031, 21))
     ):
         for dropout in (0.0, 0.3):
             found += lora(place, dtype, width, outputs, dropout)
         found += norms(place, dtype, width, outputs)
+        found += linear(place, dtype, width, outputs)
         found += router(place, dtype, width, outputs)
     return found
 
