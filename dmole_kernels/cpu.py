@@ -94,7 +94,7 @@ def takes_linear(rows: int, features: int, dtype: torch.dtype, *, transposed: bo
         return False
     if dtype == torch.float32:
         return rows >= 8 or not transposed
-    return isa() in ("avx512_bf16", "brgemm") and not transposed and rows <= (64 if features <= 1024 else 24)
+    return isa() in ("avx512_bf16", "brgemm") and not transposed and rows <= (64 if features <= 1024 else 16)
 
 
 def _beats_vendor() -> bool:

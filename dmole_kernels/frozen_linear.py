@@ -44,7 +44,7 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, back
     if torch.is_grad_enabled() and x.requires_grad:
         y = torch.ops.dmole_kernels.frozen_linear(x, weight, bias)
     else:
-        y = torch.ops.dmole_kernels.cpu_linear(x, weight, bias)
+        y = torch.ops.dmole_kernels.cpu_linear.default(x, weight, bias)
     return y
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dmole_kernels.backend import choose_backend
 from dmole_kernels.cpu import Plan
-from dmole_kernels.expert_bank import ExpertBank
+from dmole_kernels.expert_bank import Expert, ExpertBank
 from dmole_kernels.frozen_linear import frozen_linear
 from dmole_kernels.fused_linear import fused_linear
 from dmole_kernels.multi_lora import DropoutMode, check_dropout, multi_lora
@@ -185,14 +185,15 @@ class MultiLoRALinear(nn.Module):
         if plan is None or not plan.active:
             unchanged: Tensor = self.base(x)
             return unchanged
-        held = self.bank.experts._modules
+        # The dict itself: a ModuleDict takes microseconds to answer, an expert.
+        held: dict[str, Expert] = self.bank.experts._modules  # type: ignore[assignment]
         names = tuple(name for name in plan.active if name in held)
         if not names:
             return self._base_output(x)
         # Autocast would cast x in the base, the op cast it again, and once more in backward, and each cast its dx back.
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        chosen = [self.bank.expert(name) for name in names]
+        chosen = [held[name] for name in names]
         gates = plan.columns(names, x.device)
         tensors = ([e.lora_a for e in chosen], [e.lora_b for e in chosen], gates, [e.scale for e in chosen])
         dropout = self.dropout if self.training else 0.0

@@ -9,6 +9,7 @@
 constexpr int64_t kDepth = 256;              // words of k at once: a panel of B stays in the first-level cache
 constexpr int64_t kRowStride = kDepth + 16;  // rows of A a power of two apart would share cache sets
 constexpr int64_t kBlockRows = 16 * kTileRows;
+constexpr int64_t kPackAhead = 8;  // rows of A asked for before they are packed
 
 // `count` rows of `words` words, kRowStride apart, zeros up to a whole number of registers. Source element (i, k) is
 // from[i * stride + k * k_stride].
@@ -20,6 +21,8 @@ void pack_rows(int64_t count, int64_t elements, const T* from, int64_t stride, i
       for (int64_t w = 0; w < words; w += kLanes) {
         const int part = static_cast<int>(std::min<int64_t>(kLanes, words - w));
         const int64_t k = w * Unit::kPerWord;
+        // Short pieces of long rows: the hardware sees no stream in them.
+        __builtin_prefetch(from + (i + kPackAhead) * stride + k, 0, 2);
         store(to + i * kRowStride + w, Unit::along_k(from + i * stride + k, part, elements - k));
       }
     }
@@ -86,29 +89,30 @@ void pack_panel(int columns, int64_t elements, const T* from, int64_t stride, in
   }
 }
 
-template <class Unit, int kRows>
+// kVecs registers of a panel's columns: a panel with few columns is not multiplied whole.
+template <class Unit, int kRows, int kVecs>
 void multiply_tile(int64_t words, const float* a, const float* b, float* c, int64_t ldc, int columns, bool accumulate) {
-  Vec sums[kRows][kTileVecs];
+  Vec sums[kRows][kVecs];
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 2
-    for (int v = 0; v < kTileVecs; ++v) sums[i][v] = zero();
+    for (int v = 0; v < kVecs; ++v) sums[i][v] = zero();
   }
   for (int64_t w = 0; w < words; ++w) {
-    Vec row[kTileVecs];
+    Vec row[kVecs];
 #pragma GCC unroll 2
-    for (int v = 0; v < kTileVecs; ++v) row[v] = load(b + w * kTileColumns + v * kLanes);
+    for (int v = 0; v < kVecs; ++v) row[v] = load(b + w * kTileColumns + v * kLanes);
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
       const Vec word = broadcast(a[i * kRowStride + w]);
 #pragma GCC unroll 2
-      for (int v = 0; v < kTileVecs; ++v) sums[i][v] = Unit::step(word, row[v], sums[i][v]);
+      for (int v = 0; v < kVecs; ++v) sums[i][v] = Unit::step(word, row[v], sums[i][v]);
     }
   }
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 2
-    for (int v = 0; v < kTileVecs; ++v) {
+    for (int v = 0; v < kVecs; ++v) {
       const int part = std::clamp(columns - v * kLanes, 0, kLanes);
       float* const to = c + i * ldc + v * kLanes;
       store_some(to, accumulate ? add(load_some(to, part), sums[i][v]) : sums[i][v], part);
@@ -116,16 +120,16 @@ void multiply_tile(int64_t words, const float* a, const float* b, float* c, int6
   }
 }
 
-template <class Unit, int kRows = kTileRows>
+template <class Unit, int kVecs, int kRows = kTileRows>
 void multiply_rows(int rows, int64_t words, const float* a, const float* b, float* c, int64_t ldc, int columns,
                    bool accumulate) {
   if constexpr (kRows == 0) {
     return;
   } else {
     if (rows == kRows) {
-      multiply_tile<Unit, kRows>(words, a, b, c, ldc, columns, accumulate);
+      multiply_tile<Unit, kRows, kVecs>(words, a, b, c, ldc, columns, accumulate);
     } else {
-      multiply_rows<Unit, kRows - 1>(rows, words, a, b, c, ldc, columns, accumulate);
+      multiply_rows<Unit, kVecs, kRows - 1>(rows, words, a, b, c, ldc, columns, accumulate);
     }
   }
 }
@@ -137,7 +141,11 @@ struct Block {
                        bool accumulate) {
     for (int64_t i = 0; i < rows; i += kTileRows) {
       const int some = static_cast<int>(std::min<int64_t>(kTileRows, rows - i));
-      multiply_rows<Unit>(some, words, a + i * kRowStride, b, c + i * ldc, ldc, columns, accumulate);
+      if (columns <= kLanes) {
+        multiply_rows<Unit, 1>(some, words, a + i * kRowStride, b, c + i * ldc, ldc, columns, accumulate);
+      } else {
+        multiply_rows<Unit, kTileVecs>(some, words, a + i * kRowStride, b, c + i * ldc, ldc, columns, accumulate);
+      }
     }
   }
   static void release() {}

@@ -26,7 +26,8 @@ void linear_few(const LinearCall& call) {
         pack_weight_rows(weight, count, 0, call.features, packed, stride);
         rows = {packed, stride};
       }
-      shrink<T, Unit>({x, row.data(), {}, 0, rows, count, call.features, sums}, call.rows);
+      const int64_t next = rows.rows == packed ? 0 : kFewOutputs * rows.stride;
+      shrink<T, Unit>({x, row.data(), {}, 0, rows, count, call.features, sums, next}, call.rows);
       for (int64_t n = 0; n < call.rows; ++n) {
         T* const y = static_cast<T*>(call.y) + n * call.outputs + p;
         for (int64_t i = 0; i < count; ++i) {

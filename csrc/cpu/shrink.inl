@@ -7,13 +7,13 @@ constexpr int kDotColumns = 4;
 // A block of k: a lane adds 64 products, and the rows of x in a tile stay in the first-level cache.
 constexpr int64_t kDotWords = 64 * kLanes;
 
-// How a tile meets its operands: dropout's mask on x, or weights that no cache holds yet, which are asked for a tile
-// (`ahead` elements) early.
+// How a tile meets its operands: dropout's mask on x, or asking for weights that no cache holds yet, `ahead` elements
+// from its own: those of its columns that have a bit in `turns`.
 enum class Dot { plain, masked, cold };
 
 template <class T, class Unit, int kRows, Dot kDot>
 void dot_tile(int64_t elements, const T* const* x, const uint16_t* const* bits, int64_t column, const T* const* w,
-              int64_t ahead, float* const* out, int columns, bool accumulate) {
+              int64_t ahead, unsigned turns, float* const* out, int columns, bool accumulate) {
   constexpr bool kMasked = kDot == Dot::masked;
   constexpr int kStep = kLanes * Unit::kPerWord;
   Vec sums[kRows][kDotColumns];
@@ -28,7 +28,7 @@ void dot_tile(int64_t elements, const T* const* x, const uint16_t* const* bits, 
 #pragma GCC unroll 4
     for (int j = 0; j < kDotColumns; ++j) {
       weights[j] = Unit::along_k(w[j] + k, kLanes, kStep);
-      if (kDot == Dot::cold) __builtin_prefetch(w[j] + k + ahead, 0, 2);
+      if (kDot == Dot::cold && (turns >> j & 1u) != 0) __builtin_prefetch(w[j] + k + ahead, 0, 2);
     }
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
@@ -78,11 +78,13 @@ struct Shrink {
   WeightRows<T> w;
   int64_t rank, elements;
   float* out;
+  int64_t next = 0;  // from a weight to the one in its place at the next call, if there is one, in elements
 };
 
 // Its rows [first, first + kRows).
 template <class T, class Unit, int kRows, Dot kDot>
-void shrink_rows(const Shrink<T>& call, int64_t first) {
+void shrink_rows(const Shrink<T>& call, int64_t first, unsigned turns) {
+  const int64_t ahead = call.next == 0 ? kDotColumns * call.w.stride : call.next;
   const T* from[kRows];
   const uint16_t* bits[kRows];
   const int32_t* const row = call.row + first;
@@ -100,17 +102,17 @@ void shrink_rows(const Shrink<T>& call, int64_t first) {
         weights[c] = call.w.rows + (j + std::min(c, columns - 1)) * call.w.stride + k;
       }
       for (int i = 0; i < kRows; ++i) to[i] = call.out + (first + i) * call.rank + j;
-      dot_tile<T, Unit, kRows, kDot>(part, from, bits, k, weights, kDotColumns * call.w.stride, to, columns, k > 0);
+      dot_tile<T, Unit, kRows, kDot>(part, from, bits, k, weights, ahead, turns, to, columns, k > 0);
     }
   }
 }
 
 // Its rows [i, i + count) with the smallest tile that holds them, of at most kRows.
 template <class T, class Unit, int kRows, Dot kDot>
-void shrink_some(const Shrink<T>& call, int64_t i, int64_t count) {
+void shrink_some(const Shrink<T>& call, int64_t i, int64_t count, unsigned turns = 0) {
   if constexpr (kRows > 0) {
-    if (count < kRows) return shrink_some<T, Unit, kRows - 1, kDot>(call, i, count);
-    shrink_rows<T, Unit, kRows, kDot>(call, i);
+    if (count < kRows) return shrink_some<T, Unit, kRows - 1, kDot>(call, i, count, turns);
+    shrink_rows<T, Unit, kRows, kDot>(call, i, turns);
   }
 }
 
@@ -118,13 +120,16 @@ template <class T, class Unit, Dot kDot>
 void shrink_all(const Shrink<T>& call, int64_t count) {
   // Tiles of about the same size: a small last one would wait for the weights as long as a large one.
   const int64_t tiles = (count + kDotRows - 1) / kDotRows, step = (count + tiles - 1) / std::max<int64_t>(1, tiles);
-  for (int64_t i = 0; i < count; i += step) {
+  for (int64_t i = 0, tile = 0; i < count; i += step, ++tile) {
     const int64_t some = std::min(step, count - i);
-    // The first rows bring the weights into the caches.
-    if (kDot == Dot::cold && i > 0) {
+    // The first rows bring this call's weights into the caches; for the next call's all rows take turns, so that memory
+    // is never idle.
+    unsigned turns = call.next == 0 && tile == 0 ? ~0u : 0u;
+    for (int64_t j = tile; call.next != 0 && j < kDotColumns; j += tiles) turns |= 1u << j;
+    if (kDot == Dot::cold && turns == 0) {
       shrink_some<T, Unit, kDotRows, Dot::plain>(call, i, some);
     } else {
-      shrink_some<T, Unit, kDotRows, kDot>(call, i, some);
+      shrink_some<T, Unit, kDotRows, kDot>(call, i, some, turns);
     }
   }
 }
