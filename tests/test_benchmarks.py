@@ -281,3 +281,21 @@ def test_tables_are_made_from_the_csv(tmp_path: Path, machine: Machine, capsys: 
     page.write_text("<!-- benchmarks: lora.csv -->\n")
     with pytest.raises(ValueError, match="a marker has no partner"):
         tables.filled(page)
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/benchmarks.md"])
+def test_the_repository_s_own_tables_are_those_of_its_csvs(name: str) -> None:
+    page = Path(__file__).parent.parent / name
+    assert "<!-- benchmarks: " in page.read_text(encoding="utf-8")
+    assert tables.main([str(page), "--check"]) == 0
+
+
+def test_a_headline_says_what_was_reached(tmp_path: Path) -> None:
+    file = tmp_path / "headline.json"
+    about = {"machine": "m", "versions": "v", "commit": "c"}
+    rows = {"fp32_top2": {"ours_over_base": 1.13, "other": 2.0}, "router_score": {"autoencoder_loop_over_ours": 5.0}}
+    file.write_text(json.dumps({**rows, "about": about, "wrong": {}}), encoding="utf-8")
+    made = tables.headline_table(file)
+    assert "| fp32_top2 | ours_over_base | 1.13 | <= 1.12 | no |" in made
+    assert "| fp32_top2 | other | 2 |  |  |" in made
+    assert "| router_score | autoencoder_loop_over_ours | 5 | >= 5 | yes |" in made
