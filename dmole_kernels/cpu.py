@@ -94,7 +94,11 @@ def takes_linear(rows: int, features: int, dtype: torch.dtype, *, transposed: bo
         return False
     if dtype == torch.float32:
         return rows >= 8 or not transposed
-    return isa() in ("avx512_bf16", "brgemm") and not transposed and rows <= (64 if features <= 1024 else 16)
+    if isa() not in ("avx512_bf16", "brgemm"):
+        return False
+    if transposed:
+        return features < 1024 and rows <= 64
+    return rows <= (64 if features <= 1024 else 16 if features <= 2048 else 8)
 
 
 def _beats_vendor() -> bool:
