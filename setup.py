@@ -80,6 +80,10 @@ def extension() -> dict[str, Any]:
         "extra_link_args": sanitize,
     }
     host = ["-std=c++17", "-O3", "-g0", "-Wall", *QUIET, "-ffp-contract=off", *sanitize]
+    # at::parallel_for is inline: without this it is a plain loop. The threads are torch's own, whose runtime is loaded.
+    if torch.backends.openmp.is_available():
+        host.append("-fopenmp")
+        arguments["extra_link_args"] = [*sanitize, "-fopenmp"]
     if cuda:
         listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
         chosen = [torch_name for name, torch_name in ARCHITECTURES.items() if name in listed]

@@ -144,6 +144,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
             {"compiler", __VERSION__},
             {"cxx", DMOLE_TEXT(__cplusplus)},
             {"torch", TORCH_VERSION},
+#if defined(_OPENMP)
+            {"threads", "torch's OpenMP threads"},
+#else
+            {"threads", "one thread, built without OpenMP"},
+#endif
         };
       },
       "What the extension was built with.");

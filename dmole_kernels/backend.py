@@ -167,7 +167,7 @@ def explain_backend(requested: str = "auto") -> str:
         lines += [
             f"linear    {cpu.explain_linear()}",
             f"isa       {cpu.isa()} of {', '.join(cpu.available_isas())} (DMOLE_KERNELS_ISA chooses)",
-            f"compiler  {built['compiler']}, C++ {built['cxx']}, for torch {built['torch']}",
+            f"compiler  {built['compiler']}, C++ {built['cxx']}, for torch {built['torch']}, {built['threads']}",
         ]
     if torch.cuda.is_available():
         lines.append(

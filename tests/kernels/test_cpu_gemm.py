@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,3 +67,22 @@ def test_errors_tell_what_to_do() -> None:
         gemm(torch.zeros(2, 3), torch.zeros(3, 2, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"a has shape \[2, 3\] and b \[2, 3\]; expected \[M, K\] and \[K, N\]"):
         gemm(torch.zeros(2, 3), torch.zeros(2, 3))
+
+
+@pytest.mark.skipif(not torch.backends.openmp.is_available(), reason="this PyTorch has no OpenMP")
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="the system does not list a process's threads")
+def test_two_threads_are_two_threads() -> None:
+    """The loop over blocks is torch's, but inline: compiled without OpenMP it would be a plain loop, and right."""
+    code = """
+import os, torch
+import dmole_kernels
+x, weight = torch.ones(512, 512), torch.ones(512, 512)
+torch.set_num_threads(1)
+torch.ops.dmole_kernels.cpu_linear(x, weight, None)
+before = len(os.listdir("/proc/self/task"))
+torch.set_num_threads(2)
+torch.ops.dmole_kernels.cpu_linear(x, weight, None)
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "1\n"
