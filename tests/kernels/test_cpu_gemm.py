@@ -76,8 +76,8 @@ def test_two_threads_are_two_threads() -> None:
     code = """
 import os, torch
 import dmole_kernels
-x, weight = torch.ones(512, 512), torch.ones(512, 512)
 torch.set_num_threads(1)
+x, weight = torch.ones(512, 512), torch.ones(512, 512)
 torch.ops.dmole_kernels.cpu_linear(x, weight, None)
 before = len(os.listdir("/proc/self/task"))
 torch.set_num_threads(2)
