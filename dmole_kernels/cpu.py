@@ -94,7 +94,7 @@ def takes_linear(rows: int, features: int, dtype: torch.dtype, *, transposed: bo
         return False
     if dtype == torch.float32:
         return rows >= 8 or not transposed
-    if isa() not in ("avx512_bf16", "brgemm"):
+    if isa() != "avx512_bf16":
         return False
     if transposed:
         return features < 1024 and rows <= 64

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dmole_kernels import cpu
-from dmole_kernels.triton_backend.columns import expert_columns, one_dtype
+from dmole_kernels.triton_backend.columns import expert_columns, one_dtype, rows_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MOST_ROWS = 16
@@ -64,8 +64,8 @@ def multi_lora_forward(
     a, b = _experts(lora_a, lora_b, dtype)
     columns = expert_columns(a, b, scale, block=MOST_ROWS, per_expert=False)
     y_NP, s_NR = torch.ops.dmole_kernels.cuda_decode(
-        _rows(x, dtype),
-        None if base is None else _rows(base, dtype),
+        rows_of(x.to(dtype)),
+        None if base is None else rows_of(base.to(dtype)),
         gate_GE.to(torch.float32).contiguous(),
         columns.table,
         columns.experts,
@@ -103,8 +103,3 @@ def _experts(lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], dtype: torch.dt
     if experts[0].dtype not in (dtype, torch.float32):
         experts = [expert.to(dtype) for expert in experts]
     return experts[: len(lora_a)], experts[len(lora_a) :]
-
-
-def _rows(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    flat = tensor.reshape(-1, tensor.shape[-1]).to(dtype)
-    return flat if flat.stride(1) == 1 or flat.shape[1] <= 1 else flat.contiguous()

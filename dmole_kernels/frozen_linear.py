@@ -59,18 +59,23 @@ class FrozenLinears(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is F.linear and not kwargs and _frozen(*args):
+        if func is F.linear and not kwargs and is_frozen(*args):
             return frozen_linear(*args)
         return func(*args, **(kwargs or {}))
 
 
-def _frozen(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    learns = weight.requires_grad or (bias is not None and bias.requires_grad)
-    return not learns and weight.dim() == 2 and (weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type))
+def is_frozen(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether `frozen_linear` takes what `F.linear` would: weight and bias do not learn, and dtypes go together."""
+    same = weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
+    return not _learns(weight, bias) and weight.dim() == 2 and same
+
+
+def _learns(weight: Tensor, bias: Tensor | None) -> bool:
+    return weight.requires_grad or (bias is not None and bias.requires_grad)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, autocast: bool) -> None:
-    if weight.requires_grad or (bias is not None and bias.requires_grad):
+    if _learns(weight, bias):
         raise ValueError("weight or bias requires grad; expected a frozen layer. Freeze it, or call F.linear.")
     if weight.dim() != 2 or weight.shape[1:] != x.shape[-1:] or (bias is not None and bias.shape != weight.shape[:1]):
         raise ValueError(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dmole_kernels.backend import choose_backend
 from dmole_kernels.cpu import Plan
 from dmole_kernels.expert_bank import Expert, ExpertBank
-from dmole_kernels.frozen_linear import frozen_linear
+from dmole_kernels.frozen_linear import frozen_linear, is_frozen
 from dmole_kernels.fused_linear import fused_linear
 from dmole_kernels.multi_lora import DropoutMode, check_dropout, multi_lora
 from dmole_kernels.transforms import values_are_hidden
@@ -218,13 +218,7 @@ class MultiLoRALinear(nn.Module):
         """base(x); a plain frozen `nn.Linear` without hooks goes through `frozen_linear`, to the same equation."""
         base = self.base
         hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
-        if (
-            type(base) is nn.Linear
-            and not hooked
-            and (base.weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type))
-            and not base.weight.requires_grad
-            and (base.bias is None or not base.bias.requires_grad)
-        ):
+        if type(base) is nn.Linear and not hooked and is_frozen(x, base.weight, base.bias):
             return frozen_linear(x, base.weight, base.bias, backend=self.backend)
         y: Tensor = base(x)
         return y

@@ -76,6 +76,12 @@ def one_dtype(experts: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [e.to(dtype).contiguous() for e in experts]
 
 
+def rows_of(tensor: Tensor) -> Tensor:
+    """[rows, features] with neighbouring features; a copy only where the last dimension is strided."""
+    flat = tensor.reshape(-1, tensor.shape[-1])
+    return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
+
+
 def column_blocks(ranks: Sequence[int], block: int, per_expert: bool) -> list[tuple[int, int, int]]:
     """(first column, columns, stream): blocks of the packed columns, or of each expert's own."""
     spans = [(0, sum(ranks), 0)]

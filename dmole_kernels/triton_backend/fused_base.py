@@ -15,9 +15,10 @@ import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
 from torch import Tensor
 
+from dmole_kernels.triton_backend.columns import rows_of
 from dmole_kernels.triton_backend.configs import Target, configuration
 from dmole_kernels.triton_backend.expand import expanded_blocks
-from dmole_kernels.triton_backend.launch import Launch, Runner, rows_of, run, size, target_of
+from dmole_kernels.triton_backend.launch import Launch, Runner, run, size, target_of
 from dmole_kernels.triton_backend.multi_lora import plan_bytes, row_tile, shrink_rows
 from dmole_kernels.triton_backend.tiles import store_tile, summed_products
 

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmole_kernels.triton_backend.columns import rows_of
 from dmole_kernels.triton_backend.configs import Config, Target, configuration
-from dmole_kernels.triton_backend.launch import Launch, Runner, computing, rows_of, run, size, target_of
+from dmole_kernels.triton_backend.launch import Launch, Runner, computing, run, size, target_of
 from dmole_kernels.triton_backend.norms import accumulate, add_rows, add_samples, norm_direct, norm_ghost, sketch_tile
 
 SUM = Config(rows=1, width=256, warps=4, stages=1)

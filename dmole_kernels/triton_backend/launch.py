@@ -150,12 +150,6 @@ def computing(dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def rows_of(tensor: Tensor) -> Tensor:
-    """[rows, features] with neighbouring features; a copy only where the last dimension is strided."""
-    flat = tensor.reshape(-1, tensor.shape[-1])
-    return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
-
-
 def signed(word: int) -> int:
     """A 32-bit word as the int32 that a launch passes."""
     return word - 2**32 if word >= 2**31 else word

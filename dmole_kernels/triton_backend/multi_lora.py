@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmole_kernels.triton_backend.columns import Columns, expert_columns, one_dtype
+from dmole_kernels.triton_backend.columns import Columns, expert_columns, one_dtype, rows_of
 from dmole_kernels.triton_backend.configs import Config, Target, column_block, configuration
 from dmole_kernels.triton_backend.dropout import mask_arguments
 from dmole_kernels.triton_backend.expand import expand, input_gradient
 from dmole_kernels.triton_backend.finish import finish
-from dmole_kernels.triton_backend.launch import TYPES, Launch, Runner, computing, rows_of, run, size, target_of
+from dmole_kernels.triton_backend.launch import TYPES, Launch, Runner, computing, run, size, target_of
 from dmole_kernels.triton_backend.shrink import shrink, shrink_gradient
 from dmole_kernels.triton_backend.weight_gradient import weight_gradient
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from dmole_kernels.triton_backend import router
+from dmole_kernels.triton_backend.columns import rows_of
 from dmole_kernels.triton_backend.configs import Config, Target, configuration
-from dmole_kernels.triton_backend.launch import Launch, Runner, computing, rows_of, run, size, target_of
+from dmole_kernels.triton_backend.launch import Launch, Runner, computing, run, size, target_of
 
 LARGEST_HIDDEN = 256
 POOL = Config(rows=1, width=128, warps=4, stages=1)
