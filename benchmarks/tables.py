@@ -18,38 +18,26 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
 from benchmarks.records import COLUMNS, read_rows
+from dmole.reports import markers
 
-_BLOCK = re.compile(
-    r"^(?P<begin><!-- benchmarks: (?P<words>[^\n]*?) -->)\n(?P<body>.*?)^(?P<end><!-- /benchmarks -->)$",
-    re.MULTILINE | re.DOTALL,
-)
-_MARKER = re.compile(r"^<!-- (?:benchmarks:.*|/benchmarks) -->$", re.MULTILINE)
 LINE = ("case", "dtype", "direction", "threads")
 
 
 def filled(path: Path) -> str:
     """The file's text with every marked table made anew."""
-    text = path.read_text(encoding="utf-8")
-    blocks = list(_BLOCK.finditer(text))
-    if len(_MARKER.findall(text)) != 2 * len(blocks):
-        raise ValueError(
-            f"{path}: a marker has no partner; expected '<!-- benchmarks: FILE -->', then '<!-- /benchmarks -->'."
-        )
 
-    def made(block: re.Match[str]) -> str:
-        file, *filters = block["words"].split()
+    def make(words: Sequence[str]) -> str:
+        file, *filters = words
         source = path.parent / file
-        body = headline_table(source) if source.suffix == ".json" else table(source, filters)
-        return f"{block['begin']}\n\n{body}\n{block['end']}"
+        return headline_table(source) if source.suffix == ".json" else table(source, filters)
 
-    return _BLOCK.sub(made, text)
+    return markers.filled(path, "benchmarks", "FILE", make)
 
 
 # What each ratio of the headline was to reach, on a CPU with AMX: (row, ratio) -> (bound, whether it is the least).

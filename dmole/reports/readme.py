@@ -11,11 +11,11 @@ The words after `results:` are the table's name, the results folder relative to 
 `comparison` the two methods. `dmole readme --check` compares without writing; a test does the same.
 """
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from dmole.checkpoint import write_atomically
+from dmole.reports import markers
 from dmole.reports.admission import admission_table
 from dmole.reports.comparison import compare, comparison_table
 from dmole.reports.stored import ResultsError, StoredRun, read_runs
@@ -28,12 +28,6 @@ from dmole.reports.tables import (
     time_table,
     well_formed_table,
 )
-
-_BLOCK = re.compile(
-    r"^(?P<begin><!-- results: (?P<words>[^\n]*?) -->)\n(?P<body>.*?)^(?P<end><!-- /results -->)$",
-    re.MULTILINE | re.DOTALL,
-)
-_MARKER = re.compile(r"^<!-- (?:results:.*|/results) -->$", re.MULTILINE)
 
 TABLES: Mapping[str, Callable[[Sequence[StoredRun]], Table]] = {
     "summary": summary_table,
@@ -60,21 +54,14 @@ def render(words: Sequence[str], folder: Path) -> str:
 
 def filled(path: Path) -> str:
     """The text of a Markdown file with every marked table made anew. ResultsError names the file and the marker."""
-    text = path.read_text(encoding="utf-8")
-    blocks = list(_BLOCK.finditer(text))
-    if len(_MARKER.findall(text)) != 2 * len(blocks):
-        raise ResultsError(
-            f"{path}: a marker has no partner; expected '<!-- results: ... -->', then '<!-- /results -->'."
-        )
 
-    def made(block: re.Match[str]) -> str:
+    def make(words: Sequence[str]) -> str:
         try:
-            table = render(block["words"].split(), path.parent)
+            return render(words, path.parent)
         except ResultsError as error:
             raise ResultsError(f"{path}: {error}") from error
-        return f"{block['begin']}\n\n{table}\n{block['end']}"
 
-    return _BLOCK.sub(made, text)
+    return markers.filled(path, "results", "...", make)
 
 
 def stale(path: Path) -> bool:
