@@ -2,7 +2,7 @@
 // The compiled extension's table of contents: every tensor op by its schema, and the module's own functions.
 //
 // Tensor ops are reached as torch.ops.dmole_kernels.<name> and are the "cpu" and "cuda" backends of the ops that Python
-// registers (dmole_kernels/registration.py), which carry the fake implementations and the derivatives.
+// registers (dmole_kernels/_registration.py), which carry the fake implementations and the derivatives.
 #include <ATen/Parallel.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -4,23 +4,23 @@
 Knows no task, data set or model. Which implementation runs: `python -m dmole_kernels`.
 """
 
-from dmole_kernels.backend import BACKENDS, BackendChoice, choose_backend, explain_backend, use_backend
-from dmole_kernels.cpu import Plan
-from dmole_kernels.expert_bank import Expert, ExpertBank, ExpertDescription
-from dmole_kernels.frozen_linear import FrozenLinears, frozen_linear
-from dmole_kernels.grad_norm import (
+from dmole_kernels._backend import BACKENDS, BackendChoice, choose_backend, explain_backend, use_backend
+from dmole_kernels._expert_bank import Expert, ExpertBank, ExpertDescription
+from dmole_kernels._frozen_linear import FrozenLinears, frozen_linear
+from dmole_kernels._grad_norm import (
     accumulate_gradient,
     accumulate_sketch,
     grad_norm_per_batch,
     grad_norm_per_sample,
     sketch_relative_std,
 )
-from dmole_kernels.grad_norm_recorder import GradNorm, GradNormRecorder
-from dmole_kernels.masked_pool import masked_max_pool
-from dmole_kernels.modules import ExpertGates, GatePlan, MultiLoRALinear
-from dmole_kernels.multi_lora import multi_lora
-from dmole_kernels.philox import dropout_keep_mask
-from dmole_kernels.router_score import router_score, router_select
+from dmole_kernels._grad_norm_recorder import GradNorm, GradNormRecorder
+from dmole_kernels._masked_pool import masked_max_pool
+from dmole_kernels._modules import ExpertGates, GatePlan, MultiLoRALinear
+from dmole_kernels._multi_lora import multi_lora
+from dmole_kernels._philox import dropout_keep_mask
+from dmole_kernels._router_score import router_score, router_select
+from dmole_kernels.cpu import Plan
 
 __all__ = [
     "BACKENDS",

@@ -13,11 +13,11 @@ import sys
 from collections.abc import Callable, Sequence
 
 from dmole_kernels import triton_backend
-from dmole_kernels.backend import explain_backend
+from dmole_kernels._backend import explain_backend
 
 
 def _check_aot() -> Callable[[Sequence[str]], int]:
-    from dmole_kernels.aot import check_aot
+    from dmole_kernels._aot import check_aot
 
     return check_aot
 
@@ -38,7 +38,7 @@ def _check_gpu() -> Callable[[Sequence[str]], int]:
 
 def _tune() -> Callable[[Sequence[str]], int]:
     _prepare_triton()
-    from dmole_kernels.tune import main
+    from dmole_kernels._tune import main
 
     return main
 

@@ -15,7 +15,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from dmole_kernels.philox import dropout_keep_mask
+from dmole_kernels._philox import dropout_keep_mask
 
 
 def _joined(pieces: Sequence[Tensor], dimension: int) -> Tensor:

@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.utils import deterministic
 
 from dmole_kernels import cpu, reference, triton_backend
-from dmole_kernels.backend import BACKENDS, DTYPES
-from dmole_kernels.multi_lora import multi_lora
-from dmole_kernels.philox import dropout_keep_mask
+from dmole_kernels._backend import BACKENDS, DTYPES
+from dmole_kernels._multi_lora import multi_lora
+from dmole_kernels._philox import dropout_keep_mask
 
 Results = dict[str, Tensor]
 

@@ -20,10 +20,10 @@ from benchmarks.check_gpu import correctness, rivals, roofline, sanitizer
 from benchmarks.contest import hold, report
 from benchmarks.records import Row, write_rows
 from dmole_kernels import explain_backend
+from dmole_kernels._tune import INTERPRETER, tune
 from dmole_kernels.testing import triton_on_cpu
 from dmole_kernels.triton_backend.configs import TUNED
 from dmole_kernels.triton_backend.launch import interpreting
-from dmole_kernels.tune import INTERPRETER, tune
 
 # Seconds of each part; what is under way when its time is over is finished.
 SHARES = {"correctness": 280.0, "sanitizer": 110.0, "tuner": 60.0, "benchmark": 100.0}

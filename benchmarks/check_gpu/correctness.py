@@ -26,7 +26,7 @@ from dmole_kernels import (
     multi_lora,
     router_score,
 )
-from dmole_kernels.fused_linear import fused_linear
+from dmole_kernels._fused_linear import fused_linear
 from dmole_kernels.testing import (
     WORKLOADS,
     LoraInputs,

@@ -13,7 +13,7 @@ from benchmarks.lora_case import Direction, LoraCase
 from benchmarks.lora_contest import lora_contest
 from benchmarks.machine import Machine, this_machine
 from dmole_kernels import BACKENDS
-from dmole_kernels.tune import INTERPRETER
+from dmole_kernels._tune import INTERPRETER
 
 RIVALS = ("base_only", "packed_eager", "peft_loop", "dmole_loop", "grouped_mm")
 OURS = ("triton", "triton_fused")

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // What a multi-expert LoRA call hands to the kernels: pointers, sizes and threads, no torch. Mathematics and shape
-// letters: dmole_kernels/multi_lora.py.
+// letters: dmole_kernels/_multi_lora.py.
 #pragma once
 
 #include <cstdint>

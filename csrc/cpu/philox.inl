@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The dropout mask of dmole_kernels/philox.py as bits: bit d % 16 of number d / 16 says whether column d is kept. 16
+// The dropout mask of dmole_kernels/_philox.py as bits: bit d % 16 of number d / 16 says whether column d is kept. 16
 // consecutive columns read one word of 16 consecutive counters, so a register of decisions is a register of counters.
 // Included inside a level's namespace.
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The forward pass of a decode step, 1 to 16 rows: pointers and sizes, no torch and no CUDA header. Mathematics and
-// shape letters: dmole_kernels/multi_lora.py.
+// shape letters: dmole_kernels/_multi_lora.py.
 #pragma once
 
 #include <cstdint>

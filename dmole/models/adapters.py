@@ -183,7 +183,7 @@ def _adapter(adapters: Mapping[str, MultiLoRALinear], name: str) -> MultiLoRALin
 def as_pretrained(model: nn.Module) -> Iterator[None]:
     """The model as it was pretrained: evaluation mode, every parameter frozen; both are put back afterwards.
 
-    Its products are those of `dmole_kernels.frozen_linear`, since no weight learns here.
+    Its products are those of `dmole_kernels._frozen_linear`, since no weight learns here.
     """
     modes = [(module, module.training) for module in model.modules()]
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]

@@ -9,7 +9,7 @@ Importing this package does not import Triton: `kernel` gives a function that do
     dropout    the mask of `philox.py`; shrink, expand, weight_gradient, finish   the kernels of multi_lora
     norms, router   the kernels of the gradient norms and of the router; tiles      what all kernels share
     multi_lora, grad_norm, router_score   the ops, with the signatures of `reference`
-    fused_base      an experiment: the base product in the same launch (`dmole_kernels.fused_linear`)
+    fused_base      an experiment: the base product in the same launch (`dmole_kernels._fused_linear`)
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-`reference.multi_lora_forward` and `_backward` as Triton launches (the equations: `dmole_kernels.multi_lora`):
+`reference.multi_lora_forward` and `_backward` as Triton launches (the equations: `dmole_kernels._multi_lora`):
 
     forward    shrink, expand                                                      base + 2
     backward   shrink_gradient, weight_gradient, finish, input_gradient            base + 4, whatever the experts

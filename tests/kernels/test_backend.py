@@ -8,11 +8,12 @@ import sys
 import pytest
 import torch
 
-from dmole_kernels import BACKENDS, backend, choose_backend, cpu, cuda, multi_lora, use_backend
-from dmole_kernels.grad_norm import ACCUMULATE, NORM, SKETCH
-from dmole_kernels.masked_pool import POOL
-from dmole_kernels.multi_lora import BACKWARD, FORWARD
-from dmole_kernels.router_score import SCORE, SCORE_BACKWARD, SELECT
+from dmole_kernels import BACKENDS, choose_backend, cpu, cuda, multi_lora, use_backend
+from dmole_kernels import _backend as backend
+from dmole_kernels._grad_norm import ACCUMULATE, NORM, SKETCH
+from dmole_kernels._masked_pool import POOL
+from dmole_kernels._multi_lora import BACKWARD, FORWARD
+from dmole_kernels._router_score import SCORE, SCORE_BACKWARD, SELECT
 
 COMPILED = cpu.EXTENSION is not None
 NEEDS_EXTENSION = pytest.mark.skipif(not COMPILED, reason=f"no compiled extension: {cpu.MISSING}")

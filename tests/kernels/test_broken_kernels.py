@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dmole_kernels import BACKENDS, reference
-from dmole_kernels.multi_lora import BACKWARD, FORWARD
+from dmole_kernels._multi_lora import BACKWARD, FORWARD
 from dmole_kernels.testing import WORKLOADS, LoraInputs, Results, judge_run, rejected, run_kernels, run_reference
 
 Pair = tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., tuple[Tensor, ...]]]

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from dmole_kernels import BACKENDS
-from dmole_kernels.grad_norm import ACCUMULATE, NORM, SKETCH
-from dmole_kernels.masked_pool import POOL
-from dmole_kernels.router_score import SCORE, SELECT
+from dmole_kernels._grad_norm import ACCUMULATE, NORM, SKETCH
+from dmole_kernels._masked_pool import POOL
+from dmole_kernels._router_score import SCORE, SELECT
 from dmole_kernels.testing import Results, judge, rejected
 
 Kernel = Callable[..., Any]

@@ -16,7 +16,7 @@ from dmole_kernels import (
     grad_norm_per_batch,
     grad_norm_per_sample,
 )
-from dmole_kernels.grad_norm import cheaper_method
+from dmole_kernels._grad_norm import cheaper_method
 from dmole_kernels.testing import poisoned_memory, threads
 
 _C = pytest.importorskip("dmole_kernels._C", exc_type=ImportError)

@@ -17,7 +17,7 @@ from dmole_kernels import (
     reference,
     sketch_relative_std,
 )
-from dmole_kernels.grad_norm import cheaper_method
+from dmole_kernels._grad_norm import cheaper_method
 from dmole_kernels.testing import poisoned_memory
 
 METHODS = ("auto", "direct", "ghost")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dmole_kernels import dropout_keep_mask
-from dmole_kernels.philox import COUNTERS_AT_ONCE, LOW, philox_4x32
+from dmole_kernels._philox import COUNTERS_AT_ONCE, LOW, philox_4x32
 
 # kat_vectors of Random123 1.14, philox4x32 with 10 rounds: counter, key, output.
 KNOWN = [

@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dmole_kernels import backend, cuda
-from dmole_kernels.multi_lora import BACKWARD, FORWARD
+from dmole_kernels import _backend as backend
+from dmole_kernels import cuda
+from dmole_kernels._multi_lora import BACKWARD, FORWARD
 
 ROOT = Path(__file__).resolve().parents[3]
 EMULATOR = Path(__file__).resolve().parent / "emulator"

@@ -13,14 +13,14 @@ from dmole_kernels import (
     BACKENDS,
     ExpertGates,
     MultiLoRALinear,
-    backend,
     choose_backend,
     cuda,
-    cuda_decode,
     explain_backend,
     multi_lora,
     use_backend,
 )
+from dmole_kernels import _backend as backend
+from dmole_kernels import _cuda_decode as cuda_decode
 from dmole_kernels.testing import LoraInputs, Workload, make_inputs, multi_lora_op
 
 SHAPE = Workload(name="", leading=(4, 3), in_features=40, out_features=24, ranks=(8, 3), gate="token", pattern="top2")

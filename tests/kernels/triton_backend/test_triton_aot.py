@@ -10,7 +10,7 @@ import json
 
 import pytest
 
-from dmole_kernels import aot
+from dmole_kernels import _aot as aot
 from dmole_kernels.triton_backend.cases import every_launch
 from dmole_kernels.triton_backend.configs import TARGETS
 

@@ -18,9 +18,9 @@ from torch import Tensor
 from benchmarks.check_gpu import command, correctness, rivals, roofline, sanitizer
 from benchmarks.records import read_rows
 from dmole_kernels import multi_lora as multi_lora_function
-from dmole_kernels.multi_lora import FORWARD
+from dmole_kernels._multi_lora import FORWARD
+from dmole_kernels._tune import INTERPRETER
 from dmole_kernels.testing import triton_on_cpu
-from dmole_kernels.tune import INTERPRETER
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.check_gpu.correctness import SEVERAL_BLOCKS
 from dmole_kernels import ExpertGates, MultiLoRALinear
-from dmole_kernels.fused_linear import fused_linear
+from dmole_kernels._fused_linear import fused_linear
 from dmole_kernels.testing import (
     WORKLOADS,
     LoraInputs,

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmole_kernels import ExpertGates, MultiLoRALinear, multi_lora
-from dmole_kernels.modules import GatePlan
+from dmole_kernels._modules import GatePlan
 from dmole_kernels.testing import WORKLOADS, make_inputs, multi_lora_op, poisoned_memory, run_autograd
 from dmole_kernels.triton_backend.cases import CASES, Case, fused_launches, launches
 from dmole_kernels.triton_backend.launch import Launch

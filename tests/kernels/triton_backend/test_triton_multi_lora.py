@@ -12,7 +12,7 @@ from triton.runtime.interpreter import TensorHandle, interpreter_builder
 
 from benchmarks.check_gpu.correctness import SEVERAL_BLOCKS
 from dmole_kernels import reference
-from dmole_kernels.philox import dropout_keep_mask
+from dmole_kernels._philox import dropout_keep_mask
 from dmole_kernels.testing import (
     WORKLOADS,
     LoraInputs,

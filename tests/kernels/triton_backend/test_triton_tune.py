@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dmole_kernels import tune
+from dmole_kernels import _tune as tune
 from dmole_kernels.triton_backend.configs import FLAGS_OF, TABLE, TUNED, Config, configuration, misfits, with_tuned
 
 

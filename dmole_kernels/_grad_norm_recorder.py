@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dmole_kernels.grad_norm import (
+from dmole_kernels._grad_norm import (
     accumulate_gradient,
     accumulate_sketch,
     grad_norm_per_batch,

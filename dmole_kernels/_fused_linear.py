@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dmole_kernels import triton_backend
-from dmole_kernels.backend import choose_backend, without_autocast
-from dmole_kernels.multi_lora import (
+from dmole_kernels._backend import choose_backend, without_autocast
+from dmole_kernels._multi_lora import (
     DropoutMode,
     check_dropout,
     check_experts,

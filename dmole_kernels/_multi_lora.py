@@ -31,11 +31,11 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from dmole_kernels import cpu, cuda, reference, triton_backend
-from dmole_kernels.argument_checks import check_floating, check_one_device
-from dmole_kernels.backend import BACKENDS, choose_backend, without_autocast
+from dmole_kernels._argument_checks import check_floating, check_one_device
+from dmole_kernels._backend import BACKENDS, choose_backend, without_autocast
+from dmole_kernels._registration import register_op
+from dmole_kernels._transforms import transforms_active
 from dmole_kernels.cpu import Plan
-from dmole_kernels.registration import register_op
-from dmole_kernels.transforms import transforms_active
 
 DropoutMode = Literal["shared", "per_expert"]
 

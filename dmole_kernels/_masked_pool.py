@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from dmole_kernels import cuda, reference, triton_backend
-from dmole_kernels.argument_checks import check_floating, check_one_device
-from dmole_kernels.backend import BACKENDS, choose_backend
-from dmole_kernels.registration import register_op
-from dmole_kernels.transforms import values_are_hidden
+from dmole_kernels._argument_checks import check_floating, check_one_device
+from dmole_kernels._backend import BACKENDS, choose_backend
+from dmole_kernels._registration import register_op
+from dmole_kernels._transforms import values_are_hidden
 
 
 def masked_max_pool(hidden: Tensor, mask: Tensor, *, backend: str = "auto") -> Tensor:

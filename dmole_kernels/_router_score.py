@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from dmole_kernels import cuda, reference, triton_backend
-from dmole_kernels.argument_checks import check_floating, check_one_device, dtype_name
-from dmole_kernels.backend import BACKENDS, choose_backend, without_autocast
-from dmole_kernels.registration import register_op
-from dmole_kernels.transforms import values_are_hidden
+from dmole_kernels._argument_checks import check_floating, check_one_device, dtype_name
+from dmole_kernels._backend import BACKENDS, choose_backend, without_autocast
+from dmole_kernels._registration import register_op
+from dmole_kernels._transforms import values_are_hidden
 
 
 def router_score(

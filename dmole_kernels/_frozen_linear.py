@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from dmole_kernels import cpu
-from dmole_kernels.backend import choose_backend
-from dmole_kernels.registration import register_op
-from dmole_kernels.transforms import values_are_hidden
+from dmole_kernels._backend import choose_backend
+from dmole_kernels._registration import register_op
+from dmole_kernels._transforms import values_are_hidden
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:

@@ -14,13 +14,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from dmole_kernels.backend import choose_backend
+from dmole_kernels._backend import choose_backend
+from dmole_kernels._expert_bank import Expert, ExpertBank
+from dmole_kernels._frozen_linear import frozen_linear, is_frozen
+from dmole_kernels._fused_linear import fused_linear
+from dmole_kernels._multi_lora import DropoutMode, check_dropout, multi_lora
+from dmole_kernels._transforms import values_are_hidden
 from dmole_kernels.cpu import Plan
-from dmole_kernels.expert_bank import Expert, ExpertBank
-from dmole_kernels.frozen_linear import frozen_linear, is_frozen
-from dmole_kernels.fused_linear import fused_linear
-from dmole_kernels.multi_lora import DropoutMode, check_dropout, multi_lora
-from dmole_kernels.transforms import values_are_hidden
 
 
 class GatePlan:

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 
 import torch
 
-from dmole_kernels import cpu, cuda, cuda_decode, triton_backend
-from dmole_kernels.argument_checks import dtype_name
+from dmole_kernels import _cuda_decode as cuda_decode
+from dmole_kernels import cpu, cuda, triton_backend
+from dmole_kernels._argument_checks import dtype_name
 
 # Name -> device types it serves; None means any device PyTorch serves. Fastest first: "auto" takes the first that fits.
 BACKENDS: dict[str, tuple[str, ...] | None] = {

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dmole_kernels.transforms import transformable
+from dmole_kernels._transforms import transformable
 
 _LIBRARY = torch.library.Library("dmole_kernels", "DEF")  # type: ignore[no-untyped-call]
 
