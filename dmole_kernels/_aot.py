@@ -80,7 +80,7 @@ def _check_version(version: str) -> None:
 def differences(entries: dict[str, Entry], record: Entry, version: str, targets: Sequence[str]) -> list[str]:
     """Readable lines where the compiled kernels are not the recorded ones."""
     if record["triton"] != version:
-        print(f"the record is of triton {record['triton']}, this is {version}: only hard limits are checked, not spills")
+        print(f"the record is of triton {record['triton']}, this is {version}: only hard limits count, not spills")
         return []
     recorded = {key: entry for key, entry in record["kernels"].items() if key.split(" ")[0] in targets}
     again = "Run check-aot --write if the change is meant."

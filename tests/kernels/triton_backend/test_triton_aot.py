@@ -49,7 +49,7 @@ def test_a_difference_from_the_record_is_told_and_another_version_checks_hard_li
     assert len(aot.differences({"sm_90 new | x": entry}, recorded, "3.9.0", ["sm_90"])) == 2
     assert aot.differences({}, recorded, "3.9.0", ["sm_80"]) == []
     assert aot.differences({}, recorded, "4.0.0", ["sm_90"]) == []
-    assert "only hard limits are checked, not spills" in capsys.readouterr().out
+    assert "only hard limits count, not spills" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("version", ["3.2.0", "3.4.0"])
