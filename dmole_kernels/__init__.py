@@ -7,6 +7,7 @@ Knows no task, data set or model. Which implementation runs: `python -m dmole_ke
 from dmole_kernels._backend import BACKENDS, BackendChoice, choose_backend, explain_backend, use_backend
 from dmole_kernels._expert_bank import Expert, ExpertBank, ExpertDescription
 from dmole_kernels._frozen_linear import FrozenLinears, frozen_linear
+from dmole_kernels._gates import ExpertGates, GateBlock
 from dmole_kernels._grad_norm import (
     accumulate_gradient,
     accumulate_sketch,
@@ -16,11 +17,11 @@ from dmole_kernels._grad_norm import (
 )
 from dmole_kernels._grad_norm_recorder import GradNorm, GradNormRecorder
 from dmole_kernels._masked_pool import masked_max_pool
-from dmole_kernels._modules import ExpertGates, GatePlan, MultiLoRALinear
 from dmole_kernels._multi_lora import multi_lora
+from dmole_kernels._multi_lora_linear import MultiLoRALinear
 from dmole_kernels._philox import dropout_keep_mask
 from dmole_kernels._router_score import router_score, router_select
-from dmole_kernels.cpu import Plan
+from dmole_kernels.cpu import RowMap
 
 __all__ = [
     "BACKENDS",
@@ -30,11 +31,11 @@ __all__ = [
     "ExpertDescription",
     "ExpertGates",
     "FrozenLinears",
-    "GatePlan",
+    "GateBlock",
     "GradNorm",
     "GradNormRecorder",
     "MultiLoRALinear",
-    "Plan",
+    "RowMap",
     "accumulate_gradient",
     "accumulate_sketch",
     "choose_backend",

@@ -27,7 +27,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dmole_kernels import cpu, cuda, reference, triton_backend
+from dmole_kernels import cpu, reference, triton_backend
 from dmole_kernels._argument_checks import check_floating, check_one_device
 from dmole_kernels._backend import BACKENDS, choose_backend, without_autocast
 from dmole_kernels._registration import register_op
@@ -171,9 +171,6 @@ if "triton" in BACKENDS:
     NORM["triton", "ghost"] = triton_backend.kernel("grad_norm", "squared_norm_ghost")
     ACCUMULATE["triton"] = triton_backend.kernel("grad_norm", "accumulate_gradient")
     SKETCH["triton"] = triton_backend.kernel("grad_norm", "accumulate_sketch")
-if "cuda" in BACKENDS:
-    NORM["cuda", "direct"] = NORM["cuda", "ghost"] = cuda.absent("gradient norms")
-    ACCUMULATE["cuda"] = SKETCH["cuda"] = cuda.absent("accumulated gradients")
 
 
 def _widened(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -228,22 +225,12 @@ def _gradients(x: Tensor, grad: Tensor, norm_B: Tensor, dnorm_B: Tensor) -> tupl
     return dx, dgrad
 
 
-def _jvp(arguments: tuple[Any, ...], tangents: tuple[Any, ...], norm_B: Tensor) -> Tensor:
-    """A sample's norm depends on that sample alone: its gradient times its tangent."""
-    gradients = _gradients(arguments[0], arguments[1], norm_B, torch.ones_like(norm_B))
-    terms = [
-        (part * tangent).sum((1, 2)) for part, tangent in zip(gradients, tangents, strict=False) if tangent is not None
-    ]
-    return sum(terms, torch.zeros_like(norm_B))
-
-
 _NORM_OP = register_op(
     "grad_norm_per_sample(Tensor x, Tensor grad, str method, str backend) -> Tensor",
     kernel=_norm,
     fake=_norm_fake,
     backward=_autograd,
     setup_context=_setup_context,
-    jvp=_jvp,
 )
 register_op(
     "accumulate_gradient(Tensor(a!) buffer, Tensor x, Tensor grad, str backend) -> ()",

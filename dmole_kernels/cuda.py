@@ -12,13 +12,14 @@ another dtype than float32. For CUDA graphs, run the step once before the captur
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from dmole_kernels import cpu
+from dmole_kernels._lora_call import LoraCall
 from dmole_kernels.triton_backend.columns import expert_columns, one_dtype, rows_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -42,31 +43,30 @@ def _missing() -> str:
 MISSING = _missing()
 
 
-def multi_lora_forward(
-    x: Tensor, base: Tensor | None, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], gate_GE: Tensor,
-    scale: Sequence[float], dropout: float, per_expert: bool, seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def multi_lora_forward(call: LoraCall) -> tuple[Tensor, Tensor]:
     """y and S as `reference.multi_lora_forward`, but S is zero where the gate is.
 
     Raises:
         ValueError: for more than 16 rows, or dropout.
     """
-    rows = x.shape[:-1].numel()
-    if rows > MOST_ROWS:
-        raise ValueError(f"backend='cuda' got {rows} rows of x; expected at most {MOST_ROWS}, a decode step. {_REMEDY}")
-    if seed is not None:
+    x, base = call.x, call.base
+    assert x is not None
+    if call.rows > MOST_ROWS:
         raise ValueError(
-            f"backend='cuda' got dropout={dropout}; expected 0, since its kernels are for inference and draw no masks. "
-            f"Put the layer in eval() or pass backend='triton' or backend='reference'."
+            f"backend='cuda' got {call.rows} rows of x; expected at most {MOST_ROWS}, a decode step. {_REMEDY}"
         )
-    dtype = x.dtype if base is None else base.dtype
-    outputs = lora_b[0].shape[0]
-    a, b = _experts(lora_a, lora_b, dtype)
-    columns = expert_columns(a, b, scale, block=MOST_ROWS, per_expert=False)
+    if call.seed is not None:
+        raise ValueError(
+            f"backend='cuda' got dropout={call.dropout}; expected 0, since its kernels are for inference and draw no "
+            f"masks. Put the layer in eval() or pass backend='triton' or backend='reference'."
+        )
+    dtype, outputs = call.dtype, call.outputs
+    a, b = _experts(call.lora_a, call.lora_b, dtype)
+    columns = expert_columns(a, b, call.scale, block=MOST_ROWS, per_expert=False)
     y_NP, s_NR = torch.ops.dmole_kernels.cuda_decode(
         rows_of(x.to(dtype)),
         None if base is None else rows_of(base.to(dtype)),
-        gate_GE.to(torch.float32).contiguous(),
+        call.gate.to(torch.float32).contiguous(),
         columns.table,
         columns.experts,
         outputs,
@@ -75,6 +75,11 @@ def multi_lora_forward(
         columns.b_run * columns.b_dtype.itemsize == _LOAD_BYTES,
     )
     return y_NP.view(*x.shape[:-1], outputs), s_NR
+
+
+def multi_lora_backward(*_arguments: object) -> NoReturn:
+    """Raises ValueError: decoding has no backward."""
+    raise ValueError(f"backend='cuda' has no backward of multi_lora; expected a decode step. {_REMEDY}")
 
 
 def plan(gate_GE: Tensor, rows: int, *, every_column: bool = False) -> tuple[Tensor, Tensor]:
@@ -86,15 +91,6 @@ def plan(gate_GE: Tensor, rows: int, *, every_column: bool = False) -> tuple[Ten
     """
     words, needed = torch.ops.dmole_kernels.cuda_plan(gate_GE.to(torch.float32).contiguous(), rows, every_column)
     return words, needed
-
-
-def absent(what: str) -> Callable[..., NoReturn]:
-    """In the tables of kernels where this backend has none: says so when it is asked for."""
-
-    def refuse(*_arguments: object, **_keywords: object) -> NoReturn:
-        raise ValueError(f"backend='cuda' has no {what}; expected a decode step of multi_lora. {_REMEDY}")
-
-    return refuse
 
 
 def _experts(lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], ...]:

@@ -21,6 +21,7 @@ from torch.utils import deterministic
 
 from dmole_kernels import cpu, reference, triton_backend
 from dmole_kernels._backend import BACKENDS, DTYPES
+from dmole_kernels._lora_call import LoraCall, Wanted
 from dmole_kernels._multi_lora import multi_lora
 from dmole_kernels._philox import dropout_keep_mask
 
@@ -128,6 +129,13 @@ class LoraInputs:
             grad=self.grad.to(dtype),
         )
 
+    def call(self, base: Tensor | None = None, *, every_column: bool = True) -> LoraCall:
+        """The call of a kernel with these inputs."""
+        return LoraCall(
+            self.x, base, list(self.lora_a), list(self.lora_b), self.gate.reshape(-1, len(self.scale)),
+            list(self.scale), self.dropout, self.per_expert, self.seed if self.dropout > 0.0 else None, every_column,
+        )  # fmt: skip
+
 
 def make_inputs(workload: Workload, dtype: torch.dtype = torch.float32, seed: int = 0) -> LoraInputs:
     """Random inputs of a workload, drawn in float64 and rounded to dtype once: the same numbers for every backend."""
@@ -223,14 +231,9 @@ def run_kernels(
     forward: Callable[..., tuple[Tensor, Tensor]], backward: Callable[..., tuple[Tensor, ...]], inputs: LoraInputs
 ) -> Results:
     """The same from a pair with the signatures of `reference.multi_lora_forward` and `_backward`, called directly."""
-    gate_GE = inputs.gate.reshape(-1, len(inputs.scale))
-    seed = inputs.seed if inputs.dropout > 0.0 else None
-    switches = (list(inputs.scale), inputs.dropout, inputs.per_expert, seed)
-    experts = (list(inputs.lora_a), list(inputs.lora_b), gate_GE)
-    delta, shrunk_NR = forward(inputs.x, None, *experts, *switches)
-    dx, da_RD, db_RP, dgate_GE = backward(
-        inputs.grad, inputs.x, shrunk_NR, *experts, *switches, True, True, list(inputs.trainable)
-    )
+    call = inputs.call()
+    delta, shrunk_NR = forward(call)
+    dx, da_RD, db_RP, dgate_GE = backward(call, inputs.grad, shrunk_NR, Wanted(True, True, list(inputs.trainable)))
     results = {"delta": delta, "dx": dx, "dgate": dgate_GE.view(inputs.gate.shape)}
     chosen = [e for e, flag in enumerate(inputs.trainable) if flag]
     if chosen:

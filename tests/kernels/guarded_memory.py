@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from dmole_kernels import cpu
+from dmole_kernels._lora_call import LoraCall, Wanted
 
 PAGE = mmap.PAGESIZE
 PROT_NONE = 0
@@ -58,10 +59,11 @@ def lora(place: Place, dtype: torch.dtype, width: int, outputs: int, dropout: fl
         seed = torch.tensor(11) if dropout else None
         switches = ([1.0, 0.5, 2.0, -1.0], dropout, True, seed)
         for every_column in (False, True):
-            yield from cpu.multi_lora_forward(x, base, a, b, gate, *switches, every_column)
-        _, shrunk = cpu.multi_lora_forward(x, None, a, b, gate, *switches)
-        arguments = (grad, x, place(shrunk), a, b, gate, *switches)
-        yield from cpu.multi_lora_backward(*arguments, True, True, [True, False, True, True])
+            yield from cpu.multi_lora_forward(LoraCall(x, base, a, b, gate, *switches, every_column))
+        _, shrunk = cpu.multi_lora_forward(LoraCall(x, None, a, b, gate, *switches))
+        yield from cpu.multi_lora_backward(
+            LoraCall(True, None), *arguments, True, Wanted(True, True, [True, False, True, True])
+        )
 
 
 def norms(place: Place, dtype: torch.dtype, width: int, outputs: int) -> Iterator[Tensor]:

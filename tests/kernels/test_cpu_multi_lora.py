@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dmole_kernels import Plan, cpu, multi_lora, reference
+from dmole_kernels import RowMap, cpu, multi_lora, reference
+from dmole_kernels._lora_call import LoraCall, Wanted
 from dmole_kernels.testing import (
     WORKLOADS,
     LoraInputs,
@@ -155,8 +156,8 @@ def test_a_constant_gate_skips_what_it_zeroes_and_changes_nothing_else(level: st
     inputs = make_inputs(BY_NAME["sixteen_top2"])
     arguments = (inputs.x, None, list(inputs.lora_a), list(inputs.lora_b), inputs.gate, list(inputs.scale))
     switches = (0.0, False, None)
-    y, shrunk = cpu.multi_lora_forward(*arguments, *switches, False)
-    y_every, shrunk_every = cpu.multi_lora_forward(*arguments, *switches, True)
+    y, shrunk = cpu.multi_lora_forward(LoraCall(*arguments, *switches, False))
+    y_every, shrunk_every = cpu.multi_lora_forward(LoraCall(*arguments, *switches, True))
     used = torch.repeat_interleave(inputs.gate != 0, torch.tensor([a.shape[0] for a in inputs.lora_a]), 1)
     used = used.repeat_interleave(3, 0)
     assert torch.equal(y, y_every)
@@ -184,10 +185,10 @@ def test_an_expert_nobody_uses_is_not_read(level: str) -> None:
 
 def test_plan_says_who_serves_whom_and_gives_the_same_bits(level: str) -> None:
     gate = torch.tensor([[1.0, 0.0], [2.0, -1.0], [0.0, 0.0]])
-    plan = Plan(gate, 6)
+    plan = RowMap(gate, 6)
     assert (plan.rows_of(0), plan.rows_of(1)) == ([0, 1, 2, 3], [2, 3])
     assert (plan.experts_of(0, 2), plan.experts_of(1, 3), plan.experts_of(4, 6)) == ([0], [0, 1], [])
-    assert (plan.pairs, Plan(gate, 6, every_column=True).pairs) == (6, 12)
+    assert (plan.pairs, RowMap(gate, 6, every_column=True).pairs) == (6, 12)
     inputs = make_inputs(Workload(name="", leading=(3, 2), in_features=20, out_features=9, ranks=(3, 4)))
     arguments = (inputs.x, None, inputs.lora_a, inputs.lora_b, gate, inputs.scale)
     assert torch.equal(multi_lora(*arguments, backend="cpu", plan=plan), multi_lora(*arguments, backend="cpu"))
@@ -230,9 +231,13 @@ def test_layouts_of_weights_and_x(level: str, layout: str) -> None:
 def test_what_is_not_wanted_has_no_elements() -> None:
     inputs = make_inputs(BY_NAME["all_frozen"])
     arguments = (list(inputs.lora_a), list(inputs.lora_b), inputs.gate, list(inputs.scale), 0.0, False, None)
-    nothing = cpu.multi_lora_backward(inputs.grad, None, None, *arguments, False, False, [False, False])
+    nothing = cpu.multi_lora_backward(
+        LoraCall(None, None, *arguments), inputs.grad, None, Wanted(False, False, [False, False])
+    )
     assert [t.numel() for t in nothing] == [0, 0, 0, 0]
-    dx, *rest = cpu.multi_lora_backward(inputs.grad, None, None, *arguments, True, False, [False, False])
+    dx, *rest = cpu.multi_lora_backward(
+        LoraCall(None, None, *arguments), inputs.grad, None, Wanted(True, False, [False, False])
+    )
     assert dx.shape == inputs.x.shape
     assert [t.numel() for t in rest] == [0, 0, 0]
 
@@ -253,8 +258,8 @@ def test_masks_are_philox_s_bits(level: str, chance: float, per_expert: bool) ->
         [1.0] * 2,
     )
     switches = (chance, per_expert, seed)
-    _, shrunk = cpu.multi_lora_forward(*arguments, *switches)
-    _, expected = reference.multi_lora_forward(*arguments, *switches)
+    _, shrunk = cpu.multi_lora_forward(LoraCall(*arguments, *switches))
+    _, expected = reference.multi_lora_forward(LoraCall(*arguments, *switches))
     assert torch.equal(shrunk != 0, expected != 0)
 
 
@@ -266,59 +271,72 @@ def test_errors_tell_what_to_do() -> None:
         multi_lora(x.double(), None, [a], [b], gate, [1.0], backend="cpu")
     switches = ([1.0], 0.0, False, None)
     with pytest.raises(ValueError, match="multi_lora: x is Double; the cpu backend expects float32 or bfloat16. Cast"):
-        cpu.multi_lora_forward(x.double(), None, [a], [b], gate, *switches)
+        cpu.multi_lora_forward(LoraCall(x.double(), None, [a], [b], gate, *switches))
     with pytest.raises(ValueError, match="an expert's weight is Half; the cpu backend expects float32 or bfloat16"):
-        cpu.multi_lora_forward(x, None, [a.half()], [b], gate, *switches)
+        cpu.multi_lora_forward(LoraCall(x, None, [a.half()], [b], gate, *switches))
     with pytest.raises(ValueError, match=r"expert 0 has lora_a \[5, 4\] and lora_b \[6, 4\]; expected \[rank, 4\]"):
-        cpu.multi_lora_forward(x, None, [a], [torch.zeros(6, 4)], gate, *switches)
+        cpu.multi_lora_forward(LoraCall(x, None, [a], [torch.zeros(6, 4)], gate, *switches))
     with pytest.raises(ValueError, match=r"got 1 lora_a, 1 lora_b, 1 scales, gate \[2, 3\]; expected one of each"):
-        cpu.multi_lora_forward(x, None, [a], [b], torch.ones(2, 3), *switches)
+        cpu.multi_lora_forward(LoraCall(x, None, [a], [b], torch.ones(2, 3), *switches))
     with pytest.raises(ValueError, match="gate has 4 rows for 6 rows of x; expected a divisor"):
-        cpu.multi_lora_forward(x, None, [a], [b], torch.ones(4, 1), *switches)
+        cpu.multi_lora_forward(LoraCall(x, None, [a], [b], torch.ones(4, 1), *switches))
     with pytest.raises(ValueError, match=r"base has shape \[2, 3, 7\]; expected \[2, 3, 6\]. Pass the layer's output"):
-        cpu.multi_lora_forward(x, torch.zeros(2, 3, 7), [a], [b], gate, *switches)
+        cpu.multi_lora_forward(LoraCall(x, torch.zeros(2, 3, 7), [a], [b], gate, *switches))
     with pytest.raises(ValueError, match=r"dropout is 1; expected a chance in \[0, 1\)"):
-        cpu.multi_lora_forward(x, None, [a], [b], gate, [1.0], 1.0, False, torch.tensor(1))
+        cpu.multi_lora_forward(LoraCall(x, None, [a], [b], gate, [1.0], 1.0, False, torch.tensor(1)))
     with pytest.raises(ValueError, match=r"dB and dgate want S \[6, 5\]; pass the forward's"):
-        cpu.multi_lora_backward(torch.zeros(2, 3, 6), x, None, [a], [b], gate, *switches, True, False, [True])
+        cpu.multi_lora_backward(
+            LoraCall(x, None, [a], [b], gate, *switches), torch.zeros(2, 3, 6), None, Wanted(True, False, [True])
+        )
     with pytest.raises(ValueError, match=r"dA wants x \[6, 4\]; pass the forward's"):
-        cpu.multi_lora_backward(torch.zeros(2, 3, 6), None, None, [a], [b], gate, *switches, True, False, [True])
+        cpu.multi_lora_backward(
+            LoraCall(None, None, [a], [b], gate, *switches), torch.zeros(2, 3, 6), None, Wanted(True, False, [True])
+        )
     with pytest.raises(ValueError, match="plan is for 4 rows and 1 experts; expected 6 and 1. Build it from this call"):
-        cpu.multi_lora_forward(x, None, [a], [b], gate, *switches, False, Plan(gate, 4).words)
+        cpu.multi_lora_forward(LoraCall(x, None, [a], [b], gate, *switches, False, RowMap(gate, 4).table))
     with pytest.raises(ValueError, match="plan is for 4 rows and not every column, x has 6 rows and the gate does not"):
-        multi_lora(x, None, [a], [b], gate, [1.0], backend="cpu", plan=Plan(gate, 4))
+        multi_lora(x, None, [a], [b], gate, [1.0], backend="cpu", plan=RowMap(gate, 4))
     with pytest.raises(ValueError, match="expected as many rows, and every column for such a gate"):
-        multi_lora(x, None, [a], [b], gate.clone().requires_grad_(), [1.0], backend="cpu", plan=Plan(gate, 6))
+        multi_lora(x, None, [a], [b], gate.clone().requires_grad_(), [1.0], backend="cpu", plan=RowMap(gate, 6))
     with pytest.raises(
         ValueError, match=r"plan: gate has shape \[2, 1\] on cpu for 5 rows; expected \[gates, experts\]"
     ):
-        Plan(gate, 5)
+        RowMap(gate, 5)
     for expert in (1, -1):
         with pytest.raises(IndexError, match=f"expert is {expert}; expected a column of the gate, 0 to 0"):
-            Plan(gate, 6).rows_of(expert)
+            RowMap(gate, 6).rows_of(expert)
     for rows in (2**31 - 2, 2**32):
         with pytest.raises(
             ValueError, match=f"joins {rows} rows and 2 experts in {2 * rows} pairs; expected fewer than"
         ):
-            Plan(torch.ones(2, 2), rows)
+            RowMap(torch.ones(2, 2), rows)
     with pytest.raises(
         ValueError, match="plan is torch.int64|plan is Long; expected int32. Build it with dmole_kernels"
     ):
-        cpu.multi_lora_forward(x, None, [a], [b], gate, *switches, False, Plan(gate, 6).words.long())
+        cpu.multi_lora_forward(LoraCall(x, None, [a], [b], gate, *switches, False, RowMap(gate, 6).table.long()))
     with pytest.raises(
         ValueError, match=r"got 0 experts for x \[2, 3, 4\]; expected at least one, and x \[..., features\]"
     ):
-        cpu.multi_lora_forward(x, None, [], [], torch.ones(2, 0), [], 0.0, False, None)
+        cpu.multi_lora_forward(LoraCall(x, None, [], [], torch.ones(2, 0), [], 0.0, False, None))
     grad = torch.zeros(2, 3, 6)
     shrunk = torch.zeros(6, 5)
     with pytest.raises(
         ValueError, match=r"got 2 trainable flags for 1 experts and grad \[2, 3, 6\]; expected one each"
     ):
-        cpu.multi_lora_backward(grad, x, shrunk, [a], [b], gate, *switches, True, False, [True, True])
+        cpu.multi_lora_backward(
+            LoraCall(x, None, [a], [b], gate, *switches), grad, shrunk, Wanted(True, False, [True, True])
+        )
     half = torch.tensor([[1.0], [0.0]])
     with pytest.raises(
         ValueError, match="the plan leaves out pairs; expected every pair for a gate's gradient. Drop the"
     ):
-        cpu.multi_lora_backward(grad, x, shrunk, [a], [b], half, *switches, True, True, [True], Plan(half, 6).words)
+        cpu.multi_lora_backward(
+            LoraCall(x, None, [a], [b], half, *switches, row_map=RowMap(half, 6).table),
+            grad,
+            shrunk,
+            Wanted(True, True, [True]),
+        )
     with pytest.raises(ValueError, match=r"dA wants x \[6, 4\]; pass the forward's"):
-        cpu.multi_lora_backward(grad, x[:1], shrunk, [a], [b], gate, *switches, True, False, [True])
+        cpu.multi_lora_backward(
+            LoraCall(x[:1], None, [a], [b], gate, *switches), grad, shrunk, Wanted(True, False, [True])
+        )

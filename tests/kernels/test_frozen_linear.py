@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -123,8 +124,8 @@ def test_the_table_says_who_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not cpu.takes_linear(16, 2048, torch.float32)
     assert cpu.explain_linear().startswith("PyTorch")
     monkeypatch.setattr(cpu, "CPU_MAKER", "amd")
-    monkeypatch.setattr(cpu, "isa", lambda: "avx512_bf16")
-    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(cpu, "extension", lambda: SimpleNamespace(isa=lambda: "avx512_bf16"))
+    monkeypatch.setattr(cpu, "_MKL", True)
     assert cpu.takes_linear(2048, 2048, torch.float32)
     assert not cpu.takes_linear(1, 2048, torch.float32, transposed=True)
     assert cpu.takes_linear(16, 2048, torch.bfloat16)
@@ -133,7 +134,7 @@ def test_the_table_says_who_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cpu.takes_linear(64, 192, torch.bfloat16, transposed=True)
     assert not cpu.takes_linear(64, 1024, torch.bfloat16, transposed=True)
     assert cpu.explain_linear().startswith("own kernels for float32")
-    monkeypatch.setattr(cpu, "isa", lambda: "avx2")
+    monkeypatch.setattr(cpu, "extension", lambda: SimpleNamespace(isa=lambda: "avx2"))
     assert not cpu.takes_linear(2048, 2048, torch.float32)
     monkeypatch.setattr(cpu, "LINEAR", "vendor")
     assert cpu.explain_linear() == "PyTorch (DMOLE_KERNELS_LINEAR=vendor)"
@@ -153,11 +154,13 @@ def test_a_hook_on_the_base_and_a_base_of_another_class_are_called() -> None:
 
     x = torch.randn(3, 8)
     gates = ExpertGates()
+    elsewhere = MultiLoRALinear(nn.Linear(2, 2), gates=gates)
+    elsewhere.bank.add("held elsewhere", 1, alpha=1.0)
     seen: list[Tensor] = []
     doubled, hooked = Doubled(8, 4), nn.Linear(8, 4)
     hooked.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    with gates.use(torch.ones(3, 1), ["an expert another layer holds"]):
-        y = MultiLoRALinear(doubled, gates=gates)(x)
+    with gates.use(torch.ones(3, 1), ["held elsewhere"]):
+        y = MultiLoRALinear(doubled, gates=gates, any_forward=True)(x)
         torch.testing.assert_close(y, 2 * F.linear(x, doubled.weight, doubled.bias))
         y = MultiLoRALinear(hooked, gates=gates)(x)
     assert len(seen) == 1 and seen[0] is y

@@ -328,5 +328,5 @@ def test_errors_tell_what_to_do() -> None:
         ):
             multi_lora(x, None, [a], [b], gate, [1.0], dropout=0.5, seed=seed)  # type: ignore[arg-type]
     arguments = (x, None, [a], [b], gate.clone().requires_grad_(), [1.0], 0.0, False, None, "reference", False)
-    with pytest.raises(ValueError, match="the gate requires grad and every_column is False; expected True, since a"):
+    with pytest.raises(ValueError, match="the gate requires grad and every_column is False; expected True, because a"):
         torch.ops.dmole_kernels.multi_lora(*arguments)

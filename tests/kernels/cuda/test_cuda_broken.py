@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dmole_kernels import Plan, cpu, cuda, reference
+from dmole_kernels import RowMap, cpu, cuda, reference
 from dmole_kernels.testing import Results, Workload, judge, make_inputs, multi_lora_loop, rejected
 
 # Name -> what stands in csrc/cuda, and what the broken kernel has there.
@@ -92,7 +92,7 @@ def plan_faults(kernels: Any) -> list[str]:
     generator = torch.Generator().manual_seed(0)
     for gates, rows, experts in ((1200, 1200, 40), (5, 45, 70)):
         gate = (torch.rand(gates, experts, generator=generator) < 0.3).float()
-        expected = Plan(gate, rows).words
+        expected = RowMap(gate, rows).table
         used = gate.repeat_interleave(rows // gates, 0) != 0
         for kind in ("forward", "reverse"):
             try:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dmole_kernels import cuda, reference
+from dmole_kernels._lora_call import LoraCall
 from dmole_kernels.testing import (
     LoraInputs,
     Results,
@@ -57,7 +58,7 @@ def decode(inputs: LoraInputs, base: Tensor | None = None) -> Results:
     """The backend's forward: the delta (on top of the base, if any) and S."""
     gate_GE = inputs.gate.reshape(-1, len(inputs.scale))
     y, s_NR = cuda.multi_lora_forward(
-        inputs.x, base, inputs.lora_a, inputs.lora_b, gate_GE, inputs.scale, 0.0, False, None
+        LoraCall(inputs.x, base, inputs.lora_a, inputs.lora_b, gate_GE, inputs.scale, 0.0, False, None)
     )
     return {"delta": y, "S": s_NR}
 
@@ -72,7 +73,7 @@ def yardstick(inputs: LoraInputs) -> Results:
     """The reference in the working dtype, its products summed in float32 as by every backend."""
     gate_GE = inputs.gate.reshape(-1, len(inputs.scale)).float()
     y, s_NR = reference.multi_lora_forward(
-        inputs.x, None, inputs.lora_a, inputs.lora_b, gate_GE, inputs.scale, 0.0, False, None
+        LoraCall(inputs.x, None, inputs.lora_a, inputs.lora_b, gate_GE, inputs.scale, 0.0, False, None)
     )
     return {"delta": y, "S": opened(inputs, s_NR)}
 
@@ -262,7 +263,7 @@ def test_rows_beyond_32_bits_are_reached() -> None:
     x = torch.as_strided(torch.empty(5 * step + 16, dtype=torch.float16), (6, 16), (step, 1))
     x.copy_(torch.arange(96).view(6, 16) / 96)
     a, b, gate = torch.eye(16).half(), torch.eye(16).half(), torch.ones(1, 1)
-    y, _ = cuda.multi_lora_forward(x, None, [a], [b], gate, [1.0], 0.0, False, None)
+    y, _ = cuda.multi_lora_forward(LoraCall(x, None, [a], [b], gate, [1.0], 0.0, False, None))
     assert torch.equal(y, x.contiguous())
 
 
@@ -278,7 +279,9 @@ def test_what_is_no_decode_step_is_refused_before_anything_is_launched(host: Any
     )
     with pytest.raises(ValueError) as caught:
         cuda.multi_lora_forward(
-            inputs.x[:4], None, inputs.lora_a, inputs.lora_b, inputs.gate[:4], [1.0], 0.1, False, torch.tensor(1)
+            LoraCall(
+                inputs.x[:4], None, inputs.lora_a, inputs.lora_b, inputs.gate[:4], [1.0], 0.1, False, torch.tensor(1)
+            )
         )
     assert str(caught.value) == (
         "backend='cuda' got dropout=0.1; expected 0, since its kernels are for inference and draw no masks. Put the "

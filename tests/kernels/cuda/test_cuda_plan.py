@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dmole_kernels import Plan, cpu, cuda
+from dmole_kernels import RowMap, cpu, cuda
 
 pytestmark = pytest.mark.usefixtures("host")
 UNWRITTEN = -1
@@ -49,7 +49,7 @@ def check(gate_GE: Tensor, rows: int, every: bool = False) -> list[int]:
     assert (words[len(expected) :] == UNWRITTEN).all()
     assert needed.tolist() == needed_words(gate_GE, rows, every)
     if cpu.EXTENSION is not None:
-        assert Plan(gate_GE, rows, every_column=every).words.tolist() == expected
+        assert RowMap(gate_GE, rows, every_column=every).table.tolist() == expected
     return expected
 
 

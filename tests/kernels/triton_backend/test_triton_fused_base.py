@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from benchmarks.check_gpu.correctness import SEVERAL_BLOCKS
 from dmole_kernels import ExpertGates, MultiLoRALinear
 from dmole_kernels._fused_linear import fused_linear
+from dmole_kernels._lora_call import LoraCall
 from dmole_kernels.testing import (
     WORKLOADS,
     LoraInputs,
@@ -42,9 +43,20 @@ def test_error_rule_on_the_experts_part(workload: Workload, dtype: torch.dtype) 
         seed = inputs.seed if workload.dropout else None
         with poisoned_memory():
             y, _ = fused_base_forward(
-                inputs.x, weight, None, inputs.lora_a, inputs.lora_b, inputs.gate.reshape(-1, len(inputs.scale)),
-                inputs.scale, inputs.dropout, inputs.per_expert, seed,
-            )  # fmt: skip
+                LoraCall(
+                    inputs.x,
+                    None,
+                    inputs.lora_a,
+                    inputs.lora_b,
+                    inputs.gate.reshape(-1, len(inputs.scale)),
+                    inputs.scale,
+                    inputs.dropout,
+                    inputs.per_expert,
+                    seed,
+                ),
+                weight,
+                None,
+            )
         kinds[0].append(y)
         kinds[1].append(run_reference(inputs)["delta"])
         kinds[2].append(multi_lora_loop(inputs.to(torch.float64)))
@@ -131,6 +143,6 @@ def test_the_base_alone_is_what_a_gate_of_zero_leaves() -> None:
     weight = torch.randn(40, 136, generator=torch.Generator().manual_seed(3))
     arguments = (inputs.lora_a, inputs.lora_b, torch.zeros_like(inputs.gate), inputs.scale, 0.0, False, None)
     with poisoned_memory():
-        y, shrunk = fused_base_forward(inputs.x, weight, None, *arguments, every_column=False)
+        y, shrunk = fused_base_forward(LoraCall(inputs.x, None, *arguments, every_column=False), weight, None)
     torch.testing.assert_close(y, F.linear(inputs.x, weight), rtol=1e-5, atol=1e-4)
     assert not shrunk.any()

@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from dmole_kernels._modules import GatePlan
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmole_kernels import ExpertGates, MultiLoRALinear, multi_lora
-from dmole_kernels._modules import GatePlan
+from dmole_kernels._lora_call import LoraCall
 from dmole_kernels.testing import WORKLOADS, make_inputs, multi_lora_op, poisoned_memory, run_autograd
 from dmole_kernels.triton_backend.cases import CASES, Case, fused_launches, launches
 from dmole_kernels.triton_backend.launch import Launch
@@ -132,8 +133,8 @@ def test_both_kinds_of_seed_draw_the_same_masks(seed: int) -> None:
         launch.run()
 
     arguments = (inputs.lora_a, inputs.lora_b, inputs.gate, inputs.scale, 0.3, False, torch.tensor(seed))
-    _, there = multi_lora_forward(inputs.x, None, *arguments)
-    _, here = multi_lora_forward(inputs.x, None, *arguments, runner=on_host)
+    _, there = multi_lora_forward(LoraCall(inputs.x, None, *arguments))
+    _, here = multi_lora_forward(LoraCall(inputs.x, None, *arguments), runner=on_host)
     assert torch.equal(here, there)
 
 
