@@ -60,18 +60,22 @@ class _FrozenLinear(Op):
 
     def pick_for(self, requested: str, x: Tensor, weight: Tensor) -> str:
         name = self.pick(requested, x.device.type, x.dtype)
-        if name != "cpu" or requested != "auto":
-            return name
-        faster = weight.dtype in cpu.DTYPES and cpu.takes_linear(
-            math.prod(x.shape[:-1]), weight.shape[1], x.dtype, transposed=weight.stride(1) != 1
-        )
-        return name if faster or self.asked(requested) != "auto" else "reference"
+        if name == "cpu" and self.asked(requested) == "auto" and not own_is_faster(x, weight):
+            return "reference"
+        return name
 
     def choose(self, requested: str, device_type: str, dtype: torch.dtype | None) -> BackendChoice:
         choice = super().choose(requested, device_type, dtype)
         if self.asked(requested) != "auto" or choice.name == "reference":
             return choice
         return BackendChoice(name="reference", reason=f"or 'cpu', by shape: {cpu.explain_linear()}")
+
+
+def own_is_faster(x: Tensor, weight: Tensor) -> bool:
+    """Whether the cpu backend was measured faster than PyTorch's BLAS on these shapes."""
+    return weight.dtype in cpu.DTYPES and cpu.takes_linear(
+        math.prod(x.shape[:-1]), weight.shape[1], x.dtype, transposed=weight.stride(1) != 1
+    )
 
 
 class FrozenLinears(TorchFunctionMode):
@@ -85,7 +89,8 @@ class FrozenLinears(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is F.linear and not kwargs and is_frozen(*args):
+        # Under use_backend("triton"), say, the model's own products stay PyTorch's: that backend has none.
+        if func is F.linear and not kwargs and is_frozen(*args) and FROZEN_LINEAR.asked("auto") in ("auto", *KERNELS):
             return frozen_linear(*args)
         return func(*args, **(kwargs or {}))
 
@@ -129,7 +134,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     (weight,) = ctx.saved_tensors
     # Backward runs outside autocast: the weight is rounded here as it was on the way forward.
-    if FROZEN_LINEAR.pick_for("auto", grad, weight.t()) == "cpu":
+    if own_is_faster(grad, weight.t()):
         return torch.ops.dmole_kernels.frozen_linear(grad, weight.t(), None), None, None
     return grad @ weight.to(grad.dtype), None, None
 

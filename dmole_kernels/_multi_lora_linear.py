@@ -17,7 +17,7 @@ from torch.nn.modules import module as _torch_module
 from torch.utils import _python_dispatch as _dispatch
 
 from dmole_kernels._expert_bank import Expert, ExpertBank
-from dmole_kernels._frozen_linear import FROZEN_LINEAR, own_linear
+from dmole_kernels._frozen_linear import own_is_faster, own_linear
 from dmole_kernels._fused_linear import run_fused
 from dmole_kernels._gates import ExpertGates, GateBlock, Rows, ambient_blocks, check_gate, traced_rows
 from dmole_kernels._lora_call import LoraCall
@@ -127,7 +127,7 @@ class MultiLoRALinear(nn.Module):
         rows = self.rows if gate is None else None
         found = block.for_layer(bank._names, x.shape[:-1] or (1,), rows, x.device, backend == "cpu")
         if found.gate is None:
-            return self._base_output(x)
+            return self._base_output(x, backend)
         # Autocast would cast x in the base, the op cast it again, and once more in backward, and each cast its dx back.
         x = x.to(dtype)
         lora_a, lora_b, scale = [], [], []
@@ -144,7 +144,7 @@ class MultiLoRALinear(nn.Module):
         )  # fmt: skip
         if self.fuse_base:
             return run_fused(call, self.base.weight, self.base.bias, backend)
-        call.base = y = self._base_output(x)
+        call.base = y = self._base_output(x, backend)
         if y.dtype != dtype:
             backend = MULTI_LORA.pick(self.backend, device_type, y.dtype)
         if backend == "cpu" and found.row_map is not None:
@@ -189,7 +189,7 @@ class MultiLoRALinear(nn.Module):
             self.__dict__["gated"] = block is not None
         return block
 
-    def _base_output(self, x: Tensor) -> Tensor:
+    def _base_output(self, x: Tensor, backend: str) -> Tensor:
         """base(x); a plain frozen `nn.Linear` goes through `frozen_linear`, which computes the same equation."""
         base = self._modules["base"]
         assert base is not None
@@ -210,11 +210,9 @@ class MultiLoRALinear(nn.Module):
         if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
             y = base(x)
             return y
-        # The layer's backend is that of its experts; beside the reference the base is PyTorch's own product too.
-        asked = "reference" if self.backend == "reference" else "auto"
-        if FROZEN_LINEAR.pick_for(asked, x, weight) == "reference":
-            return F.linear(x, weight, bias)
-        return own_linear(x, weight, bias)
+        # The backend is that of the experts; only the cpu backend has a product for the base, for some shapes.
+        own = backend == "cpu" and own_is_faster(x, weight)
+        return own_linear(x, weight, bias) if own else F.linear(x, weight, bias)
 
     def _traced(self, x: Tensor, gate: Tensor | None, experts: Sequence[str] | None) -> Tensor:
         """forward under torch.compile, where neither values nor the set of active experts may decide anything: every

@@ -45,6 +45,7 @@ from dmole.models.adapters import (
     add_experts,
     attach,
     expert_parameters,
+    experts_on,
     freeze_expert,
     load_adapter_state,
 )
@@ -215,7 +216,7 @@ class DMoLE(Method):
             # Column k is 1 where old task k is the sample's neighbour; the last one, the new expert, serves everyone.
             old_SE = neighbour_S[:, None] == torch.arange(len(old))
             gate_SE = torch.cat([old_SE.float(), torch.ones(len(batch.samples), 1)], dim=1)
-        return self._using(gate_SE, tuple(placement.expert for placement in (*old, new)))
+        return experts_on(self.gates, gate_SE, tuple(placement.expert for placement in (*old, new)))
 
     def _rows(self, batch: Batch) -> Tensor:
         assert self._stage is not None
@@ -227,13 +228,6 @@ class DMoLE(Method):
                 f"{self.pool.tasks[-1]!r}. Call begin_stage with the task that is trained."
             )
         return torch.tensor([row[sample.id] for sample in batch.samples])
-
-    @contextlib.contextmanager
-    def _using(self, gate_SE: Tensor, experts: Sequence[str]) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            for gates in self.gates.values():
-                stack.enter_context(gates.use(gate_SE, experts))
-            yield
 
     # After training
 
@@ -259,14 +253,14 @@ class DMoLE(Method):
     def _evaluating(self, batch: Batch) -> Iterator[RoutingRecord | None]:
         experts = tuple(placement.expert for placement in self.pool)
         if self.options.routing == "none":
-            with self._using(torch.ones(len(batch.samples), len(experts)), experts):
+            with experts_on(self.gates, torch.ones(len(batch.samples), len(experts)), experts):
                 yield None
             return
         with self.timed("router_seconds"):
             features_ND = self._features.features(batch.samples)
             routes = self.router.select(features_ND, mode=self.options.routing)
         # During a stage the pool is one task ahead of the router, which is trained at its end.
-        with self._using(routes.gate_NT, experts[: len(self.router.tasks)]):
+        with experts_on(self.gates, routes.gate_NT, experts[: len(self.router.tasks)]):
             yield RoutingRecord(chosen=routes.chosen)
 
     # Resume and report

@@ -61,9 +61,8 @@ def lora(place: Place, dtype: torch.dtype, width: int, outputs: int, dropout: fl
         for every_column in (False, True):
             yield from cpu.multi_lora_forward(LoraCall(x, base, a, b, gate, *switches, every_column))
         _, shrunk = cpu.multi_lora_forward(LoraCall(x, None, a, b, gate, *switches))
-        yield from cpu.multi_lora_backward(
-            LoraCall(True, None), *arguments, True, Wanted(True, True, [True, False, True, True])
-        )
+        call = LoraCall(x, None, a, b, gate, *switches)
+        yield from cpu.multi_lora_backward(call, grad, place(shrunk), Wanted(True, True, [True, False, True, True]))
 
 
 def norms(place: Place, dtype: torch.dtype, width: int, outputs: int) -> Iterator[Tensor]:

@@ -44,7 +44,8 @@ def test_without_the_extension_auto_says_what_is_missing(monkeypatch: pytest.Mon
     choice = choose_backend()
     assert choice.name == "reference"
     assert choice.reason == (
-        "the first of ('reference',) that has multi_lora for cpu; 'cpu' is not built: No module named 'dmole_kernels._C'"
+        "the first of ('reference',) that has multi_lora for cpu; 'cpu' is not built: No module named "
+        "'dmole_kernels._C'"
     )
     with pytest.raises(
         ValueError, match=r"backend='cpu' is not in this build of dmole_kernels \(No module named 'dmole_kernels._C'\)"
@@ -124,7 +125,7 @@ def test_every_backend_has_every_kernel() -> None:
 def test_the_module_prints_backend_and_torch() -> None:
     text = printed()
     choice = choose_backend()
-    assert f"multi_lora, router_score, router_select, masked_max_pool: {choice.reason}" in text or "multi_lora" in text
+    assert any("multi_lora" in line and line.endswith(f": {choice.reason}") for line in text.splitlines())
     assert torch.__version__ in text
     assert torch.backends.cpu.get_cpu_capability() in text
 

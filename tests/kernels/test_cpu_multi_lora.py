@@ -183,15 +183,15 @@ def test_an_expert_nobody_uses_is_not_read(level: str) -> None:
     assert bool(x.grad.isfinite().all())
 
 
-def test_plan_says_who_serves_whom_and_gives_the_same_bits(level: str) -> None:
+def test_the_row_map_names_rows_and_experts_and_gives_the_same_bits(level: str) -> None:
     gate = torch.tensor([[1.0, 0.0], [2.0, -1.0], [0.0, 0.0]])
-    plan = RowMap(gate, 6)
-    assert (plan.rows_of(0), plan.rows_of(1)) == ([0, 1, 2, 3], [2, 3])
-    assert (plan.experts_of(0, 2), plan.experts_of(1, 3), plan.experts_of(4, 6)) == ([0], [0, 1], [])
-    assert (plan.pairs, RowMap(gate, 6, every_column=True).pairs) == (6, 12)
+    row_map = RowMap(gate, 6)
+    assert (row_map.rows_of(0), row_map.rows_of(1)) == ([0, 1, 2, 3], [2, 3])
+    assert (row_map.experts_of(0, 2), row_map.experts_of(1, 3), row_map.experts_of(4, 6)) == ([0], [0, 1], [])
+    assert (row_map.pairs, RowMap(gate, 6, every_column=True).pairs) == (6, 12)
     inputs = make_inputs(Workload(name="", leading=(3, 2), in_features=20, out_features=9, ranks=(3, 4)))
     arguments = (inputs.x, None, inputs.lora_a, inputs.lora_b, gate, inputs.scale)
-    assert torch.equal(multi_lora(*arguments, backend="cpu", plan=plan), multi_lora(*arguments, backend="cpu"))
+    assert torch.equal(multi_lora(*arguments, backend="cpu", row_map=row_map), multi_lora(*arguments, backend="cpu"))
 
 
 @pytest.mark.parametrize("layout", ["transposed_weights", "strided_weights", "strided_rows", "bfloat16_experts"])
@@ -294,10 +294,10 @@ def test_errors_tell_what_to_do() -> None:
         )
     with pytest.raises(ValueError, match="plan is for 4 rows and 1 experts; expected 6 and 1. Build it from this call"):
         cpu.multi_lora_forward(LoraCall(x, None, [a], [b], gate, *switches, False, RowMap(gate, 4).table))
-    with pytest.raises(ValueError, match="plan is for 4 rows and not every column, x has 6 rows and the gate does not"):
-        multi_lora(x, None, [a], [b], gate, [1.0], backend="cpu", plan=RowMap(gate, 4))
+    with pytest.raises(ValueError, match="row_map is for 4 rows and not every column, x has 6 rows and the gate does"):
+        multi_lora(x, None, [a], [b], gate, [1.0], backend="cpu", row_map=RowMap(gate, 4))
     with pytest.raises(ValueError, match="expected as many rows, and every column for such a gate"):
-        multi_lora(x, None, [a], [b], gate.clone().requires_grad_(), [1.0], backend="cpu", plan=RowMap(gate, 6))
+        multi_lora(x, None, [a], [b], gate.clone().requires_grad_(), [1.0], backend="cpu", row_map=RowMap(gate, 6))
     with pytest.raises(
         ValueError, match=r"plan: gate has shape \[2, 1\] on cpu for 5 rows; expected \[gates, experts\]"
     ):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dmole_kernels import RowMap, cpu, cuda, reference
+from dmole_kernels._lora_call import LoraCall
 from dmole_kernels.testing import Results, Workload, judge, make_inputs, multi_lora_loop, rejected
 
 # Name -> what stands in csrc/cuda, and what the broken kernel has there.
@@ -60,23 +61,19 @@ def decode_faults(kernels: Any) -> list[str]:
     faults: list[str] = []
     for workload in WORKLOADS:
         inputs = make_inputs(workload, torch.float32)
-        gate_GE = inputs.gate.reshape(-1, len(inputs.scale))
-        arguments = (
-            inputs.x, None, inputs.lora_a, inputs.lora_b, gate_GE, inputs.scale, 0.0, False, None
-        )  # fmt: skip
 
-        def run(kind: str, arguments: tuple[Any, ...] = arguments) -> tuple[Tensor, Tensor]:
+        def run(kind: str, call: LoraCall) -> tuple[Tensor, Tensor]:
             with kernels.used(), kernels.order(kind):
-                return cuda.multi_lora_forward(*arguments)
+                return cuda.multi_lora_forward(call)
 
         try:
-            (y, s_NR), (reversed_y, _) = run("forward"), run("reverse")
+            (y, s_NR), (reversed_y, _) = run("forward", inputs.call()), run("reverse", inputs.call())
         except (RuntimeError, AssertionError) as error:
             faults.append(str(error))
             continue
         results: tuple[Results, ...] = (
             {"delta": y},
-            {"delta": reference.multi_lora_forward(*arguments)[0]},
+            {"delta": reference.multi_lora_forward(inputs.call())[0]},
             {"delta": multi_lora_loop(inputs.to(torch.float64))},
         )
         faults += rejected(judge(*results))
