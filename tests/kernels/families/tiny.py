@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny random models of transformers' vision-language families, and batches whose samples own unequal numbers of images.
+"""Tiny random models of transformers' vision-language families; batches whose samples own unequal numbers of images.
 
 A builder gives the model and, for a list `owners` (the sample of each image, in order), the keyword arguments of its
 forward and the vision tower's `units`. Sizes are a few kilobytes; nothing is downloaded.
@@ -191,7 +191,10 @@ def gemma3() -> nn.Module:
         vision_config=dict(**VIT_SIZES), text_config=dict(**sizes, head_dim=8, sliding_window=64),
         mm_tokens_per_image=4, image_token_index=IMAGE, boi_token_index=3, eoi_token_index=4,
     )  # fmt: skip
-    return made(config, "Gemma3ForConditionalGeneration")
+    model = made(config, "Gemma3ForConditionalGeneration")
+    # Zero as it comes: no image would reach a logit.
+    nn.init.normal_(model.get_parameter("model.multi_modal_projector.mm_input_projection_weight"), std=0.2)
+    return model
 
 
 def with_token_types(batch: Callable[[Sequence[int], int], Batch]) -> Callable[[Sequence[int], int], Batch]:
@@ -251,7 +254,7 @@ def mllama() -> nn.Module:
 
 
 def mllama_batch(owners: Sequence[int], samples: int) -> Batch:
-    """pixel_values [samples, most images, tiles, ...]: padded, so every sample owns an equal part of the tower's rows."""
+    """pixel_values [samples, most images, tiles, ...]: padded, so each sample owns an equal part of the tower's rows."""
     counts = per_sample(owners, samples)
     most = max(counts)
     pixels = torch.zeros(samples, most, 2, 3, 16, 16)
