@@ -41,8 +41,14 @@ class LayerGate(NamedTuple):
     row_map: RowMap | None
 
 
+class _Named(Protocol):
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+
 class _HoldsExperts(Protocol):
-    bank: ExpertBank
+    @property
+    def bank(self) -> _Named: ...
 
 
 class ExpertGates:

@@ -254,7 +254,7 @@ def mllama() -> nn.Module:
 
 
 def mllama_batch(owners: Sequence[int], samples: int) -> Batch:
-    """pixel_values [samples, most images, tiles, ...]: padded, so each sample owns an equal part of the tower's rows."""
+    """pixel_values [samples, most images, tiles, ...]: padded, so each sample owns as many rows of the tower."""
     counts = per_sample(owners, samples)
     most = max(counts)
     pixels = torch.zeros(samples, most, 2, 3, 16, 16)
