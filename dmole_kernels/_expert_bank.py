@@ -146,7 +146,11 @@ class ExpertBank(nn.Module):
             return self.device, self.dtype
         weight = like.weight
         assert isinstance(weight, Tensor)
-        return weight.device, torch.float64 if weight.dtype == torch.float64 else torch.float32
+        device = weight.device
+        if weight.is_meta:
+            # accelerate leaves an offloaded weight on meta between calls; its hook knows where the layer computes.
+            device = getattr(getattr(like, "_hf_hook", None), "execution_device", device)
+        return device, torch.float64 if weight.dtype == torch.float64 else torch.float32
 
     def _put(self, name: str, expert: Expert) -> None:
         expert.train(self.training)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bridge to PEFT on the oldest version of the range that pyproject.toml states; the other tests run on the newest."""
+"""The bridge to PEFT on the oldest version that pyproject.toml states; the other tests run on the newest."""
 
 from __future__ import annotations
 
