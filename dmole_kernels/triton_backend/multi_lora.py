@@ -6,8 +6,8 @@
     backward   shrink_gradient, weight_gradient, finish, input_gradient            base + 4, whatever the experts
 
 Nothing is packed, sorted or copied: experts are read where they lie (`columns`), and which column blocks a row tile
-needs is found by the first launch of each direction (`shrink`). Strided features of x cost a copy, as does a list of
-experts of several dtypes. `runner` receives each launch in order: it runs them, or counts or compiles them.
+needs is found by the first launch of each direction (`shrink`). Strided features of x or A cost a copy, as does a list
+of experts of several dtypes. `runner` receives each launch in order: it runs them, or counts or compiles them.
 """
 
 from __future__ import annotations
@@ -82,11 +82,11 @@ def shrink_rows(
 ) -> tuple[Columns, dict[str, Any]]:  # fmt: skip
     """The first launch of a forward, and the facts that the second needs: S, the flags, and what both share."""
     x_ND, outputs = rows_of(x), lora_b[0].shape[0]
-    columns = _columns(lora_a, lora_b, scale, dtype, per_expert and seed is not None)
+    columns, owners = _columns(lora_a, lora_b, scale, dtype, per_expert and seed is not None)
     s_NR = x.new_empty((x_ND.shape[0], columns.count), dtype=dtype)
     config = configuration("shrink", target, dtype.itemsize * 8)
     flags = _flags(x_ND, columns, config)
-    facts = _facts(dtype, columns, gate_GE.contiguous(), flags, x_ND.shape[0], config) | {
+    facts = _facts(dtype, columns, owners, gate_GE.contiguous(), flags, x_ND.shape[0], config) | {
         **mask_arguments(dropout, seed, x.device),
         "LOOK": "none" if flags.shape[1] == 1 else "flag" if every_column else "skip",
         "x": x_ND,
@@ -125,7 +125,7 @@ def multi_lora_backward(
     grad_NP, gate_GE = rows_of(grad), gate_GE.contiguous()
     rows, outputs = grad_NP.shape
     features = lora_a[0].shape[1]
-    columns = _columns(lora_a, lora_b, scale, dtype, per_expert and seed is not None, trainable)
+    columns, owners = _columns(lora_a, lora_b, scale, dtype, per_expert and seed is not None, trainable)
     x_ND = None if x is None or columns.gradient_rows == 0 else rows_of(x)
     need_weights = x_ND is not None and s_NR is not None
     need_gate = need_gate and s_NR is not None
@@ -147,7 +147,7 @@ def multi_lora_backward(
     partial_a, partial_b = (
         torch.empty((shares, *t.shape), dtype=wide, device=grad.device) if shares > 1 else t for t in (da, db)
     )
-    facts = _facts(dtype, columns, gate_GE, flags, rows, config) | {
+    facts = _facts(dtype, columns, owners, gate_GE, flags, rows, config) | {
         **mask_arguments(dropout, seed, grad.device),
         "NEED_GATE": need_gate,
         "WEIGHTS": shares > 1,
@@ -249,10 +249,14 @@ def multi_lora_backward(
 def _columns(
     lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scale: Sequence[float], dtype: torch.dtype, per_expert: bool,
     trainable: Sequence[bool] | None = None,
-) -> Columns:  # fmt: skip
+) -> tuple[Columns, list[Tensor]]:  # fmt: skip
+    """The table of the experts, and the tensors whose addresses it holds: the experts, or copies in one dtype."""
     ranks = [a.shape[0] for a in lora_a]
     block = column_block(max(ranks) if per_expert else sum(ranks))
-    return expert_columns(one_dtype(lora_a, dtype), one_dtype(lora_b, dtype), scale, block, per_expert, trainable)
+    a, b = one_dtype(lora_a, dtype), one_dtype(lora_b, dtype, any_strides=True)
+    owners = [*a, *b]
+    keep = all(owner is expert for owner, expert in zip(owners, (*lora_a, *lora_b), strict=True))
+    return expert_columns(a, b, scale, block, per_expert, trainable, keep=keep), owners
 
 
 def _flags(rows_NX: Tensor, columns: Columns, config: Config) -> Tensor:
@@ -262,7 +266,8 @@ def _flags(rows_NX: Tensor, columns: Columns, config: Config) -> Tensor:
 
 
 def _facts(
-    dtype: torch.dtype, columns: Columns, gate_GE: Tensor, flags: Tensor, rows: int, flagged: Config
+    dtype: torch.dtype, columns: Columns, owners: Sequence[Tensor], gate_GE: Tensor, flags: Tensor, rows: int,
+    flagged: Config,
 ) -> dict[str, Any]:
     """What all launches of a call share, by the names of the kernels' parameters."""
     return computing(dtype) | {
@@ -274,6 +279,7 @@ def _facts(
         "A_ALIGNED": columns.a_aligned,
         "B_RUN": columns.b_run,
         "table": columns.table,
+        "owners": owners,
         "blocks": columns.blocks,
         "gate": gate_GE,
         "flags": flags,
