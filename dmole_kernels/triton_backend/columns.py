@@ -9,8 +9,8 @@ A table depends on nothing but the addresses and numbers it holds, so it is kept
 a column, about 3 KiB for a layer. Building one copies it to the device once; in a step every table is an old one. For
 CUDA graphs, run the step once before the capture, as Triton's own compilation requires.
 
-A table owns no expert: callers hold the experts until the launch (`Launch.owners`). The table of cast copies is built for
-one call and not kept, since their addresses belong to other tensors afterwards.
+A table owns no expert: callers hold the experts until the launch (`Launch.owners`). The table of cast copies is built
+for one call and not kept, since their addresses belong to other tensors afterwards.
 
 Column blocks: `block` neighbouring columns, or with a mask for each expert, blocks that end where the expert ends.
 """

@@ -127,11 +127,12 @@ def multi_lora_backward(
     features = lora_a[0].shape[1]
     columns, owners = _columns(lora_a, lora_b, scale, dtype, per_expert and seed is not None, trainable)
     x_ND = None if x is None or columns.gradient_rows == 0 else rows_of(x)
-    need_weights = x_ND is not None and s_NR is not None
+    trains = any(trainable) and x is not None and s_NR is not None
+    need_weights = trains and columns.gradient_rows > 0  # none where all trainable experts have rank 0
     need_gate = need_gate and s_NR is not None
     dx = grad.new_empty((*grad.shape[:-1], features) if need_x else 0)
-    da = grad.new_empty((columns.gradient_rows, features) if need_weights else 0)
-    db = grad.new_empty((columns.gradient_rows, outputs) if need_weights else 0)
+    da = grad.new_empty((columns.gradient_rows, features) if trains else 0)
+    db = grad.new_empty((columns.gradient_rows, outputs) if trains else 0)
     dgate = gate_GE.new_empty(gate_GE.shape if need_gate else 0)
     if grad_NP.numel() == 0:
         return dx.zero_(), da.zero_(), db.zero_(), dgate.zero_()
@@ -239,7 +240,7 @@ def multi_lora_backward(
                 grid=-(-rows // config.rows) * -(-features // config.width),
                 config=config,
                 dots=[(config.rows, config.width, columns.block)],
-                reads={"dS": size(ds_NR), "A": columns.bytes_a, "plan": size(columns.table, columns.blocks, flags)},
+                reads={"dS": size(ds_NR), "A": columns.bytes_a, "plan": plan_bytes(facts)},
                 writes={"dx": size(dx)},
             )
         )
