@@ -267,7 +267,12 @@ def _flags(rows_NX: Tensor, columns: Columns, config: Config) -> Tensor:
 
 
 def _facts(
-    dtype: torch.dtype, columns: Columns, owners: Sequence[Tensor], gate_GE: Tensor, flags: Tensor, rows: int,
+    dtype: torch.dtype,
+    columns: Columns,
+    owners: Sequence[Tensor],
+    gate_GE: Tensor,
+    flags: Tensor,
+    rows: int,
     flagged: Config,
 ) -> dict[str, Any]:
     """What all launches of a call share, by the names of the kernels' parameters."""
