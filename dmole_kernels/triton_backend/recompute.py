@@ -3,7 +3,7 @@
     out[i, p] = sum over the k with C[i, k] != 0 of left[i, k] right[k, p]       where out[i, p] is NaN
 
 What a tile's dot cannot leave out: pairs of a row and an expert whose gate is zero, when the expert, x or dY holds an
-inf or NaN. One output row at a time and TOGETHER summands, so that few registers are needed: the kernels' common path
+inf or NaN. One output row and a few summands at a time, so that few registers are needed: the kernels' common path
 keeps its own. Elements that are not NaN keep their bits, whichever rows share their tile.
 """
 
@@ -15,7 +15,8 @@ import triton.language as tl  # type: ignore[import-not-found, import-untyped, u
 from dmole_kernels.triton_backend.dropout import keep_tile
 from dmole_kernels.triton_backend.tiles import column_gate, load_tile, narrow, pointers_into_b, rows_of_a
 
-TOGETHER = tl.constexpr(16)
+SUMMED_COLUMNS = tl.constexpr(8)  # or features of x
+SUMMED_ROWS = tl.constexpr(32)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -38,8 +39,8 @@ def expanded_row(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """((S * C) B^T)[rows, outputs] for a single row."""
     total = tl.zeros([1, WIDTH], dtype=ACC)
-    for first in range(0, R, TOGETHER):
-        columns = first + tl.arange(0, TOGETHER)
+    for first in range(0, R, SUMMED_COLUMNS):
+        columns = first + tl.arange(0, SUMMED_COLUMNS)
         column_mask = columns < R
         gate_tile = column_gate(gate, table, rows, row_mask, columns, column_mask, R, E, rows_per_gate, ACC)
         gated = load_tile(shrunk, rows, row_mask, R, columns, column_mask).to(ACC) * gate_tile
@@ -84,8 +85,8 @@ def recompute_fused(  # type: ignore[no-untyped-def]
             shrunk, table, gate, rows, rows < N, outputs, output_mask, R, E, rows_per_gate,
             WIDTH, TYPE, ACC, B_TYPE, UPCAST,
         )  # fmt: skip
-        for first in range(0, D, TOGETHER):
-            features = first + tl.arange(0, TOGETHER)
+        for first in range(0, D, SUMMED_COLUMNS):
+            features = first + tl.arange(0, SUMMED_COLUMNS)
             x_tile = load_tile(x, rows, rows < N, x_step, features, features < D)
             places = weight + outputs.to(tl.int64)[None, :] * weight_step + features[:, None]
             inside = (features < D)[:, None]
@@ -109,8 +110,8 @@ def recompute_input_gradient(  # type: ignore[no-untyped-def]
     for row in range(begin, tl.minimum(begin + ROWS, N)):
         rows = row + tl.arange(0, 1)
         total = tl.zeros([1, WIDTH], dtype=ACC)
-        for first in range(0, R, TOGETHER):
-            columns = first + tl.arange(0, TOGETHER)
+        for first in range(0, R, SUMMED_COLUMNS):
+            columns = first + tl.arange(0, SUMMED_COLUMNS)
             column_mask = columns < R
             gate_tile = column_gate(gate, table, rows, rows < N, columns, column_mask, R, E, rows_per_gate, ACC)
             ds_tile = load_tile(dshrunk, rows, rows < N, R, columns, column_mask)
@@ -120,8 +121,8 @@ def recompute_input_gradient(  # type: ignore[no-untyped-def]
             used = tl.trans(gate_tile) != 0
             if MASKS:
                 expert = tl.load(table + 3 * R + columns, mask=column_mask, other=0).to(tl.int32)
-                same = row + tl.zeros([TOGETHER], dtype=tl.int32)
-                used &= keep_tile(same, first_feature, expert[:, None], key_low, key_high, threshold, TOGETHER)
+                same = row + tl.zeros([SUMMED_COLUMNS], dtype=tl.int32)
+                used &= keep_tile(same, first_feature, expert[:, None], key_low, key_high, threshold, SUMMED_COLUMNS)
             total += _masked_sum(tl.trans(ds_tile), used, a_tile, ACC, TYPE, UPCAST)
         _replace_nan(dx + rows.to(tl.int64)[:, None] * D + features[None, :], feature_mask[None, :], total, UPCAST)
 
@@ -141,8 +142,8 @@ def recompute_weight_gradient(  # type: ignore[no-untyped-def]
         columns = column + tl.arange(0, 1)
         gradient_row = tl.load(table + 5 * R + columns)
         total = tl.zeros([1, WIDTH], dtype=ACC)
-        for start in range(begin, stop, TOGETHER):
-            rows = start + tl.arange(0, TOGETHER)
+        for start in range(begin, stop, SUMMED_ROWS):
+            rows = start + tl.arange(0, SUMMED_ROWS)
             row_mask = rows < stop
             gate_tile = column_gate(gate, table, rows, row_mask, columns, columns < R, R, E, rows_per_gate, ACC)
             left_tile = load_tile(left, rows, row_mask, R, columns, columns < R)
@@ -150,7 +151,7 @@ def recompute_weight_gradient(  # type: ignore[no-untyped-def]
                 left_tile = left_tile.to(ACC) * gate_tile
             right_tile = load_tile(right, rows, row_mask, step, features, feature_mask)
             if DROPOUT:
-                keep = keep_tile(rows, first, stream, key_low, key_high, threshold, TOGETHER)
+                keep = keep_tile(rows, first, stream, key_low, key_high, threshold, SUMMED_ROWS)
                 right_tile = tl.where(keep, right_tile, tl.zeros_like(right_tile))
             total += _masked_sum(left_tile, gate_tile != 0, right_tile, ACC, TYPE, UPCAST)
         places = out + gradient_row[:, None] * WIDE + features[None, :]

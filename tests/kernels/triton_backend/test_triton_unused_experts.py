@@ -8,11 +8,10 @@ The truth is float64 and sums over the rows that use an expert only, so it multi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -32,7 +31,7 @@ from dmole_kernels.testing import (
 from dmole_kernels.triton_backend.fused_base import fused_base_forward
 from dmole_kernels.triton_backend.multi_lora import multi_lora_backward, multi_lora_forward
 
-pytestmark = pytest.mark.usefixtures("triton_on_cpu")
+pytestmark = pytest.mark.usefixtures("triton_on_cpu", "numpy_stays_silent")
 
 # Sample 0 uses experts 0 and 2, sample 1 none, sample 2 expert 1 alone; all in one tile of rows.
 GATE = torch.tensor([[1.0, 0.0, -0.5], [0.0, -0.0, 0.0], [0.0, 2.0, 0.0]])
@@ -41,24 +40,17 @@ LAYERS = {
     layer.name: layer
     for layer in (
         SMALL,
-        replace(SMALL, name="two_blocks", ranks=(3, 60, 7)),
+        replace(SMALL, name="two_blocks", leading=(3, 3), ranks=(3, 60, 7)),
         replace(SMALL, name="token_gates", gate="token"),
         replace(SMALL, name="dropout", dropout=0.3),
         replace(SMALL, name="dropout_per_expert", dropout=0.3, per_expert=True),
         replace(SMALL, name="frozen", frozen=(0,)),
-        replace(SMALL, name="several_shares", leading=(3, 40), ranks=(1, 1, 1)),
+        replace(SMALL, name="several_shares", leading=(3, 30), ranks=(1, 1, 1)),
         replace(SMALL, name="several_tiles", in_features=130, out_features=40),
     )
 }
 INF, NAN = float("inf"), float("nan")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
-
-
-@pytest.fixture(autouse=True)
-def numpy_stays_silent() -> Iterator[None]:
-    """The interpreter computes with NumPy, which warns of every NaN that a product makes."""
-    with np.errstate(all="ignore"):
-        yield
 
 
 def definition(inputs: LoraInputs) -> Tensor:
@@ -99,7 +91,9 @@ POISON: dict[str, Callable[[LoraInputs], LoraInputs]] = {
     "x_inf_with_expert_1": lambda i: replace(i, x=with_row(i.x, 2, INF)),
     "dy_nan_without_expert": lambda i: replace(i, grad=with_row(i.grad, 1, NAN)),
     "dy_inf_with_expert_1": lambda i: replace(i, grad=with_row(i.grad, 2, -INF)),
-    "all": lambda i: POISON["A_nan"](POISON["B_inf"](POISON["x_nan_without_expert"](POISON["dy_inf_with_expert_1"](i)))),
+    "all": lambda i: POISON["A_nan"](
+        POISON["B_inf"](POISON["x_nan_without_expert"](POISON["dy_inf_with_expert_1"](i)))
+    ),
 }
 
 
@@ -131,9 +125,13 @@ def compare(inputs: LoraInputs, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("poison", POISON)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_poison_stays_with_the_samples_that_use_it(poison: str, dtype: torch.dtype) -> None:
-    compare(POISON[poison](drawn("one_block", dtype)), TOLERANCE[dtype])
+def test_poison_stays_with_the_samples_that_use_it(poison: str) -> None:
+    compare(POISON[poison](drawn("one_block")), TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_poison_stays_with_the_samples_that_use_it_in_16_bits(dtype: torch.dtype) -> None:
+    compare(POISON["all"](drawn("one_block", dtype)), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("layer", [name for name in LAYERS if name != "one_block"])
@@ -178,7 +176,7 @@ def test_forward_with_a_base_and_the_fused_forward(layer: str, every_column: boo
     inputs = POISON["B_inf"](POISON["A_nan"](drawn(layer)))
     generator = torch.Generator().manual_seed(1)
     weight, bias = torch.randn(18, 20, generator=generator), torch.randn(18, generator=generator)
-    base = torch.randn(3, 5, 18, generator=generator)
+    base = torch.randn(*inputs.x.shape[:-1], 18, generator=generator)
     arguments = (inputs.lora_a, inputs.lora_b, inputs.gate, inputs.scale, 0.0, False, None)
     wide = inputs.to(torch.float64)
     with poisoned_memory():
