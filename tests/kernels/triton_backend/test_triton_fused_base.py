@@ -42,11 +42,7 @@ def test_error_rule_on_the_experts_part(workload: Workload, dtype: torch.dtype) 
         inputs = make_inputs(workload, dtype, draw)
         weight = torch.zeros(workload.out_features, workload.in_features, dtype=dtype)
         with poisoned_memory():
-            y, _ = fused_base_forward(
-                inputs.call(),
-                weight,
-                None,
-            )
+            y, _ = fused_base_forward(LoraCall(inputs.call(), None), weight, None)
         kinds[0].append(y)
         expected = max(expected, expected_errors(inputs)["delta"])
         kinds[1].append(multi_lora_loop(inputs.to(torch.float64)))
