@@ -367,7 +367,7 @@ def triton_on_cpu() -> Iterator[None]:
     """`backend="triton"` for tensors on the CPU in the block, in every dtype: for Triton's interpreter, which runs the
     kernels there (TRITON_INTERPRET=1 before Triton is imported)."""
     if not triton_backend.available():
-        raise ValueError("Triton is not installed; expected triton 3.9. Run pip install triton.")
+        raise ValueError(triton_backend.MISSING)
     before = BACKENDS["triton"], DTYPES["triton"]
     BACKENDS["triton"], DTYPES["triton"] = ("cpu", "cuda"), None
     try:

@@ -20,6 +20,12 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+VERSIONS = ">=3.2,<3.10"
+"""Releases of Triton that the kernels were run with; pyproject.toml's extra `triton` asks for the same."""
+
+MISSING = f"Triton is not installed; expected triton{VERSIONS}. Run pip install 'triton{VERSIONS}'."
+"""The error of every command that needs Triton."""
+
 
 def available() -> bool:
     """Whether Triton is installed; whether a GPU is there is the dispatch's question, not this one."""

@@ -121,8 +121,14 @@ def size(*tensors: Tensor | None) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
 
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _probe() -> None:
+    pass
+
+
 def interpreting() -> bool:
-    return bool(triton.knobs.runtime.interpret)
+    """Whether `triton.jit` made interpreted functions. `triton.knobs`, which also knows it, is missing before 3.4."""
+    return not isinstance(_probe, triton.JITFunction)
 
 
 def target_of(device: torch.device) -> str:
