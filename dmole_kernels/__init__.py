@@ -7,6 +7,7 @@ Knows no task, data set or model. Which implementation runs: `python -m dmole_ke
 from dmole_kernels._backend import BACKENDS, BackendChoice, choose_backend, explain_backend, use_backend
 from dmole_kernels._convert import convert
 from dmole_kernels._expert_bank import Expert, ExpertBank, ExpertDescription
+from dmole_kernels._expert_folders import load_experts, save_experts
 from dmole_kernels._expert_handle import ExpertHandle, experts_of
 from dmole_kernels._frozen_linear import FrozenLinears, frozen_linear
 from dmole_kernels._gates import ExpertGates, GateBlock
@@ -49,10 +50,12 @@ __all__ = [
     "frozen_linear",
     "grad_norm_per_batch",
     "grad_norm_per_sample",
+    "load_experts",
     "masked_max_pool",
     "multi_lora",
     "router_score",
     "router_select",
+    "save_experts",
     "use_backend",
     "sketch_relative_std",
 ]

@@ -278,13 +278,21 @@ def experts_of(model: nn.Module, gates: ExpertGates | None = None) -> ExpertHand
 
 def layers_of(model: nn.Module) -> dict[str, MultiLoRALinear]:
     """The layers that carry experts, by the names that they have without wrappers (DDP, compile, checkpointing)."""
-    while isinstance(model, _WRAPPERS) or "_orig_mod" in model._modules:
-        model = model.get_submodule("module" if isinstance(model, _WRAPPERS) else "_orig_mod")
     return {
-        ".".join(part for part in name.split(".") if part not in _WRAPPED): module
-        for name, module in model.named_modules()
+        plain_name(name): module
+        for name, module in unwrapped(model).named_modules()
         if isinstance(module, MultiLoRALinear)
     }
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    while isinstance(model, _WRAPPERS) or "_orig_mod" in model._modules:
+        model = model.get_submodule("module" if isinstance(model, _WRAPPERS) else "_orig_mod")
+    return model
+
+
+def plain_name(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPED)
 
 
 def replace(model: nn.Module, by_id: Mapping[int, nn.Module]) -> None:

@@ -105,7 +105,9 @@ class ExpertGates:
             self._layers = [ref for ref in self._layers if ref() is not None]
             banks = [layer.bank for ref in self._layers if (layer := ref()) is not None]
             names = tuple(dict.fromkeys(name for bank in banks for name in bank.names))
-            self._held = (ExpertBank.changes, names, frozenset(name for bank in banks for name in bank.merged))
+            # PEFT's adapters (dmole_kernels.peft) are merged by PEFT, which says so itself.
+            merged = frozenset(name for bank in banks for name in getattr(bank, "merged", ()))
+            self._held = (ExpertBank.changes, names, merged)
         return self._held
 
     @property

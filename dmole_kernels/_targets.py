@@ -233,8 +233,8 @@ def _automatic_rows(model: nn.Module, names: list[str]) -> dict[str, Rows]:
         if text is config or not language or len({tower for inside in mine.values() for tower in inside}) > 1:
             raise ValueError(
                 f"rows: the config of {name or type(model).__name__!r} has a vision or audio tower, and the modules "
-                f"with its text config are {language}; expected one, the language tower, with a config of its own. Pass "
-                f"rows=, such as {{'': 'units', 'the.language.tower': 'samples'}}."
+                f"with its text config are {language}; expected one, the language tower, with a config of its own. "
+                f"Pass rows=, such as {{'': 'units', 'the.language.tower': 'samples'}}."
             )
         for target, inside in mine.items():
             if _inside(target, name):
