@@ -78,10 +78,10 @@ def save_experts(
         all_parts[name] = parts
         check_replaceable(Path(folder) / name)
     if not sharded or torch.distributed.get_rank() == 0:
-        linears = _plain_linears(root)
+        modules = [*layers_of(root), *(plain_name(other) for other, _ in plain_modules(unwrapped(root)))]
         for name, parts in all_parts.items():
             dropout = max(layers[place].dropout for place in parts)
-            write_folder(Path(folder) / name, parts, linears=linears, dropout=dropout, base_name=base_name)
+            write_folder(Path(folder) / name, parts, modules=modules, dropout=dropout, base_name=base_name)
     if sharded:
         torch.distributed.barrier()
     return [Path(folder) / name for name in chosen]

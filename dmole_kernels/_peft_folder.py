@@ -130,17 +130,17 @@ def write_folder(
     folder: Path,
     parts: Mapping[str, LoraPart],
     *,
-    linears: Iterable[str] = (),
+    modules: Iterable[str] = (),
     dropout: float = 0.0,
     base_name: str | None = None,
 ) -> None:
     """Writes `parts` as the stock LoRA folder `folder`: all of it or nothing, in the place of one that is there.
 
     Args:
-        linears: the names of the model's other linears, which PEFT must not take for targets by their endings.
+        modules: the names of the model's modules, of which PEFT must not take others for targets by their endings.
     """
     save = _safetensors("save_file")
-    config = peft_config(parts, linears=linears, dropout=dropout, base_name=base_name)
+    config = peft_config(parts, modules=modules, dropout=dropout, base_name=base_name)
     tensors = {}
     for name, part in parts.items():
         tensors[f"{_PREFIX}{name}{_SIDES[0]}"] = part.lora_a
@@ -177,7 +177,7 @@ def check_replaceable(folder: Path) -> None:
 
 
 def peft_config(
-    parts: Mapping[str, LoraPart], *, linears: Iterable[str], dropout: float, base_name: str | None
+    parts: Mapping[str, LoraPart], *, modules: Iterable[str], dropout: float, base_name: str | None
 ) -> dict[str, Any]:
     """What PEFT needs to apply each part at its linear and at no other one."""
     ranks = {name: part.rank for name, part in parts.items()}
@@ -185,7 +185,7 @@ def peft_config(
     rank, rank_pattern = _with_pattern(ranks)
     alpha, alpha_pattern = _with_pattern(alphas)
     # PEFT takes a name for an ending too, and "0" would match "head.0".
-    caught = [name for name in linears if name not in parts and any(name.endswith(f".{target}") for target in parts)]
+    caught = [name for name in modules if name not in parts and any(name.endswith(f".{target}") for target in parts)]
     return {
         "alpha_pattern": alpha_pattern,
         "auto_mapping": None,
