@@ -33,6 +33,7 @@ def save_experts(
     Tensors keep their dtype. Ranks and scales that differ between layers are in `rank_pattern` and `alpha_pattern`.
     Each folder is written beside its place and renamed, so none is ever half written; one that is there is replaced.
     Experts that are sharded (DTensor) are gathered: then every rank must call this, and rank 0 writes.
+    Replicated experts (DDP) are the same on every rank: call it on one.
 
     Args:
         model: a converted model, or the handle of the layers that are meant.

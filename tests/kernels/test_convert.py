@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`convert` on any nn.Module: which linears, what their rows are, what it refuses, and that a refusal changes nothing."""
+"""`convert` on any nn.Module: which linears, what their rows are, what it refuses; a refusal changes nothing."""
 
 from __future__ import annotations
 

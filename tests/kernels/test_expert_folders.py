@@ -351,7 +351,7 @@ A0 = "base_model.model.0.lora_A.weight"
         (lambda t: t.pop(A0), "maps: '0' lacks 'lora_A.weight'; expected A and B"),
         (lambda t: t.clear(), "maps: adapter_model.safetensors holds no tensors"),
         (lambda t: t.update({A0: torch.ones(4, 6)}), r"maps: '0' has A \(4, 6\) and B \(5, 3\); expected the rank 3"),
-        (lambda t: t.update({A0: torch.ones(3, 7)}), r"expert 'maps': '0' has A \(3, 7\) and B \(5, 3\); expected \(3, 6\)"),
+        (lambda t: t.update({A0: torch.ones(3, 7)}), r"'maps': '0' has A \(3, 7\) and B \(5, 3\); expected \(3, 6\)"),
         (lambda t: t.update({k.replace(".0.", ".0x."): t.pop(k) for k in list(t)}),
          "expert 'maps': the model has no linear '0x'"),
     ],
