@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from dmole_kernels._expert_handle import ExpertHandle, replace
+from dmole_kernels._expert_handle import ExpertHandle, plain_name, replace
 from dmole_kernels._gates import ExpertGates
 from dmole_kernels._multi_lora import MULTI_LORA, DropoutMode, check_dropout
 from dmole_kernels._multi_lora_linear import MultiLoRALinear, check_gates
@@ -74,7 +74,7 @@ def convert(
         layer = MultiLoRALinear(
             linear, gates=gates, dropout=dropout, dropout_mode=dropout_mode, rows=rows_by_name[name], backend=backend
         )
-        layer.place = name
+        layer.place = plain_name(name)
         layers[id(linear)] = layer.train(linear.training)
     replace(model, layers)
     return ExpertHandle(model, gates, skipped)
