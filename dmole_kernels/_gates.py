@@ -74,7 +74,8 @@ class ExpertGates:
         self.identity = uuid.uuid4().hex
         self.lineage = self.identity
         self._layers: list[weakref.ref[_HoldsExperts]] = []
-        self._names: tuple[int, tuple[str, ...]] = (-1, ())
+        # Of which state of the banks, the names that the layers hold, and those that some layer has merged.
+        self._held: tuple[int, tuple[str, ...], frozenset[str]] = (-1, (), frozenset())
 
     def __deepcopy__(self, memo: dict[int, object]) -> ExpertGates:
         copy = ExpertGates()
@@ -92,18 +93,22 @@ class ExpertGates:
     def register(self, layer: _HoldsExperts) -> None:
         """Called by each layer that is made with these gates."""
         self._layers.append(weakref.ref(layer))
-        self._names = (-1, ())
+        self._held = (-1, (), frozenset())
 
     @property
     def names(self) -> tuple[str, ...]:
         """The experts that the layers of these gates hold, in the order in which layers and experts were added."""
-        version, names = self._names
-        if version != ExpertBank.changes:
+        return self._look()[1]
+
+    def _look(self) -> tuple[int, tuple[str, ...], frozenset[str]]:
+        if self._held[0] != ExpertBank.changes:
             self._layers = [ref for ref in self._layers if ref() is not None]
-            layers = (layer for ref in self._layers if (layer := ref()) is not None)
-            names = tuple(dict.fromkeys(name for layer in layers for name in layer.bank.names))
-            self._names = (ExpertBank.changes, names)
-        return names
+            banks = [layer.bank for ref in self._layers if (layer := ref()) is not None]
+            names = tuple(dict.fromkeys(name for bank in banks for name in bank.names))
+            # PEFT's adapters (dmole_kernels.peft) are merged by PEFT, which says so itself.
+            merged = frozenset(name for bank in banks for name in getattr(bank, "merged", ()))
+            self._held = (ExpertBank.changes, names, merged)
+        return self._held
 
     @property
     def block(self) -> GateBlock | None:
@@ -134,18 +139,22 @@ class ExpertGates:
             units = [1, 1], x [6, ...]:       rows 0 to 2 use gate[0], rows 3 to 5 gate[1]         three beams
 
         Raises:
-            ValueError: for a gate, names or units that do not fit together; a name that no layer of these gates holds;
+            ValueError: for a gate, names or units that do not fit together; a name that no layer of these gates holds,
+                or that is merged into the base;
                 when a layer's rows cannot be split by the units; when the gate is changed in place inside the block;
                 when blocks are left in another order than the reverse one.
         """
-        block = GateBlock(gate, experts, units, self.identity, self.lineage, self.names)
-        known = set(self.names)
+        _, held, merged = self._look()
+        block = GateBlock(gate, experts, units, self.identity, self.lineage, held)
+        known = set(held)
         for name in block.names:
+            if name in merged:
+                raise merged_error(name)
             if name not in known:
-                near = difflib.get_close_matches(name, self.names, 1)
+                near = difflib.get_close_matches(name, held, 1)
                 meant = f"Did you mean {near[0]!r}?" if near else "Add it to a layer first."
                 raise ValueError(
-                    f"experts: got {name!r}, which no layer of these gates holds; expected some of {list(self.names)}. "
+                    f"experts: got {name!r}, which no layer of these gates holds; expected some of {list(held)}. "
                     f"{meant}"
                 )
         return block
@@ -323,6 +332,13 @@ class GateBlock(AmbientBlock):
         if length == samples * (length // max(1, samples)) and len(set(units)) == 1:
             return None if not tokens or length == samples else [length // samples] * samples
         return [length * unit // total if total else 0 for unit in units]
+
+
+def merged_error(name: str) -> ValueError:
+    return ValueError(
+        f"experts: got {name!r}, which is merged into the base and so acts on every sample already; expected experts "
+        f"that are not merged. Call unmerge({name!r}) first, or leave it out with its column of the gate."
+    )
 
 
 def check_gate(gate: Tensor, experts: Sequence[str]) -> tuple[str, ...]:
