@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 
 class ExpertDescription(TypedDict):
+    """What a state_dict cannot say about an expert; JSON-able."""
+
     rank: int
     alpha: float
     trainable: bool
