@@ -154,7 +154,8 @@ class ExpertHandle:
 
         The model then computes with it for every sample and needs no gate; a gate that names it raises. The sum is
         made in float32 (float64 beside a float64 weight) and rounded once. Until `unmerge` the original weight is kept:
-        memory for one more copy of the weight of each of these layers. Several experts may be merged, each once.
+        memory for one more copy of the weight of each of these layers. Several experts may be merged, each once. No
+        other thread may be running the model.
 
         Raises:
             ValueError: before anything is changed, for a name that no layer holds or that is merged, a base that is
@@ -183,13 +184,17 @@ class ExpertHandle:
         return self.model
 
     def base_state_dict(self) -> dict[str, Any]:
-        """The state_dict of the model without experts, under the names of the plain model, merged weights as they are:
+        """The state_dict of the model without experts, under the names of the plain model, merged weights as they are.
 
-        model.save_pretrained("base", state_dict=experts.base_state_dict())
+            model.save_pretrained("base", state_dict=experts.base_state_dict())
+
+        `model.save_pretrained("base")` alone writes the tensors of the experts too; `from_pretrained` then loads the
+        same base and reports them as unexpected. `save_experts` is for experts.
         """
         state: dict[str, Any] = self.model.state_dict()
         names = [name for name, module in self.model.named_modules() if isinstance(module, MultiLoRALinear)]
-        prefixes = {f"{name}.bank" if name else "bank" for name in names}
+        # Wrappers for checkpointing take themselves out of the state's names; compiled modules do not.
+        prefixes = {f"{known}.bank" if known else "bank" for name in names for known in (name, plain_name(name))}
         return {key: value for key, value in state.items() if key.rpartition(".experts.")[0] not in prefixes}
 
     def holders(self, name: str) -> dict[str, MultiLoRALinear]:
@@ -228,9 +233,9 @@ class ExpertHandle:
         rows = [layer.rows for layer in layers.values()]
         kinds = ", ".join(f"{rows.count(kind)} with rows={kind}" for kind in ("samples", "units") if kind in rows)
         lines = [
-            f"ExpertHandle: {len(layers)} layers of {type(self.model).__name__} carry experts"
+            f"ExpertHandle: experts at {_count(len(layers), 'layer')} of {type(self.model).__name__}"
             + (f" ({kinds})" if kinds else "")
-            + (f", {len(self.skipped)} linears skipped (see .skipped)" if self.skipped else "")
+            + (f", {_count(len(self.skipped), 'linear')} skipped (see .skipped)" if self.skipped else "")
         ]
         for name in self.names:
             banks = [layer.bank for layer in layers.values() if name in layer.bank]
@@ -239,7 +244,7 @@ class ExpertHandle:
             state = "trainable" if trainable == {True} else "frozen" if trainable == {False} else "partly frozen"
             merged = next((bank.merged[name] for bank in banks if name in bank.merged), None)
             lines.append(
-                f"  {name}: rank {'/'.join(map(str, ranks))} at {len(banks)} layers, "
+                f"  {name}: rank {'/'.join(map(str, ranks))} at {_count(len(banks), 'layer')}, "
                 f"{sum(p.numel() for p in self.parameters(name)):,} parameters, {state}"
                 + ("" if merged is None else f", merged with weight {merged:g}")
             )
@@ -301,6 +306,10 @@ def replace(model: nn.Module, by_id: Mapping[int, nn.Module]) -> None:
         for name, child in list(parent._modules.items()):
             if id(child) in by_id:
                 setattr(parent, name, by_id[id(child)])
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def _endings(layers: Iterable[str]) -> dict[str, None]:

@@ -270,6 +270,19 @@ def test_wrappers_around_the_model_are_not_in_the_names(saved: Path, tmp_path: P
     )
 
 
+def test_parts_in_a_checkpoint_wrapper_keep_their_names(tmp_path: Path) -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = nn.Sequential(nn.Sequential(nn.Linear(6, 5)), nn.Linear(5, 4))
+    handle = convert(model)
+    handle.add("charts", rank=2)
+    model[0] = checkpoint_wrapper(model[0])
+    (path,) = save_experts(model, tmp_path)
+    assert json.loads((path / "adapter_config.json").read_text())["target_modules"] == ["0.0", "1"]
+    assert load_experts(model, path) == ["charts"]
+    assert list(handle.base_state_dict()) == ["0.0.weight", "0.0.bias", "1.weight", "1.bias"]
+
+
 def test_save_refuses_before_it_writes(tmp_path: Path) -> None:
     model, handle = sequential()
     with pytest.raises(ValueError, match="model: it has no experts to save; .* Call add"):

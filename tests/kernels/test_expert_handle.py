@@ -281,12 +281,12 @@ def test_print() -> None:
     model, handle = made()
     handle.freeze("maps")
     assert repr(handle).splitlines() == [
-        "ExpertHandle: 2 layers of Sequential carry experts",
+        "ExpertHandle: experts at 2 layers of Sequential",
         "  charts: rank 2 at 2 layers, 40 parameters, trainable",
-        "  maps: rank 3 at 1 layers, 33 parameters, frozen",
+        "  maps: rank 3 at 1 layer, 33 parameters, frozen",
     ]
     fresh = convert(nn.Sequential(nn.Linear(2, 2), nn.MultiheadAttention(4, 2)), rows="units")
     assert repr(fresh).splitlines() == [
-        "ExpertHandle: 1 layers of Sequential carry experts (1 with rows=units), 1 linears skipped (see .skipped)",
+        "ExpertHandle: experts at 1 layer of Sequential (1 with rows=units), 1 linear skipped (see .skipped)",
         "  no experts yet: add(name, rank=8)",
     ]
