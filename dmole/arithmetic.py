@@ -59,14 +59,15 @@ def arithmetic() -> str:
     libraries, and torch's precision settings. Processes with equal values compute equal bits with equal thread counts.
     """
     variables = {k: v for k, v in os.environ.items() if k.startswith(VARIABLES) and k not in IGNORED}
+    mkldnn = torch.backends.mkldnn
     settings = {
-        "mkldnn": torch.backends.mkldnn.enabled,
+        "mkldnn": mkldnn.enabled,
         "float32_matmul": torch.get_float32_matmul_precision(),
-        # bfloat16 or tf32 inside float32 operators; set by the line above or one by one.
-        **{
-            f"mkldnn.{name}": str(getattr(getattr(torch.backends.mkldnn, name, None), "fp32_precision", None))
-            for name in ("conv", "matmul")
-        },
+        # bfloat16 or tf32 inside float32 operators; "none" is what "ieee" is before anybody has set it.
+        "inside": [
+            str(getattr(place, "fp32_precision", "none")).replace("none", "ieee")
+            for place in (torch.backends, mkldnn, getattr(mkldnn, "conv", None), getattr(mkldnn, "matmul", None))
+        ],
     }
     described = {"processor": _processor(), "torch": _torch_build(), "variables": variables, "settings": settings}
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()

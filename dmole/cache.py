@@ -74,7 +74,8 @@ class ImageFeatureCache:
         return torch.from_numpy(np.stack([arrays[file] for file in files])).float()
 
     def _make(self, file: Path, image: Path) -> np.ndarray:
-        feature = self._compute(image).half().numpy()
+        # In the layout that the file gives back: a convolution of equal values in another layout has other bits.
+        feature = self._compute(image).half().contiguous().numpy()
         _write(file, feature)
         return feature
 

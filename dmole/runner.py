@@ -45,11 +45,6 @@ def run(config: RunConfig, *, console: Console | None = None, fresh: bool = Fals
     """
     console = console or Console()
     output = Path(config.output)
-    if config.threads < (cores := usable_cores()):
-        console.print(
-            f"threads={config.threads} on {cores} cores; more may be faster, and the numbers depend on it",
-            highlight=False,
-        )
     with _torch_settings(config):
         model = open_model(config.model, console)
         stream = open_stream(config.stream, console).limit(
@@ -64,6 +59,11 @@ def run(config: RunConfig, *, console: Console | None = None, fresh: bool = Fals
             shutil.rmtree(output / ZERO_SHOT, ignore_errors=True)
         for plan in plans:
             check_folder(plan)
+        if config.threads < (cores := usable_cores()):
+            console.print(
+                f"threads={config.threads} on {cores} cores; more may be faster, and the numbers depend on it",
+                highlight=False,
+            )
         units = {plan.folder: work_units(stages[plan.folder], plan.stream, config) for plan in plans}
         with RunProgress(console, sum(units.values())) as progress:
             for plan in plans:

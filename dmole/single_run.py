@@ -82,6 +82,8 @@ class SingleRun:
     def run(self) -> None:
         folder, label = self.plan.folder, self.plan.folder.name
         folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob("*.partial"):
+            leftover.unlink()  # of a process killed while it wrote; a run's folder has one writer
         self._write_config()
         self.method.check(self.plan.stream)
         training = self._resume()
