@@ -71,7 +71,7 @@ TORCH_LIBRARY_FRAGMENT(dmole_kernels, library) {
   library.def(
       "cuda_decode(Tensor x, Tensor? base, Tensor gate, Tensor columns, Tensor spans, int outputs, "
       "ScalarType expert_dtype, bool a_aligned, bool b_aligned) -> (Tensor, Tensor)");
-  library.def("cuda_plan(Tensor gate, int rows, bool every_column) -> (Tensor, Tensor)");
+  library.def("cuda_plan(Tensor gate, int rows) -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(dmole_kernels, CUDA, library) {
@@ -87,8 +87,8 @@ struct Plan {
   at::Tensor words;
   dmole::cpu::PlanView view;
 
-  Plan(const at::Tensor& gate, int64_t rows, bool every_column)
-      : words(dmole::cpu::plan_op(gate, rows, every_column)),
+  Plan(const at::Tensor& gate, int64_t rows)
+      : words(dmole::cpu::plan_op(gate, rows)),
         view(dmole::cpu::view_plan(words.data_ptr<int32_t>(), words.numel(), rows, gate.size(1))) {}
 
   std::vector<int32_t> rows_of(int64_t expert) const {
@@ -126,8 +126,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
       "Threads of the kernels: torch's own pool, so the same as torch.set_num_threads.");
   module.def("threads", [] { return at::get_num_threads(); }, "Threads of the kernels.");
   pybind11::class_<Plan>(module, "Plan", "Which rows each expert serves; built once per step and shared by layers.")
-      .def(pybind11::init<const at::Tensor&, int64_t, bool>(), pybind11::arg("gate"), pybind11::arg("rows"),
-           pybind11::arg("every_column") = false)
+      .def(pybind11::init<const at::Tensor&, int64_t>(), pybind11::arg("gate"), pybind11::arg("rows"))
       .def_readonly("words", &Plan::words)
       .def_property_readonly("rows", [](const Plan& plan) { return plan.view.rows; })
       .def_property_readonly("experts", [](const Plan& plan) { return plan.view.experts; })

@@ -131,11 +131,11 @@ class Plan:
     Args:
         gate: [gates, experts], each gate covering `rows / gates` consecutive rows.
         rows: rows of x, all leading dimensions together.
-        every_column: give all rows to all experts, as a gate that is trained wants.
+        every_column: for a gate that requires grad, whose gradient needs x A_e^T of every row, used or not.
     """
 
     def __init__(self, gate: Tensor, rows: int, *, every_column: bool = False) -> None:
-        self.table = extension().Plan(gate.detach(), rows, every_column)
+        self.table = extension().Plan(gate.detach(), rows)
         self.words: Tensor = self.table.words
         self.rows = rows
         self.every_column = every_column
@@ -143,13 +143,14 @@ class Plan:
     @property
     def pairs(self) -> int:
         """How many pairs of row and expert there are to compute."""
-        return int(self.table.pairs)
+        return self.rows * int(self.table.experts) if self.every_column else int(self.table.pairs)
 
     def rows_of(self, expert: int) -> list[int]:
+        """The rows whose gate for this expert is not zero."""
         return list(self.table.rows_of(expert))
 
     def experts_of(self, begin: int, end: int) -> list[int]:
-        """The experts that rows [begin, end) need."""
+        """The experts that rows [begin, end) use."""
         return list(self.table.experts_of(begin, end))
 
 

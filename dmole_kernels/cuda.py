@@ -77,14 +77,14 @@ def multi_lora_forward(
     return y_NP.view(*x.shape[:-1], outputs), s_NR
 
 
-def plan(gate_GE: Tensor, rows: int, *, every_column: bool = False) -> tuple[Tensor, Tensor]:
+def plan(gate_GE: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     """Which rows each expert serves, made on the gate's device with no host synchronisation.
 
     Returns int32 words laid out as `Plan.words`, {rows, experts, slots}, start, row, flags, in a tensor with room for
     every pair (what is behind the plan's own words is not written), and int32 [tiles, ceil(experts / 32)]: bit e of a
     tile says that one of its 32 rows needs expert e.
     """
-    words, needed = torch.ops.dmole_kernels.cuda_plan(gate_GE.to(torch.float32).contiguous(), rows, every_column)
+    words, needed = torch.ops.dmole_kernels.cuda_plan(gate_GE.to(torch.float32).contiguous(), rows)
     return words, needed
 
 

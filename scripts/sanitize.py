@@ -22,6 +22,7 @@ TESTS = (
     "test_cpu_gemm.py",
     "test_cpu_grad_norm.py",
     "test_cpu_multi_lora.py",
+    "test_cpu_multi_lora_masking.py",
     "test_cpu_router.py",
     "test_each_backend.py",
     "test_frozen_linear.py",

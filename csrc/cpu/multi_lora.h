@@ -28,10 +28,11 @@ struct LoraExpert {
 
 struct LoraCall {
   int64_t rows, features, outputs, ranks;
-  int64_t gates;      // each covers rows / gates rows
-  const float* gate;  // [gates, experts]
+  int64_t gates;        // each covers rows / gates rows
+  const float* factor;  // [gates, experts]: gate * scale
   const LoraExpert* experts;
-  PlanView plan;
+  PlanView plan;      // the pairs of row and expert whose gate is not zero
+  bool every_column;  // S (forward) and P (backward) of all rows and experts, for the gate's gradient
   bool dropout;
   bool per_expert;
   double chance;  // of zeroing an element
@@ -40,7 +41,8 @@ struct LoraCall {
   int threads;
 };
 
-// x, base, y and s have the working type; rows x_stride (base_stride) elements apart, y and s without gaps.
+// x, base, y and s have the working type; rows x_stride (base_stride) elements apart, y and s without gaps. Without
+// every_column S is zero where the gate is.
 struct LoraForward : LoraCall {
   const void* x;
   int64_t x_stride;
@@ -60,7 +62,7 @@ struct LoraBackward : LoraCall {
   void* dx;      // [rows, features]
   void* da;      // [trainable ranks, features]
   void* db;      // [trainable ranks, outputs]
-  float* dgate;  // [gates, experts]; wants a plan of every pair
+  float* dgate;  // [gates, experts]; wants every_column
   int64_t trainable_ranks;
 };
 

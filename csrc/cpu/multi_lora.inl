@@ -8,12 +8,16 @@
 constexpr int64_t kChunkRows = 8 * kTileRows;
 constexpr int64_t kPackedColumns = 8 * kTileColumns;  // of a weight, packed as one piece of work
 
+inline bool in_use(const PlanView& plan, int64_t expert) { return plan.start[expert + 1] > plan.start[expert]; }
+
 // Rows handled at once. Weights are read once a chunk: where experts have few rows each, chunks grow.
 inline int64_t chunk_rows(const LoraCall& call) {
-  int64_t used = 0;
-  for (int64_t e = 0; e < call.plan.experts; ++e) used += call.plan.start[e + 1] > call.plan.start[e];
-  const int64_t slots = std::max<int64_t>(1, call.plan.slots);
-  int64_t rows = std::max(kChunkRows, 2 * kTileRows * call.rows * used / slots);
+  int64_t rows = kChunkRows;
+  if (!call.every_column) {
+    int64_t used = 0;
+    for (int64_t e = 0; e < call.plan.experts; ++e) used += in_use(call.plan, e);
+    rows = std::max(rows, 2 * kTileRows * call.rows * used / std::max<int64_t>(1, call.plan.slots));
+  }
   if (call.threads > 1) rows = std::min(rows, (call.rows + call.threads - 1) / call.threads);
   return std::clamp<int64_t>(rows, 1, std::max<int64_t>(1, call.rows));
 }
@@ -29,10 +33,15 @@ inline SlotRange slots_of(const PlanView& plan, int64_t expert, int64_t begin, i
           std::lower_bound(first, last, static_cast<int32_t>(end)) - plan.row};
 }
 
-inline bool in_use(const PlanView& plan, int64_t expert) { return plan.start[expert + 1] > plan.start[expert]; }
+inline float factor_of(const LoraCall& call, int64_t row, int64_t expert) {
+  return call.factor[row / (call.rows / call.gates) * call.plan.experts + expert];
+}
 
-inline float gate_of(const LoraCall& call, int64_t row, int64_t expert) {
-  return call.gate[row / (call.rows / call.gates) * call.plan.experts + expert];
+// 0, 1, 2, ..: the rows of every_column.
+inline std::vector<int32_t> all_rows(const LoraCall& call) {
+  std::vector<int32_t> rows(call.every_column ? call.rows : 0);
+  for (int64_t n = 0; n < static_cast<int64_t>(rows.size()); ++n) rows[n] = static_cast<int32_t>(n);
+  return rows;
 }
 
 inline uint32_t mask_stream(const LoraCall& call, int64_t expert) {
@@ -45,7 +54,8 @@ struct PackedWeights {
   std::vector<WeightRows<T>> rows;
   std::vector<const float*> panels;
 
-  // `of_rows` and `of_panels` choose A or B, with as many columns as given; of the experts in use, those wanted.
+  // `of_rows` and `of_panels` choose A or B, with as many columns as given; of the experts whose
+  // product is computed, those wanted.
   void pack(const LoraCall& call, Weight LoraExpert::* of_rows, int64_t row_columns,
             const std::vector<uint8_t>& rows_wanted, Weight LoraExpert::* of_panels, int64_t panel_columns,
             bool panels_wanted) {
@@ -58,14 +68,15 @@ struct PackedWeights {
     for (int64_t e = 0; e < experts; ++e) {
       const LoraExpert& expert = call.experts[e];
       const Weight& weight = expert.*of_rows;
-      if (!in_use(call.plan, e)) continue;
+      const bool used = in_use(call.plan, e);
+      if (!used && !call.every_column) continue;
       if (rows_wanted[e] && readable_in_place<T>(weight)) {
         rows[e] = {static_cast<const T*>(weight.data), weight.rank_stride};
       } else if (rows_wanted[e]) {
         row_offset[e] = words;
         words += (expert.rank * stride * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 16;
       }
-      if (panels_wanted) {
+      if (panels_wanted && used) {
         panel_offset[e] = words;
         words += panel_count(panel_columns) * rank_words(expert.rank, Unit::kPerWord) * kTileColumns;
       }
@@ -96,20 +107,21 @@ struct PackedWeights {
   }
 };
 
-// Experts with rows in [begin, end), with room for their coefficients behind `floats` more of the tile scratch.
+// Experts with rows in [begin, end) (with every_column all experts, of which some have none), with room for their
+// coefficients, and behind those for the product of one expert (`extra`).
 template <class Unit>
 std::vector<ExpertPart> chunk_parts(const LoraCall& call, int64_t begin, int64_t end, float** extra) {
   std::vector<ExpertPart> parts;
   int64_t words = 0, largest = 0;
   for (int64_t e = 0; e < call.plan.experts; ++e) {
-    if (!in_use(call.plan, e)) continue;
+    if (!in_use(call.plan, e) && !call.every_column) continue;
     const SlotRange slots = slots_of(call.plan, e, begin, end);
     const int64_t count = slots.end - slots.begin;
-    if (count == 0) continue;
+    if (count == 0 && !call.every_column) continue;
     const int64_t rank = call.experts[e].rank;
     parts.push_back({e, slots.begin, count, rank_words(rank, Unit::kPerWord), nullptr});
     words += (count + kTileRows - 1) / kTileRows * kTileRows * parts.back().words;
-    largest = std::max(largest, count * rank);
+    largest = std::max(largest, (call.every_column ? end - begin : count) * rank);
   }
   float* memory = scratch(Scratch::lora_tile, words + largest);
   *extra = memory + words;
@@ -142,9 +154,22 @@ inline std::vector<uint8_t> served_rows(const PlanView& plan, const std::vector<
   return served;
 }
 
+// Rows of [begin, end) whose product with an expert's A (or B) is computed: those that use it, or with every_column
+// all.
+struct ComputedRows {
+  const int32_t* row;
+  int64_t count;
+};
+
+inline ComputedRows computed_rows(const LoraCall& call, const ExpertPart& part, const std::vector<int32_t>& every_row,
+                                  int64_t begin, int64_t end) {
+  if (call.every_column) return {every_row.data() + begin, end - begin};
+  return {call.plan.row + part.slot, part.count};
+}
+
 template <class T, class Unit>
-void forward_chunk(const LoraForward& call, const PackedWeights<T, Unit>& weights, const MaskKey& key, int64_t begin,
-                   int64_t end) {
+void forward_chunk(const LoraForward& call, const PackedWeights<T, Unit>& weights, const MaskKey& key,
+                   const std::vector<int32_t>& every_row, int64_t begin, int64_t end) {
   float* shrunk;
   const std::vector<ExpertPart> parts = chunk_parts<Unit>(call, begin, end, &shrunk);
   const std::vector<uint8_t> served = served_rows(call.plan, parts, begin, end);
@@ -160,31 +185,38 @@ void forward_chunk(const LoraForward& call, const PackedWeights<T, Unit>& weight
     keep_bits.by_slot = call.per_expert;
     keep_bits.origin = begin;
     for (int64_t n = begin; n < end && !call.per_expert; ++n) {
-      if (served[n - begin]) mask_row(key, 0, n, call.features, bits + (n - begin) * keep_bits.stride);
+      if (call.every_column || served[n - begin]) {
+        mask_row(key, 0, n, call.features, bits + (n - begin) * keep_bits.stride);
+      }
     }
   }
   const float kept_scale = call.dropout ? static_cast<float>(1.0 / (1.0 - call.chance)) : 1.0f;
   const Matrix<T> x{static_cast<const T*>(call.x), call.x_stride};
   for (const ExpertPart& part : parts) {
     const LoraExpert& expert = call.experts[part.expert];
-    const int32_t* row = call.plan.row + part.slot;
+    const ComputedRows rows = computed_rows(call, part, every_row, begin, end);
     if (call.dropout && call.per_expert) {
-      keep_bits.origin = part.slot;
-      for (int64_t i = 0; i < part.count; ++i) {
-        mask_row(key, mask_stream(call, part.expert), row[i], call.features, bits + i * keep_bits.stride);
+      keep_bits.origin = 0;
+      for (int64_t i = 0; i < rows.count; ++i) {
+        mask_row(key, mask_stream(call, part.expert), rows.row[i], call.features, bits + i * keep_bits.stride);
       }
     }
-    shrink<T, Unit>({x, row, keep_bits, part.slot, weights.rows[part.expert], expert.rank, call.features, shrunk},
-                    part.count);
-    for (int64_t i = 0; i < part.count; ++i) {
-      const float factor = gate_of(call, row[i], part.expert) * expert.scale;
-      T* const saved = s + row[i] * call.ranks + expert.first;
+    shrink<T, Unit>({x, rows.row, keep_bits, 0, weights.rows[part.expert], expert.rank, call.features, shrunk},
+                    rows.count);
+    const int32_t* const used_row = call.plan.row + part.slot;
+    int64_t used = 0;
+    for (int64_t i = 0; i < rows.count; ++i) {
+      const int64_t n = rows.row[i];
+      float* const values = shrunk + i * expert.rank;
+      T* const saved = s + n * call.ranks + expert.first;
       for (int64_t j = 0; j < expert.rank; ++j) {
-        const float value = shrunk[i * expert.rank + j] * kept_scale;
-        saved[j] = from_float<T>(value);
-        put_coefficient<Unit>(part, i, j, value * factor);
+        values[j] *= kept_scale;
+        saved[j] = from_float<T>(values[j]);
       }
-      put_last_half<Unit>(part, i, expert.rank);
+      if (used == part.count || used_row[used] != n) continue;
+      const float factor = factor_of(call, n, part.expert);
+      for (int64_t j = 0; j < expert.rank; ++j) put_coefficient<Unit>(part, used, j, values[j] * factor);
+      put_last_half<Unit>(part, used++, expert.rank);
     }
   }
   const Target<T> target{static_cast<T*>(call.y), call.outputs, static_cast<const T*>(call.base), call.base_stride, {}};
@@ -199,10 +231,11 @@ void lora_forward(const LoraForward& call) {
   weights.pack(call, &LoraExpert::a, call.features, std::vector<uint8_t>(call.plan.experts, 1), &LoraExpert::b,
                call.outputs, true);
   const MaskKey key = mask_key(call.seed, call.chance);
+  const std::vector<int32_t> every_row = all_rows(call);
   const int64_t chunk = chunk_rows(call);
   call.parallel((call.rows + chunk - 1) / chunk, 1, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
-      forward_chunk<T, Unit>(call, weights, key, c * chunk, std::min(call.rows, (c + 1) * chunk));
+      forward_chunk<T, Unit>(call, weights, key, every_row, c * chunk, std::min(call.rows, (c + 1) * chunk));
     }
   });
 }

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Backward of multi_lora.inl. Included inside a level's namespace.
 
-// What the row chunks leave for the weight gradients, per pair of row and expert.
+// What the row chunks leave for the gradients of the weights, per pair of row and expert in use, and of the gate.
 template <class Unit>
 struct SlotCoefficients {
   std::vector<int64_t> offset;  // of an expert's words, [pair word][rank]; -1 when not trainable
   float* ds = nullptr;          // P * C / (1-q), for dA
   float* gated = nullptr;       // S * C, for dB
-  float* dot = nullptr;         // sum_j P S, per slot, for dgate
+  float* dot = nullptr;         // [experts, rows]: sum_j P S, for dgate
   uint16_t* bits = nullptr;     // dropout masks, per row or per slot
 
   void allocate(const LoraBackward& call, bool want_x) {
@@ -19,7 +19,7 @@ struct SlotCoefficients {
       offset[e] = words;
       words += rank_words(call.plan.start[e + 1] - call.plan.start[e], Unit::kPerWord) * call.experts[e].rank;
     }
-    const int64_t dots = call.dgate != nullptr ? call.plan.slots : 0;
+    const int64_t dots = call.dgate != nullptr ? call.rows * experts : 0;
     const int64_t masks = call.per_expert ? call.plan.slots : call.rows;
     const bool masked = call.dropout && (want_x || call.da != nullptr);
     const int64_t mask_words = masked ? masks * mask_numbers(call.features) / 2 : 0;
@@ -41,8 +41,8 @@ struct SlotCoefficients {
 
 template <class T, class Unit>
 void backward_chunk(const LoraBackward& call, const PackedWeights<T, Unit>& weights, const std::vector<uint8_t>& wanted,
-                    const SlotCoefficients<Unit>& slots, const KeepBits& keep_bits, const MaskKey& key, int64_t begin,
-                    int64_t end) {
+                    const SlotCoefficients<Unit>& slots, const KeepBits& keep_bits, const MaskKey& key,
+                    const std::vector<int32_t>& every_row, int64_t begin, int64_t end) {
   float* p;
   const std::vector<ExpertPart> parts = chunk_parts<Unit>(call, begin, end, &p);
   const std::vector<uint8_t> served = served_rows(call.plan, parts, begin, end);
@@ -57,21 +57,31 @@ void backward_chunk(const LoraBackward& call, const PackedWeights<T, Unit>& weig
     if (!wanted[part.expert]) continue;
     const LoraExpert& expert = call.experts[part.expert];
     const int64_t rank = expert.rank, start = call.plan.start[part.expert];
-    const int32_t* row = call.plan.row + part.slot;
-    shrink<T, Unit>({grad, row, {}, part.slot, weights.rows[part.expert], rank, call.outputs, p}, part.count);
-    for (int64_t i = 0; i < part.count; ++i) {
-      const int64_t slot = part.slot + i;
-      if (slots.bits != nullptr && call.per_expert) {
-        mask_row(key, mask_stream(call, part.expert), row[i], call.features, slots.bits + slot * keep_bits.stride);
-      }
-      const float factor = gate_of(call, row[i], part.expert) * expert.scale;
+    const ComputedRows rows = computed_rows(call, part, every_row, begin, end);
+    shrink<T, Unit>({grad, rows.row, {}, 0, weights.rows[part.expert], rank, call.outputs, p}, rows.count);
+    const int32_t* const used_row = call.plan.row + part.slot;
+    int64_t used = 0;
+    for (int64_t i = 0; i < rows.count; ++i) {
+      const int64_t n = rows.row[i];
       const float* const p_row = p + i * rank;
       const T* const s = static_cast<const T*>(call.s);
-      const T* const s_row = s == nullptr ? nullptr : s + row[i] * call.ranks + expert.first;
-      if (call.dx != nullptr) {
-        for (int64_t j = 0; j < rank; ++j) put_coefficient<Unit>(part, i, j, p_row[j] * factor * kept_scale);
-        put_last_half<Unit>(part, i, rank);
+      const T* const s_row = s == nullptr ? nullptr : s + n * call.ranks + expert.first;
+      if (call.dgate != nullptr) {
+        double total = 0.0;
+        for (int64_t j = 0; j < rank; ++j) total += static_cast<double>(p_row[j]) * to_float(s_row[j]);
+        slots.dot[part.expert * call.rows + n] = static_cast<float>(total);
       }
+      if (used == part.count || used_row[used] != n) continue;
+      const int64_t slot = part.slot + used;
+      if (slots.bits != nullptr && call.per_expert) {
+        mask_row(key, mask_stream(call, part.expert), n, call.features, slots.bits + slot * keep_bits.stride);
+      }
+      const float factor = factor_of(call, n, part.expert);
+      if (call.dx != nullptr) {
+        for (int64_t j = 0; j < rank; ++j) put_coefficient<Unit>(part, used, j, p_row[j] * factor * kept_scale);
+        put_last_half<Unit>(part, used, rank);
+      }
+      ++used;
       if (expert.trainable) {
         const int64_t word = slots.offset[part.expert] + (slot - start) / Unit::kPerWord * rank;
         const int half = static_cast<int>((slot - start) % Unit::kPerWord);
@@ -79,11 +89,6 @@ void backward_chunk(const LoraBackward& call, const PackedWeights<T, Unit>& weig
           Unit::put(slots.ds, word + j, half, p_row[j] * factor * kept_scale);
           Unit::put(slots.gated, word + j, half, to_float(s_row[j]) * factor);
         }
-      }
-      if (call.dgate != nullptr) {
-        double total = 0.0;
-        for (int64_t j = 0; j < rank; ++j) total += static_cast<double>(p_row[j]) * to_float(s_row[j]);
-        slots.dot[slot] = static_cast<float>(total);
       }
     }
   }
@@ -129,7 +134,7 @@ inline void gate_gradient(const LoraBackward& call, const float* dot) {
   const int64_t experts = call.plan.experts;
   const int64_t rows_per_gate = call.gates == 0 ? 0 : call.rows / call.gates;
   for (int64_t e = 0; e < experts; ++e) {
-    const float* value = dot + call.plan.start[e];
+    const float* value = dot + e * call.rows;
     for (int64_t g = 0; g < call.gates; ++g) {
       double total = 0.0;
       for (int64_t i = 0; i < rows_per_gate; ++i) total += *value++;
@@ -153,10 +158,11 @@ void lora_backward(const LoraBackward& call) {
   KeepBits keep_bits;
   if (slots.bits != nullptr) keep_bits = {slots.bits, mask_numbers(call.features), call.per_expert, 0};
   const MaskKey key = mask_key(call.seed, call.chance);
+  const std::vector<int32_t> every_row = all_rows(call);
   const int64_t chunk = chunk_rows(call);
   call.parallel((call.rows + chunk - 1) / chunk, 1, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
-      backward_chunk<T, Unit>(call, weights, wanted, slots, keep_bits, key, c * chunk,
+      backward_chunk<T, Unit>(call, weights, wanted, slots, keep_bits, key, every_row, c * chunk,
                               std::min(call.rows, (c + 1) * chunk));
     }
   });

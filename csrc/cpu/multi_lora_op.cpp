@@ -20,7 +20,7 @@ constexpr const char* kOp = "multi_lora";
 struct Held {
   std::vector<at::Tensor> weights;
   std::vector<LoraExpert> experts;
-  at::Tensor gate;
+  std::vector<float> factor;
   at::Tensor plan;
   std::vector<int32_t> plan_words;
 };
@@ -39,6 +39,28 @@ Weight weight_of(Held& held, const at::Tensor& tensor, at::ScalarType dtype, int
   const at::Tensor& weight = held.weights.back();
   return {weight.data_ptr(), weight.scalar_type() == at::kFloat, weight.stride(rank_dimension),
           weight.stride(1 - rank_dimension)};
+}
+
+// The gate in its own dtype, float at least, where gate and scale are multiplied.
+at::Tensor gate_values(const at::Tensor& gate) {
+  return gate.to(gate.scalar_type() == at::kDouble ? at::kDouble : at::kFloat).contiguous();
+}
+
+std::vector<int32_t> plan_of(const at::Tensor& values, int64_t rows) {
+  const int64_t gates = values.size(0), experts = values.size(1);
+  if (values.scalar_type() == at::kDouble) return plan_words(values.data_ptr<double>(), gates, experts, rows);
+  return plan_words(values.data_ptr<float>(), gates, experts, rows);
+}
+
+template <class G>
+std::vector<float> factors(const at::Tensor& values, at::ArrayRef<double> scale) {
+  const G* gate = values.data_ptr<G>();
+  std::vector<float> factor;
+  factor.reserve(values.numel());
+  for (int64_t g = 0; g < values.size(0); ++g) {
+    for (const double s : scale) factor.push_back(static_cast<float>(*gate++ * static_cast<G>(s)));
+  }
+  return factor;
 }
 
 void fill_call(LoraCall& call, Held& held, at::ScalarType dtype, at::TensorList lora_a, at::TensorList lora_b,
@@ -73,15 +95,17 @@ void fill_call(LoraCall& call, Held& held, at::ScalarType dtype, at::TensorList 
     call.ranks += expert.rank;
   }
   call.experts = held.experts.data();
-  held.gate = gate.to(at::kFloat).contiguous();
-  call.gate = held.gate.data_ptr<float>();
+  const at::Tensor values = gate_values(gate);
+  held.factor = values.scalar_type() == at::kDouble ? factors<double>(values, scale) : factors<float>(values, scale);
+  call.factor = held.factor.data();
+  call.every_column = every_column;
   if (plan.has_value()) {
     held.plan = plan->contiguous();
     TORCH_CHECK_VALUE(held.plan.scalar_type() == at::kInt, kOp, ": plan is ", held.plan.scalar_type(),
                       "; expected int32. Build it with dmole_kernels.Plan.");
     call.plan = view_plan(held.plan.data_ptr<int32_t>(), held.plan.numel(), call.rows, experts);
   } else {
-    held.plan_words = plan_words(call.gate, call.gates, experts, call.rows, every_column);
+    held.plan_words = plan_of(values, call.rows);
     call.plan = view_plan(held.plan_words.data(), static_cast<int64_t>(held.plan_words.size()), call.rows, experts);
   }
   call.dropout = seed.has_value() && dropout > 0.0;
@@ -148,17 +172,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> multi_lora_backward_o
   call.features = lora_a[0].size(-1);
   call.outputs = grad.size(-1);
   fill_call(call, held, dtype, lora_a, lora_b, gate, scale, dropout, per_expert, seed, need_gate, plan);
-  TORCH_CHECK_VALUE(!need_gate || call.plan.slots == call.rows * call.plan.experts, kOp,
-                    ": the plan leaves out pairs; expected every pair for a gate's gradient. Drop the plan.");
+  bool learns = false;
   for (size_t e = 0; e < trainable.size(); ++e) {
     held.experts[e].trainable = trainable.get(e);
     held.experts[e].first_trainable = call.trainable_ranks;
     if (trainable.get(e)) call.trainable_ranks += held.experts[e].rank;
+    learns = learns || trainable.get(e);
   }
   const at::Tensor grad_NP = matrix(grad, dtype);
   call.grad = grad_NP.data_ptr();
   call.grad_stride = grad_NP.stride(0);
-  const bool learns = call.trainable_ranks > 0;
   at::Tensor x_ND, s_NR;
   if (learns) {
     TORCH_CHECK_VALUE(x.has_value() && x->size(-1) == call.features && leading_rows(*x) == call.rows, kOp,
@@ -189,14 +212,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> multi_lora_backward_o
   return {dx, da, db, need_gate ? dgate.to(gate.scalar_type()) : dgate};
 }
 
-at::Tensor plan_op(const at::Tensor& gate, int64_t rows, bool every_column) {
+at::Tensor plan_op(const at::Tensor& gate, int64_t rows) {
   TORCH_CHECK_VALUE(gate.dim() == 2 && gate.device().is_cpu() &&
                         (gate.size(0) == 0 ? rows == 0 : rows >= 0 && rows % gate.size(0) == 0),
                     "plan: gate has shape ", gate.sizes(), " on ", gate.device(), " for ", rows,
                     " rows; expected [gates, experts] on the CPU with gates a divisor of rows.");
-  const at::Tensor values = gate.to(at::kFloat).contiguous();
-  const std::vector<int32_t> words =
-      plan_words(values.data_ptr<float>(), gate.size(0), gate.size(1), rows, every_column);
+  const std::vector<int32_t> words = plan_of(gate_values(gate), rows);
   at::Tensor result = at::empty({static_cast<int64_t>(words.size())}, at::TensorOptions().dtype(at::kInt));
   std::copy(words.begin(), words.end(), result.data_ptr<int32_t>());
   return result;

@@ -27,6 +27,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> multi_lora_backward_o
     const c10::List<bool>& trainable, const std::optional<at::Tensor>& plan);
 
 // The words of a plan (plan.h) as an int32 tensor.
-at::Tensor plan_op(const at::Tensor& gate, int64_t rows, bool every_column);
+at::Tensor plan_op(const at::Tensor& gate, int64_t rows);
 
 }  // namespace dmole::cpu

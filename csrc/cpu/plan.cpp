@@ -14,12 +14,13 @@ constexpr int64_t kHeader = 3;
 
 }  // namespace
 
-std::vector<int32_t> plan_words(const float* gate, int64_t gates, int64_t experts, int64_t rows, bool every) {
+template <class G>
+std::vector<int32_t> plan_words(const G* gate, int64_t gates, int64_t experts, int64_t rows) {
   const int64_t rows_per_gate = gates == 0 ? 0 : rows / gates;
   std::vector<int64_t> ends(experts, 0);
   for (int64_t g = 0; g < gates; ++g) {
     for (int64_t e = 0; e < experts; ++e) {
-      if (every || gate[g * experts + e] != 0.0f) ends[e] += rows_per_gate;
+      if (gate[g * experts + e] != G{0}) ends[e] += rows_per_gate;
     }
   }
   std::partial_sum(ends.begin(), ends.end(), ends.begin());
@@ -40,15 +41,15 @@ std::vector<int32_t> plan_words(const float* gate, int64_t gates, int64_t expert
   int32_t* flags = row + slots;
   std::vector<int32_t> next(start.begin(), start.end() - 1);
   for (int64_t g = 0; g < gates; ++g) {
-    const float* values = gate + g * experts;
+    const G* values = gate + g * experts;
     int64_t first = experts, last = -1;
     for (int64_t e = 0; e < experts; ++e) {
-      if (!every && values[e] == 0.0f) continue;
+      if (values[e] == G{0}) continue;
       first = std::min(first, e);
       last = e;
     }
     for (int64_t e = first; e <= last; ++e) {
-      if (!every && values[e] == 0.0f) continue;
+      if (values[e] == G{0}) continue;
       const int32_t flag = (e == first ? kFirst : 0) | (e == last ? kLast : 0);
       for (int64_t i = 0; i < rows_per_gate; ++i) {
         row[next[e]] = static_cast<int32_t>(g * rows_per_gate + i);
@@ -58,6 +59,9 @@ std::vector<int32_t> plan_words(const float* gate, int64_t gates, int64_t expert
   }
   return words;
 }
+
+template std::vector<int32_t> plan_words<float>(const float*, int64_t, int64_t, int64_t);
+template std::vector<int32_t> plan_words<double>(const double*, int64_t, int64_t, int64_t);
 
 PlanView view_plan(const int32_t* words, int64_t count, int64_t rows, int64_t experts) {
   const bool whole = count >= kHeader && count == kHeader + words[1] + 1 + 2 * int64_t{words[2]};

@@ -25,9 +25,9 @@ struct PlanView {
   const int32_t* flags = nullptr;  // [slots]
 };
 
-// Numbers of a plan in one piece: {rows, experts, slots}, start, row, flags.
-// `every` gives all rows to all experts: a gate that is trained wants a gradient where it is zero, too.
-std::vector<int32_t> plan_words(const float* gate, int64_t gates, int64_t experts, int64_t rows, bool every);
+// Numbers of a plan in one piece: {rows, experts, slots}, start, row, flags. G is float or double.
+template <class G>
+std::vector<int32_t> plan_words(const G* gate, int64_t gates, int64_t experts, int64_t rows);
 
 // Throws std::invalid_argument when the words are no plan of this many rows and experts.
 PlanView view_plan(const int32_t* words, int64_t count, int64_t rows, int64_t experts);

@@ -25,8 +25,9 @@ void pool(const at::Tensor& hidden, const at::Tensor& mask, at::Tensor& values, 
     for (int64_t i = begin; i < end; ++i) {
       const int64_t sample = i / parts, column = i % parts * kColumns;
       const int64_t at = sample * columns + column;
-      kernel(elements<T>(hidden) + sample * hidden.stride(0) + column, elements<bool>(mask) + sample * mask.stride(0),
-             mask.stride(1), tokens, std::min(kColumns, columns - column), hidden.stride(1), elements<T>(values) + at,
+      kernel(elements<T>(hidden) + sample * hidden.stride(0) + column,
+             static_cast<const uint8_t*>(mask.data_ptr()) + sample * mask.stride(0), mask.stride(1), tokens,
+             std::min(kColumns, columns - column), hidden.stride(1), elements<T>(values) + at,
              token.data_ptr<int64_t>() + at);
     }
   });

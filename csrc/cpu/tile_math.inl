@@ -100,8 +100,8 @@ void squared_error(const float* sums, const void* bias, const void* target, bool
 }
 
 template <class T>
-void max_pool(const void* from, const bool* mask, int64_t mask_stride, int64_t tokens, int64_t columns, int64_t stride,
-              void* values, int64_t* token) {
+void max_pool(const void* from, const uint8_t* mask, int64_t mask_stride, int64_t tokens, int64_t columns,
+              int64_t stride, void* values, int64_t* token) {
   constexpr int64_t kBlock = 256;
   float best[kBlock];
   int32_t place[kBlock];
@@ -110,7 +110,7 @@ void max_pool(const void* from, const bool* mask, int64_t mask_stride, int64_t t
     std::fill_n(best, count, -std::numeric_limits<float>::infinity());
     std::fill_n(place, count, 0);
     for (int64_t t = 0; t < tokens; ++t) {
-      if (!mask[t * mask_stride]) continue;
+      if (mask[t * mask_stride] == 0) continue;
       const T* row = static_cast<const T*>(from) + t * stride + c0;
       for (int64_t c = 0; c < count; ++c) {
         const float value = to_float(row[c]);

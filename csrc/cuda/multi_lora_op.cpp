@@ -93,7 +93,7 @@ std::tuple<at::Tensor, at::Tensor> decode_op(const at::Tensor& x, const std::opt
   return {y, s};
 }
 
-std::tuple<at::Tensor, at::Tensor> plan_op(const at::Tensor& gate, int64_t rows, bool every_column) {
+std::tuple<at::Tensor, at::Tensor> plan_op(const at::Tensor& gate, int64_t rows) {
   check_gate("cuda_plan", gate, rows);
   const int64_t experts = gate.size(1);
   TORCH_CHECK_VALUE(rows <= std::numeric_limits<int32_t>::max() / experts, "cuda_plan: the gate joins ", rows,
@@ -111,7 +111,6 @@ std::tuple<at::Tensor, at::Tensor> plan_op(const at::Tensor& gate, int64_t rows,
   call.rows = rows;
   call.experts = experts;
   call.gates = gate.size(0);
-  call.every = every_column;
   check_launch(dmole_cuda_plan(&call, stream_of(gate)));
   return {words, needed};
 }

@@ -17,6 +17,6 @@ std::tuple<at::Tensor, at::Tensor> decode_op(const at::Tensor& x, const std::opt
                                              bool b_aligned);
 
 // The words of a plan, with room for the largest one, and the experts that each tile of 32 rows needs (plan.h).
-std::tuple<at::Tensor, at::Tensor> plan_op(const at::Tensor& gate, int64_t rows, bool every_column);
+std::tuple<at::Tensor, at::Tensor> plan_op(const at::Tensor& gate, int64_t rows);
 
 }  // namespace dmole::cuda

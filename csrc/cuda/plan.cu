@@ -22,9 +22,7 @@ __device__ inline const float* gates_of(const PlanCall& call, int64_t row) {
   return row < call.rows ? call.gate + row / (call.rows / call.gates) * call.experts : nullptr;
 }
 
-__device__ inline bool meets(const PlanCall& call, const float* gates, int64_t expert) {
-  return gates != nullptr && (call.every != 0 || gates[expert] != 0.0f);
-}
+__device__ inline bool meets(const float* gates, int64_t expert) { return gates != nullptr && gates[expert] != 0.0f; }
 
 __device__ inline int64_t tile_of_warp() {
   return static_cast<int64_t>(blockIdx.x) * kTilesABlock + threadIdx.x / kWarp;
@@ -40,7 +38,7 @@ __global__ void __launch_bounds__(kTileThreads) count_rows(const PlanCall call, 
   for (int64_t begin = 0; begin < call.experts; begin += kWarp) {
     unsigned bits = 0u;
     for (int i = 0; i < kWarp && begin + i < call.experts; ++i) {
-      const unsigned met = __ballot_sync(kWholeWarp, meets(call, gates, begin + i));
+      const unsigned met = __ballot_sync(kWholeWarp, meets(gates, begin + i));
       if (met != 0u) bits |= 1u << i;
       if (lane == 0) call.counts[(begin + i) * tiles + tile] = __popc(met);
     }
@@ -102,10 +100,10 @@ __global__ void __launch_bounds__(kTileThreads) fill_slots(const PlanCall call, 
   int32_t* flags = rows + call.words[2];
   const float* gates = gates_of(call, row);
   int64_t last = call.experts - 1;
-  while (last > 0 && !meets(call, gates, last)) --last;
+  while (last > 0 && !meets(gates, last)) --last;
   int32_t first = dmole::cpu::kFirst;
   for (int64_t e = 0; e < call.experts; ++e) {
-    const bool met = meets(call, gates, e);
+    const bool met = meets(gates, e);
     const unsigned lanes = __ballot_sync(kWholeWarp, met);
     if (!met) continue;
     const int64_t slot = int64_t{start[e]} + call.counts[e * tiles + tile] + __popc(lanes & ((1u << lane) - 1u));

@@ -21,7 +21,6 @@ struct PlanCall {
   uint32_t* needed;   // [tiles, plan_needed_words]: bit e of a tile's bits: one of its rows needs expert e
   int32_t* counts;    // [experts, tiles], work memory
   int64_t rows, experts, gates;
-  int32_t every;  // all rows to all experts, as a gate that is trained wants
 };
 
 }  // namespace dmole::cuda

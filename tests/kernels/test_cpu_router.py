@@ -141,6 +141,36 @@ def test_select_takes_infinite_thresholds_and_never_a_nan() -> None:
     assert router_select(error, threshold, backend="cpu").tolist() == [[1, 1, 0], [0, 1, 0]]
 
 
+def selected(error: list[float], threshold: list[float], top_k: int) -> list[float]:
+    """A row of the gate by the definition: admitted tasks by (error, task), the first top_k of them."""
+    admitted = [t for t in range(len(error)) if error[t] <= threshold[t]]
+    best = sorted(admitted, key=lambda t: (error[t], t))[:top_k]
+    return [float(t in best) for t in range(len(error))]
+
+
+@given(
+    st.lists(st.sampled_from((0.5, 1.0, 2.0, float("inf"), -float("inf"), float("nan"))), min_size=12, max_size=12),
+    st.lists(st.sampled_from((0.5, 1.0, float("inf"), -float("inf"))), min_size=6, max_size=6),
+    st.integers(1, 6),
+    st.sampled_from(DTYPES),
+)
+def test_an_admitted_infinite_error_keeps_its_place(
+    errors: list[float], threshold: list[float], top_k: int, dtype: torch.dtype
+) -> None:
+    """Ties by the earlier task; a task that is not admitted takes no place, and a NaN is never admitted."""
+    error = torch.tensor(errors).view(2, 6)
+    gate = router_select(error.to(dtype), torch.tensor(threshold), top_k=top_k, backend="cpu")
+    assert gate.tolist() == [selected(row, threshold, top_k) for row in error.tolist()]
+
+
+def test_infinite_errors_are_taken_in_the_order_of_tasks() -> None:
+    infinity = float("inf")
+    error = torch.tensor([[infinity, 0.5, infinity, infinity]])
+    threshold = torch.tensor([0.1, 0.1, infinity, infinity])
+    places = [router_select(error, threshold, top_k=k, backend="cpu").tolist() for k in (1, 2)]
+    assert places == [[[0, 0, 1, 0]], [[0, 0, 1, 1]]]
+
+
 def pool_inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     # Few distinct values, so that the first of equals matters; 600 columns are more than two blocks.
@@ -175,6 +205,22 @@ def test_pool_of_a_sample_without_tokens_and_of_no_samples() -> None:
     values, token = torch.ops.dmole_kernels.masked_max_pool(hidden, mask & False, "cpu")
     assert bool((values == -float("inf")).all()) and not token.any()
     assert masked_max_pool(hidden[:0], mask[:0], backend="cpu").shape == (0, 600)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+def test_pool_of_negative_values_under_a_mask_of_any_numbers(level: str, dtype: torch.dtype) -> None:
+    """Every number but zero is True, and the maximum of negative values is not the zero of a hidden token."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = (-1.0 - torch.rand(2, 9, 37, generator=generator)).to(dtype)
+    mask = torch.tensor([[-1.0, 0.0, -0.0, 0.5, -2e9, 0.0, 1e-30, -1e-30, 0.0], [0, 0, -3, 0, 0, 7, 0, 0, 2]])
+    kept = [[0, 3, 4, 6, 7], [2, 5, 8]]
+    expected = [[max(hidden[b, t, d].item() for t in kept[b]) for d in range(37)] for b in range(2)]
+    with poisoned_memory():
+        assert masked_max_pool(hidden, mask, backend="cpu").tolist() == expected
+        # Booleans made from bytes may hold any of them.
+        some_bytes = (mask != 0).to(torch.uint8) * torch.tensor([1, 2, 255, 128, 64, 1, 6, 254, 16], dtype=torch.uint8)
+        values, _ = torch.ops.dmole_kernels.masked_max_pool(hidden, some_bytes.view(torch.bool), "cpu")
+    assert values.tolist() == expected
 
 
 def test_pool_gradients() -> None:

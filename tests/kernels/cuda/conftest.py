@@ -55,7 +55,6 @@ class PlanCall(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("gate", "words", "needed", "counts")),
         *((name, ctypes.c_int64) for name in ("rows", "experts", "gates")),
-        ("every", ctypes.c_int32),
     ]
 
 
@@ -128,14 +127,14 @@ class HostKernels:
         self.check(self.library.dmole_cuda_decode(ctypes.byref(call), None))
         return y.check(), s.check()
 
-    def plan(self, gate: Tensor, rows: int, every_column: bool) -> tuple[Tensor, Tensor]:
+    def plan(self, gate: Tensor, rows: int) -> tuple[Tensor, Tensor]:
         experts, tiles = gate.shape[1], -(-rows // 32)
         words = Fenced(3 + experts + 1 + 2 * rows * experts, dtype=torch.int32)
         needed = Fenced(tiles, -(-experts // 32), dtype=torch.int32)
         counts = Fenced(experts, tiles, dtype=torch.int32)
         call = PlanCall(
             gate=gate.data_ptr(), words=words.tensor.data_ptr(), needed=needed.tensor.data_ptr(),
-            counts=counts.tensor.data_ptr(), rows=rows, experts=experts, gates=gate.shape[0], every=every_column,
+            counts=counts.tensor.data_ptr(), rows=rows, experts=experts, gates=gate.shape[0],
         )  # fmt: skip
         self.check(self.library.dmole_cuda_plan(ctypes.byref(call), None))
         counts.check()

@@ -18,11 +18,11 @@ UNWRITTEN = -1
 FIRST, LAST = 1, 2
 
 
-def plan_words(gate_GE: Tensor, rows: int, every: bool = False) -> list[int]:
+def plan_words(gate_GE: Tensor, rows: int) -> list[int]:
     """{rows, experts, slots}, start, row, flags (csrc/cpu/plan.h), in plain Python."""
     gates, experts = gate_GE.shape
     span = rows // gates if gates else 0
-    opened = [[e for e in range(experts) if every or gate_GE[n // span, e] != 0] for n in range(rows)]
+    opened = [[e for e in range(experts) if gate_GE[n // span, e] != 0] for n in range(rows)]
     served = [[n for n in range(rows) if e in opened[n]] for e in range(experts)]
     start = [sum(map(len, served[:e])) for e in range(experts + 1)]
     flags = [
@@ -31,25 +31,25 @@ def plan_words(gate_GE: Tensor, rows: int, every: bool = False) -> list[int]:
     return [rows, experts, start[-1], *start, *(n for members in served for n in members), *flags]
 
 
-def needed_words(gate_GE: Tensor, rows: int, every: bool = False) -> list[list[int]]:
+def needed_words(gate_GE: Tensor, rows: int) -> list[list[int]]:
     gates, experts = gate_GE.shape
     tiles = []
     for begin in range(0, rows, 32):
         tile = range(begin, min(begin + 32, rows))
-        used = [e for e in range(experts) if every or any(gate_GE[n // (rows // gates), e] != 0 for n in tile)]
+        used = [e for e in range(experts) if any(gate_GE[n // (rows // gates), e] != 0 for n in tile)]
         words = [sum(1 << (e % 32) for e in used if e // 32 == w) for w in range(-(-experts // 32))]
         tiles.append([word - 2**32 if word >= 2**31 else word for word in words])
     return tiles
 
 
-def check(gate_GE: Tensor, rows: int, every: bool = False) -> list[int]:
-    words, needed = cuda.plan(gate_GE, rows, every_column=every)
-    expected = plan_words(gate_GE, rows, every)
+def check(gate_GE: Tensor, rows: int) -> list[int]:
+    words, needed = cuda.plan(gate_GE, rows)
+    expected = plan_words(gate_GE, rows)
     assert words[: len(expected)].tolist() == expected
     assert (words[len(expected) :] == UNWRITTEN).all()
-    assert needed.tolist() == needed_words(gate_GE, rows, every)
+    assert needed.tolist() == needed_words(gate_GE, rows)
     if cpu.EXTENSION is not None:
-        assert Plan(gate_GE, rows, every_column=every).words.tolist() == expected
+        assert Plan(gate_GE, rows).words.tolist() == expected
     return expected
 
 
@@ -63,13 +63,12 @@ def test_the_example_of_the_header() -> None:
     assert check(torch.tensor([[1.0, 0.0], [1.0, -1.0]]), 4) == [4, 2, 6, 0, 4, 6, 0, 1, 2, 3, 2, 3, 3, 3, 1, 1, 2, 2]
 
 
-@pytest.mark.parametrize("every", [False, True], ids=["used", "every"])
 @pytest.mark.parametrize(
     ("gates", "rows", "experts"),
     [(0, 0, 3), (1, 0, 3), (1, 1, 1), (1, 31, 2), (32, 32, 5), (3, 33, 33), (129, 129, 4), (4, 1036, 7), (65, 65, 70)],
 )
-def test_words_are_the_cpu_s(gates: int, rows: int, experts: int, every: bool) -> None:
-    check(drawn_gate(gates, experts), rows, every)
+def test_words_are_the_cpu_s(gates: int, rows: int, experts: int) -> None:
+    check(drawn_gate(gates, experts), rows)
 
 
 def test_more_tiles_than_a_warp_scans_at_once() -> None:
@@ -113,4 +112,4 @@ def test_three_launches_and_one_without_rows(host: Any) -> None:
 def test_the_launcher_refuses_what_the_glue_would(host: Any) -> None:
     for gate, rows in ((torch.ones(3, 2), 4), (torch.ones(0, 2), 4), (torch.ones(4, 0), 4)):
         with pytest.raises(RuntimeError, match="cudaError_t 1: "):
-            host.plan(gate, rows, False)
+            host.plan(gate, rows)
