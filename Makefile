@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 READY := $(VENV)/.ready
-CXX_FILES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh tests/kernels/cuda/emulator/*.cpp tests/kernels/cuda/emulator/*.h)
+CXX_FILES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.cpp csrc/*/*/*.h csrc/*/*.cu csrc/*/*.cuh tests/kernels/cuda/emulator/*.cpp tests/kernels/cuda/emulator/*.h)
 
 .PHONY: demo test test-long sanitize lint aot setup data results docs clean
 
@@ -39,7 +39,7 @@ setup: $(READY)
 
 # torch comes first and by itself: the plain index would bring a CUDA build of several GB as somebody's dependency. The
 # compiled kernels come last and in place; ninja compiles again only what changed.
-$(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*.cpp csrc/cpu/* csrc/cuda/*)
+$(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*.cpp csrc/cpu/*.* csrc/cpu/per_isa/* csrc/cuda/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "make: 'python -m venv' failed; install Python 3.10 or newer with its venv module." >&2; exit 1; }
 	if $(BIN)/python scripts/check_installed.py; then echo "setup: every pinned package is already installed; nothing is downloaded"; else \
 	  $(PIP) install -q -c constraints.txt "torch==2.13.0" && DMOLE_KERNELS_BUILD=skip $(PIP) install -q -c constraints.txt -e ".[data,dev,peft,triton]" || \

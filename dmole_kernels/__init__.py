@@ -20,7 +20,7 @@ from dmole_kernels._modules import ExpertGates, GatePlan, MultiLoRALinear
 from dmole_kernels._multi_lora import multi_lora
 from dmole_kernels._philox import dropout_keep_mask
 from dmole_kernels._router_score import router_score, router_select
-from dmole_kernels.cpu import Plan
+from dmole_kernels.cpu import RowMap
 
 __all__ = [
     "BACKENDS",
@@ -34,7 +34,7 @@ __all__ = [
     "GradNorm",
     "GradNormRecorder",
     "MultiLoRALinear",
-    "Plan",
+    "RowMap",
     "accumulate_gradient",
     "accumulate_sketch",
     "choose_backend",

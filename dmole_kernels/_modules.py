@@ -20,7 +20,7 @@ from dmole_kernels._frozen_linear import frozen_linear, is_frozen
 from dmole_kernels._fused_linear import fused_linear
 from dmole_kernels._multi_lora import DropoutMode, check_dropout, multi_lora
 from dmole_kernels._transforms import values_are_hidden
-from dmole_kernels.cpu import Plan
+from dmole_kernels.cpu import RowMap
 
 
 class GatePlan:
@@ -47,7 +47,7 @@ class GatePlan:
             used = (gate != 0).flatten(0, -2).any(0).tolist()
             self.active = tuple(name for name, flag in zip(names, used, strict=True) if flag)
         self._columns: dict[tuple[tuple[str, ...], torch.device], Tensor] = {}
-        self._rows: dict[tuple[tuple[str, ...], int], Plan] = {}
+        self._rows: dict[tuple[tuple[str, ...], int], RowMap] = {}
 
     def columns(self, names: tuple[str, ...], device: torch.device | None = None) -> Tensor:
         """The gate of just these experts, [..., len(names)], on the device (None: the gate's own); kept, since many
@@ -64,12 +64,12 @@ class GatePlan:
                 self._columns[names, device] = kept
         return kept
 
-    def rows(self, names: tuple[str, ...], count: int) -> Plan:
+    def rows(self, names: tuple[str, ...], count: int) -> RowMap:
         """Which of `count` rows each of these experts serves; kept, since many layers ask."""
         kept = self._rows.get((names, count))
         if kept is None:
             gate = self.columns(names)
-            kept = Plan(gate.reshape(-1, gate.shape[-1]), count, every_column=gate.requires_grad)
+            kept = RowMap(gate.reshape(-1, gate.shape[-1]), count, every_column=gate.requires_grad)
             self._rows[names, count] = kept
         return kept
 

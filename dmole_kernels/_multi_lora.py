@@ -35,7 +35,7 @@ from dmole_kernels._argument_checks import check_floating, check_one_device
 from dmole_kernels._backend import BACKENDS, choose_backend, without_autocast
 from dmole_kernels._registration import register_op
 from dmole_kernels._transforms import transforms_active
-from dmole_kernels.cpu import Plan
+from dmole_kernels.cpu import RowMap
 
 DropoutMode = Literal["shared", "per_expert"]
 
@@ -43,7 +43,7 @@ DropoutMode = Literal["shared", "per_expert"]
 def multi_lora(
     x: Tensor, base: Tensor | None, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], gate: Tensor,
     scale: Sequence[float], *, dropout: float = 0.0, dropout_mode: DropoutMode = "shared", seed: Tensor | None = None,
-    backend: str = "auto", plan: Plan | None = None,
+    backend: str = "auto", plan: RowMap | None = None,
 ) -> Tensor:  # fmt: skip
     """Adds the gated LoRA experts to a linear layer's output: `base + sum_e gate_e scale_e B_e A_e dropout(x)`.
 
@@ -97,7 +97,7 @@ def multi_lora(
     if torch.compiler.is_compiling() or transformed or is_in_torch_dispatch_mode():
         y, _ = _FORWARD_OP(x, base, list(lora_a), list(lora_b), gate, *settings)
         return y
-    words = None if plan is None else plan.words
+    words = None if plan is None else plan.table
     if torch.is_grad_enabled():
         y, _ = _EagerMultiLora.apply(settings, words, x, base, gate, *lora_a, *lora_b)  # type: ignore[no-untyped-call]
     else:
@@ -172,7 +172,7 @@ def check_seed(seed: Tensor | None) -> None:
         )
 
 
-def _check_plan(plan: Plan, x: Tensor, trained_gate: bool) -> None:
+def _check_plan(plan: RowMap, x: Tensor, trained_gate: bool) -> None:
     if plan.rows != x.shape[:-1].numel() or (trained_gate and not plan.every_column):
         raise ValueError(
             f"plan is for {plan.rows} rows and {'every' if plan.every_column else 'not every'} column, x has "

@@ -21,7 +21,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 # What the extension must bring: one built from older sources is not used.
 OPS = (
     "cpu_gemm",
-    "cpu_linear",
+    "cpu_frozen_linear",
     "cpu_multi_lora",
     "cpu_multi_lora_backward",
     "cpu_squared_norm",
@@ -125,8 +125,8 @@ LINEAR = _asked_linear()
 CPU_MAKER = "" if EXTENSION is None else str(EXTENSION.cpu_maker())
 
 
-class Plan:
-    """Which rows each expert of a gate serves, found once and shared by all layers that see this gate.
+class RowMap:
+    """Which rows use each expert of a gate, found once and shared by all layers that see this gate.
 
     Args:
         gate: [gates, experts], each gate covering `rows / gates` consecutive rows.
@@ -135,32 +135,32 @@ class Plan:
     """
 
     def __init__(self, gate: Tensor, rows: int, *, every_column: bool = False) -> None:
-        self.table = extension().Plan(gate.detach(), rows)
-        self.words: Tensor = self.table.words
+        self._map = extension().RowMap(gate.detach(), rows)
+        self.table: Tensor = self._map.table
         self.rows = rows
         self.every_column = every_column
 
     @property
     def pairs(self) -> int:
         """How many pairs of row and expert there are to compute."""
-        return self.rows * int(self.table.experts) if self.every_column else int(self.table.pairs)
+        return self.rows * int(self._map.experts) if self.every_column else int(self._map.pairs)
 
     def rows_of(self, expert: int) -> list[int]:
         """The rows whose gate for this expert is not zero."""
-        return list(self.table.rows_of(expert))
+        return list(self._map.rows_of(expert))
 
     def experts_of(self, begin: int, end: int) -> list[int]:
         """The experts that rows [begin, end) use."""
-        return list(self.table.experts_of(begin, end))
+        return list(self._map.experts_of(begin, end))
 
 
 def multi_lora_forward(
     x: Tensor, base: Tensor | None, lora_a: list[Tensor], lora_b: list[Tensor], gate_GE: Tensor, scale: list[float],
-    dropout: float, per_expert: bool, seed: Tensor | None, every_column: bool = True, plan: Tensor | None = None,
+    dropout: float, per_expert: bool, seed: Tensor | None, every_column: bool = True, row_map: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `reference.multi_lora_forward`; without `every_column`, S is zero where the gate is."""
     y, shrunk = torch.ops.dmole_kernels.cpu_multi_lora.default(
-        x, base, lora_a, lora_b, gate_GE, scale, dropout, per_expert, seed, every_column, plan
+        x, base, lora_a, lora_b, gate_GE, scale, dropout, per_expert, seed, every_column, row_map
     )
     return y, shrunk
 
@@ -168,10 +168,10 @@ def multi_lora_forward(
 def multi_lora_backward(
     grad: Tensor, x: Tensor | None, s_NR: Tensor | None, lora_a: list[Tensor], lora_b: list[Tensor], gate_GE: Tensor,
     scale: list[float], dropout: float, per_expert: bool, seed: Tensor | None, need_x: bool, need_gate: bool,
-    trainable: list[bool], plan: Tensor | None = None,
+    trainable: list[bool], row_map: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """As `reference.multi_lora_backward`."""
     dx, da, db, dgate = torch.ops.dmole_kernels.cpu_multi_lora_backward.default(
-        grad, x, s_NR, lora_a, lora_b, gate_GE, scale, dropout, per_expert, seed, need_x, need_gate, trainable, plan
+        grad, x, s_NR, lora_a, lora_b, gate_GE, scale, dropout, per_expert, seed, need_x, need_gate, trainable, row_map
     )
     return dx, da, db, dgate

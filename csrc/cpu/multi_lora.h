@@ -6,14 +6,14 @@
 #include <cstdint>
 
 #include "parallel.h"
-#include "plan.h"
+#include "row_map.h"
 
 namespace dmole::cpu {
 
 // A (columns = in_features) or B (columns = out_features): value(j, c) = data[j * rank_stride + c * column_stride].
 struct Weight {
   const void* data;
-  bool wide;  // float; else the call's working type
+  bool is_float;  // else of the working type
   int64_t rank_stride, column_stride;
 };
 
@@ -31,11 +31,11 @@ struct LoraCall {
   int64_t gates;        // each covers rows / gates rows
   const float* factor;  // [gates, experts]: gate * scale
   const LoraExpert* experts;
-  PlanView plan;      // the pairs of row and expert whose gate is not zero
+  RowMap map;         // the pairs of row and expert whose gate is not zero
   bool every_column;  // S (forward) and P (backward) of all rows and experts, for the gate's gradient
   bool dropout;
   bool per_expert;
-  double chance;  // of zeroing an element
+  double dropout_probability;  // of zeroing an element
   uint64_t seed;
   ParallelFor parallel;
   int threads;

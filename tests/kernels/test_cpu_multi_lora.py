@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dmole_kernels import Plan, cpu, multi_lora, reference
+from dmole_kernels import RowMap, cpu, multi_lora, reference
 from dmole_kernels.testing import (
     WORKLOADS,
     LoraInputs,
@@ -182,12 +182,12 @@ def test_an_expert_nobody_uses_is_not_read(level: str) -> None:
     assert bool(x.grad.isfinite().all())
 
 
-def test_plan_says_who_serves_whom_and_gives_the_same_bits(level: str) -> None:
+def test_a_row_map_names_the_rows_of_each_expert_and_gives_the_same_bits(level: str) -> None:
     gate = torch.tensor([[1.0, 0.0], [2.0, -1.0], [0.0, 0.0]])
-    plan = Plan(gate, 6)
+    plan = RowMap(gate, 6)
     assert (plan.rows_of(0), plan.rows_of(1)) == ([0, 1, 2, 3], [2, 3])
     assert (plan.experts_of(0, 2), plan.experts_of(1, 3), plan.experts_of(4, 6)) == ([0], [0, 1], [])
-    assert (plan.pairs, Plan(gate, 6, every_column=True).pairs) == (6, 12)
+    assert (plan.pairs, RowMap(gate, 6, every_column=True).pairs) == (6, 12)
     inputs = make_inputs(Workload(name="", leading=(3, 2), in_features=20, out_features=9, ranks=(3, 4)))
     arguments = (inputs.x, None, inputs.lora_a, inputs.lora_b, gate, inputs.scale)
     assert torch.equal(multi_lora(*arguments, backend="cpu", plan=plan), multi_lora(*arguments, backend="cpu"))
@@ -283,28 +283,26 @@ def test_errors_tell_what_to_do() -> None:
         cpu.multi_lora_backward(torch.zeros(2, 3, 6), x, None, [a], [b], gate, *switches, True, False, [True])
     with pytest.raises(ValueError, match=r"dA wants x \[6, 4\]; pass the forward's"):
         cpu.multi_lora_backward(torch.zeros(2, 3, 6), None, None, [a], [b], gate, *switches, True, False, [True])
-    with pytest.raises(ValueError, match="plan is for 4 rows and 1 experts; expected 6 and 1. Build it from this call"):
-        cpu.multi_lora_forward(x, None, [a], [b], gate, *switches, False, Plan(gate, 4).words)
+    with pytest.raises(ValueError, match="row_map is for 4 rows and 1 experts; expected 6 and 1. Build it from this"):
+        cpu.multi_lora_forward(x, None, [a], [b], gate, *switches, False, RowMap(gate, 4).table)
     with pytest.raises(ValueError, match="plan is for 4 rows and not every column, x has 6 rows and the gate does not"):
-        multi_lora(x, None, [a], [b], gate, [1.0], backend="cpu", plan=Plan(gate, 4))
+        multi_lora(x, None, [a], [b], gate, [1.0], backend="cpu", plan=RowMap(gate, 4))
     with pytest.raises(ValueError, match="expected as many rows, and every column for such a gate"):
-        multi_lora(x, None, [a], [b], gate.clone().requires_grad_(), [1.0], backend="cpu", plan=Plan(gate, 6))
+        multi_lora(x, None, [a], [b], gate.clone().requires_grad_(), [1.0], backend="cpu", plan=RowMap(gate, 6))
     with pytest.raises(
-        ValueError, match=r"plan: gate has shape \[2, 1\] on cpu for 5 rows; expected \[gates, experts\]"
+        ValueError, match=r"row_map: gate has shape \[2, 1\] on cpu for 5 rows; expected \[gates, experts\]"
     ):
-        Plan(gate, 5)
+        RowMap(gate, 5)
     for expert in (1, -1):
         with pytest.raises(IndexError, match=f"expert is {expert}; expected a column of the gate, 0 to 0"):
-            Plan(gate, 6).rows_of(expert)
+            RowMap(gate, 6).rows_of(expert)
     for rows in (2**31 - 2, 2**32):
         with pytest.raises(
             ValueError, match=f"joins {rows} rows and 2 experts in {2 * rows} pairs; expected fewer than"
         ):
-            Plan(torch.ones(2, 2), rows)
-    with pytest.raises(
-        ValueError, match="plan is torch.int64|plan is Long; expected int32. Build it with dmole_kernels"
-    ):
-        cpu.multi_lora_forward(x, None, [a], [b], gate, *switches, False, Plan(gate, 6).words.long())
+            RowMap(torch.ones(2, 2), rows)
+    with pytest.raises(ValueError, match="row_map is Long; expected int32. Build it with dmole_kernels"):
+        cpu.multi_lora_forward(x, None, [a], [b], gate, *switches, False, RowMap(gate, 6).table.long())
     with pytest.raises(
         ValueError, match=r"got 0 experts for x \[2, 3, 4\]; expected at least one, and x \[..., features\]"
     ):

@@ -182,7 +182,7 @@ def test_a_row_of_inf_or_nan_reaches_no_gradient_of_an_expert_that_it_does_not_u
 @DTYPES
 def test_one_table_of_rows_serves_constant_and_trained_gates(level: str, dtype: torch.dtype) -> None:
     call = drawn(dtype)
-    table = cpu.Plan(call.gate, call.x.shape[0]).words
+    table = cpu.RowMap(call.gate, call.x.shape[0]).table
     for every_column in (False, True):
         expected = run(call, every_column=every_column, need_gate=every_column)
         actual = run(call, every_column=every_column, need_gate=every_column, table=table)

@@ -161,7 +161,7 @@ def test_schemas_of_the_compiled_ops_are_true() -> None:
     *lora_arguments, _, every_column = calls["multi_lora"]
     compiled = {
         "cpu_gemm": (draw(3, 4), draw(4, 5)),
-        "cpu_linear": calls["frozen_linear"],
+        "cpu_frozen_linear": calls["frozen_linear"],
         "cpu_multi_lora": (*lora_arguments, every_column, None),
         "cpu_multi_lora_backward": (*calls["multi_lora_backward"][:-1], None),
         "cpu_squared_norm": calls["grad_norm_per_sample"][:-1],
