@@ -61,7 +61,7 @@ void pack_weight_rows(const Weight& weight, int64_t rank, int64_t begin, int64_t
   }
 }
 
-inline int64_t pack_count(int64_t rank, int per_word) { return (rank + per_word - 1) / per_word; }
+inline int64_t pack_count(int64_t values, int per_pack) { return (values + per_pack - 1) / per_pack; }
 
 // Panels of columns [begin, end), begin a whole number of panels: panel c / kTileColumns has `packs` rows of
 // kTileColumns packs.
