@@ -9,7 +9,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <vector>
 
 #include "../multi_lora.h"
@@ -191,8 +190,7 @@ void forward_chunk(const LoraForward& call, const PackedWeights<T, Packing>& wei
   const std::vector<ExpertRows> groups = rows_by_expert<Packing>(call, begin, end, &shrunk);
   const std::vector<uint8_t> has_experts = rows_with_experts(call.map, groups, begin, end);
   T* const s = static_cast<T*>(call.s);
-  std::memset(static_cast<void*>(s + begin * call.ranks), 0,
-              static_cast<size_t>((end - begin) * call.ranks) * sizeof(T));
+  std::fill_n(s + begin * call.ranks, (end - begin) * call.ranks, from_float<T>(0.0f));
   KeepBits keep_bits;
   uint16_t* bits = nullptr;
   if (call.dropout) {
