@@ -2,7 +2,7 @@
 """The product with a frozen weight, by PyTorch's BLAS and by the own kernel: what `cpu.takes_linear` decides by.
 
 pytorch    F.linear, and grad @ weight for the input's gradient
-own        the same products by `cpu_linear`, whatever the table says
+own        the same products by `cpu_frozen_linear`, whatever the table says
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def linear_contest(rows: int, features: int, outputs: int, dtype: torch.dtype, d
     matrix = weight if direction == "forward" else weight.t()
     runs: dict[str, Callable[[], Tensor]] = {
         "pytorch": lambda: F.linear(x, matrix),
-        "own": lambda: torch.ops.dmole_kernels.cpu_linear(x, matrix, None),
+        "own": lambda: torch.ops.dmole_kernels.cpu_frozen_linear(x, matrix, None),
     }
     flops = 2.0 * rows * weight.numel()
     exact = F.linear(x.double(), matrix.double())

@@ -273,7 +273,7 @@ class GateBlock(AmbientBlock):
             with torch.inference_mode(False), torch.set_grad_enabled(self.trained and torch.is_grad_enabled()):
                 gate = self._layer_gate(names, leading, rows, device)
             if with_row_map:
-                row_map = RowMap(gate, math.prod(leading), every_column=self.trained)
+                row_map = RowMap(gate, math.prod(leading))
         found = LayerGate(names, gate, row_map)
         self._keep(key, found._replace(gate=None) if self.trained else found)
         return found

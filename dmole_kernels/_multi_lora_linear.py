@@ -230,6 +230,10 @@ class MultiLoRALinear(nn.Module):
     def _traced(self, x: Tensor, gate: Tensor | None, experts: Sequence[str] | None) -> Tensor:
         """forward under torch.compile, where neither values nor the set of active experts may decide anything: every
         expert that the layer holds is computed, and a gate of zero leaves it out of the sum."""
+        if self.fuse_base:
+            raise ValueError(
+                "a layer with fuse_base is being compiled; expected eager mode, it is no registered op. Leave fuse_base off."
+            )
         if gate is None:
             block = None if self.gates is None else ambient_blocks.innermost(self.gates.identity)
             if block is None:

@@ -180,7 +180,7 @@ def test_inside_the_block_frozen_linears_take_the_own_kernel_and_others_do_not(m
         y = model(x)
         y.sum().backward()
     calls = {event.key: event.count for event in recorded.key_averages()}
-    assert calls["dmole_kernels::cpu_linear"] == 2  # y and dx of the frozen one
+    assert calls["dmole_kernels::cpu_frozen_linear"] == 2  # y and dx of the frozen one
     assert model[2].weight.grad is not None
     torch.testing.assert_close(y, model(x))
     torch.testing.assert_close(x.grad, torch.autograd.grad(model(x).sum(), x)[0])
@@ -206,6 +206,6 @@ def test_errors_name_what_was_wrong() -> None:
 def test_the_kernel_checks_what_it_is_given() -> None:
     x, weight, bias = drawn(5, 20, 12, torch.float32)
     with pytest.raises(ValueError, match="linear: x is Double; the cpu backend expects float32 or bfloat16"):
-        torch.ops.dmole_kernels.cpu_linear(x.double(), weight, bias)
+        torch.ops.dmole_kernels.cpu_frozen_linear(x.double(), weight, bias)
     with pytest.raises(ValueError, match=r"linear: x has shape \[5, 20\], weight \[12, 20\], bias \[5\]; expected"):
-        torch.ops.dmole_kernels.cpu_linear(x, weight, bias[:5])
+        torch.ops.dmole_kernels.cpu_frozen_linear(x, weight, bias[:5])

@@ -42,7 +42,7 @@ def test_error_rule_on_the_experts_part(workload: Workload, dtype: torch.dtype) 
         inputs = make_inputs(workload, dtype, draw)
         weight = torch.zeros(workload.out_features, workload.in_features, dtype=dtype)
         with poisoned_memory():
-            y, _ = fused_base_forward(LoraCall(inputs.call(), None), weight, None)
+            y, _ = fused_base_forward(inputs.call(), weight, None)
         kinds[0].append(y)
         expected = max(expected, expected_errors(inputs)["delta"])
         kinds[1].append(multi_lora_loop(inputs.to(torch.float64)))
@@ -106,7 +106,7 @@ def test_what_it_cannot_do_is_said() -> None:
     inputs = make_inputs(WORKLOADS[0])
     experts = (inputs.lora_a, inputs.lora_b, inputs.gate, inputs.scale)
     weight = torch.zeros(8, 8)
-    with pytest.raises(ValueError, match="fused_linear got backend 'reference' .*; expected 'triton'"):
+    with pytest.raises(ValueError, match="fused_linear got backend 'reference'; expected 'triton'"):
         fused_linear(inputs.x, weight, None, *experts, backend="reference")
     with pytest.raises(ValueError, match=r"weight has shape \(7, 8\) and bias None; expected \(8, 8\)"):
         fused_linear(inputs.x, weight[1:], None, *experts)
