@@ -3,10 +3,12 @@
 
 A setting lives in a `contextvars.ContextVar`, so threads and asyncio tasks each have their own. Two additions:
 
-- A generator shares the context of its caller. A block that a generator opened therefore applies while that generator
-  runs, which is decided by its frame (a generator that contextlib drives, as `@contextmanager` does, stands for the
-  function whose `with` statement entered it). What is asked while all such generators are suspended has no right
-  answer: `strict` settings raise, others take the block opened last, as a plain ContextVar would.
+- A generator shares the context of its caller. A block that a generator opened, itself or through a function that it
+  called, therefore applies while that generator runs, which is decided by its frame (a generator that contextlib
+  drives, as `@contextmanager` does, stands for the function whose `with` statement entered it). What is asked while
+  all such generators are suspended has no right answer: `strict` settings raise, others take the block opened last, as
+  a plain ContextVar would. A block that a task or thread inherited and that has been left since raises too where the
+  setting is strict, and is passed over otherwise.
 - torch.compile does not trace `ContextVar.get`, but it reads a property whose getter is a builtin anew at every call,
   as a guarded input of the graph. `_Reader.blocks` is that property.
 """
@@ -68,6 +70,7 @@ class Ambient(Generic[Block]):
 
     def leave(self, block: Block) -> None:
         """Closes `block`. Raises ValueError when a block that was opened after it is still open."""
+        owner = block.owner
         block.closed, block.owner = True, None
         blocks = self._variable.get(())
         if block not in blocks:
@@ -79,7 +82,7 @@ class Ambient(Generic[Block]):
             )
         later = blocks[blocks.index(block) + 1 :]
         self._variable.set(tuple(b for b in blocks if b is not block))
-        if not block.suspendable and any(not b.suspendable and not b.closed for b in later):
+        if any(b.owner is owner and not b.closed for b in later):
             raise ValueError(
                 f"a block of {self.name} is left before one that was entered after it; expected the reverse order. Use "
                 f"`with` statements, which nest."
@@ -91,8 +94,18 @@ class Ambient(Generic[Block]):
         if blocks is self._reader:
             blocks = self._inherited()
         for block in reversed(blocks):
-            if block.identity == identity and not block.closed:
-                return self._of_the_running_generator(identity, blocks) if block.suspendable else block
+            if block.identity != identity:
+                continue
+            if block.closed:
+                if self.strict and not block.suspendable:
+                    raise ValueError(
+                        f"the block of {self.name} that this task or thread inherited has been left; expected the call "
+                        f"before that. Open a block in the task itself, or wait for the task inside the block."
+                    )
+            elif block.suspendable:
+                return self._of_the_running_generator(identity, blocks)
+            else:
+                return block
         return None
 
     def open_blocks(self) -> tuple[Block, ...]:
@@ -115,31 +128,36 @@ class Ambient(Generic[Block]):
                 f"{len(candidates)} blocks of {self.name} are open, some in generators; expected one inside a compiled "
                 f"function, which cannot see which generator runs. Run each generator in a contextvars.copy_context()."
             )
+        # A worker thread of the autograd engine works for the thread that waits in backward: any running frame counts.
+        inherited = self._reader.blocks is self._reader
         running = set()
         frame: FrameType | None = sys._getframe(1)
-        while frame is not None:
+        while frame is not None and not inherited:
             running.add(id(frame))
             frame = frame.f_back
         for block in reversed(candidates):
-            if not block.suspendable or id(block.owner) in running:
+            owner = block.owner
+            # A suspended generator's frame has no caller.
+            if owner is None or (owner.f_back is not None if inherited else id(owner) in running):
                 return block
         if self.strict:
             raise ValueError(
-                f"a block of {self.name} is open in a generator that is not running; expected the call inside that "
-                f"generator, or a block around the call. Open one here (gates of zero give the base model)."
+                f"a block of {self.name} is open in a generator that is not running in this thread; expected the call "
+                f"inside that generator, or a block around the call. Open one here (gates of zero give the base model)."
             )
         return candidates[-1]
 
 
 def _generator_frame(frame: FrameType | None) -> FrameType | None:
-    """The frame that owns a block entered in `frame` if it is a generator's, which may be suspended; else None."""
+    """The generator that a block entered in `frame` belongs to: its own, or the nearest one that called it; None where
+    there is none. A coroutine's caller is its task, which has a context of its own."""
     while frame is not None:
-        if frame.f_code.co_filename == _CONTEXTLIB:
-            frame = frame.f_back
-        elif not frame.f_code.co_flags & _SUSPENDABLE:
-            return None
-        elif frame.f_back is not None and frame.f_back.f_code.co_filename == _CONTEXTLIB:
-            frame = frame.f_back
-        else:
-            return frame
+        flags = frame.f_code.co_flags
+        if frame.f_code.co_filename != _CONTEXTLIB:
+            if flags & inspect.CO_COROUTINE:
+                return None
+            driver = frame.f_back
+            if flags & _SUSPENDABLE and (driver is None or driver.f_code.co_filename != _CONTEXTLIB):
+                return frame
+        frame = frame.f_back
     return None

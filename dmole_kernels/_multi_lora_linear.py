@@ -82,7 +82,7 @@ class MultiLoRALinear(nn.Module):
         self.out_features, self.in_features = base.out_features, base.in_features
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         self.bank = ExpertBank(self.in_features, self.out_features, dtype=dtype, like=base)
-        self.gated = False  # whether the last forward outside of backward had a block
+        self.gated = False  # whether some forward that can be trained had a block
         if gates is not None:
             gates.register(self)
 
@@ -171,23 +171,36 @@ class MultiLoRALinear(nn.Module):
         if gates is None:
             return None
         block = ambient_blocks.innermost(gates.identity)
-        in_backward = torch._C._current_graph_task_id() != -1
+        if torch._C._current_graph_task_id() != -1:
+            self._check_recomputation(block)
+        elif block is not None:
+            block.ran.add(id(self))
+            if self.training or torch.is_grad_enabled():
+                self.__dict__["gated"] = True
         if block is None:
-            if self.gated and in_backward:
-                raise ValueError(
-                    "the layer runs again during backward, outside the `gates.use` block of its forward; expected the "
-                    "same block, since the recomputation would be the base model's. Call backward inside the block, "
-                    "or give the checkpoint context_fn=gates.checkpoint_contexts."
-                )
             if "_is_replica" in self.__dict__:
                 raise ValueError(
                     "the layer is a replica in a thread of nn.DataParallel, which has no gates; expected one process "
                     "per device. Use DistributedDataParallel."
                 )
             gates.refuse_other_copies()
-        if not in_backward:
-            self.__dict__["gated"] = block is not None
         return block
+
+    def _check_recomputation(self, block: GateBlock | None) -> None:
+        """For a call during backward: raises ValueError where its gates cannot be those of its forward."""
+        if block is None and self.gated:
+            raise ValueError(
+                "the layer runs again during backward, outside the `gates.use` block of its forward; expected the "
+                "same block, since the recomputation would be the base model's. Call backward inside the block, or "
+                "give the checkpoint context_fn=gates.checkpoint_contexts. For the base model open a block with gates "
+                "of zero."
+            )
+        if block is not None and id(self) not in block.ran and block.backward != torch._C._current_graph_task_id():
+            raise ValueError(
+                "the layer runs again during backward, in a `gates.use` block in which its forward did not run; "
+                "expected the block of its forward. Call backward inside that block, or give the checkpoint "
+                "context_fn=gates.checkpoint_contexts."
+            )
 
     def _base_output(self, x: Tensor, backend: str) -> Tensor:
         """base(x); a plain frozen `nn.Linear` goes through `frozen_linear`, which computes the same equation."""
