@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import operator
 import sys
 import threading
 import uuid
@@ -111,7 +112,7 @@ class ExpertGates:
         block = self.block
         return block is not None and len(block.active) > 0
 
-    def use(self, gate: Tensor, experts: Sequence[str], *, units: Sequence[int] | int | None = None) -> GateBlock:
+    def use(self, gate: Tensor, experts: Sequence[str], *, units: Sequence[int] | Tensor | int | None = None) -> GateBlock:
         """A `with` block in which the layers add these experts; inner blocks replace outer ones.
 
         Args:
@@ -158,7 +159,7 @@ class ExpertGates:
     def refuse_other_copies(self) -> None:
         """Raises ValueError where a block of the gates that these were copied from, or of a copy of these, is open."""
         for block in ambient_blocks.open_blocks():
-            if block.lineage == self.lineage and block.identity != self.identity and not block.closed:
+            if block.lineage == self.lineage and block.identity != self.identity:
                 raise ValueError(
                     "the layer's gates are a copy, and the open block belongs to the original (or the reverse); "
                     "expected a block of the layer's own gates. Use experts_of(copied_model).use(...) or "
@@ -191,7 +192,7 @@ class GateBlock(AmbientBlock):
     )
 
     def __init__(
-        self, gate: Tensor, experts: Sequence[str], units: Sequence[int] | int | None, identity: str, lineage: str,
+        self, gate: Tensor, experts: Sequence[str], units: Sequence[int] | Tensor | int | None, identity: str, lineage: str,
         canonical_names: tuple[str, ...] | None = None,
     ) -> None:  # fmt: skip
         super().__init__(identity)
@@ -347,16 +348,23 @@ def check_gate(gate: Tensor, experts: Sequence[str]) -> tuple[str, ...]:
     return names
 
 
-def _check_units(units: Sequence[int] | int | None, samples: int) -> tuple[int, ...] | None:
+def _check_units(units: Sequence[int] | Tensor | int | None, samples: int) -> tuple[int, ...] | None:
     if units is None:
         return None
+    if isinstance(units, Tensor):
+        units = units.tolist()
     given = (units,) * samples if isinstance(units, int) else tuple(units)
-    if len(given) != samples or any(isinstance(u, bool) or int(u) != u or u < 0 for u in given):
+    try:
+        whole = tuple(operator.index(unit) for unit in given)
+        fits = len(whole) == samples and all(unit >= 0 and not isinstance(unit, bool) for unit in given)
+    except TypeError:
+        fits = False
+    if not fits:
         raise ValueError(
             f"units={list(given)} for {samples} samples; expected one whole number of at least 0 per sample. Pass the "
             f"number of images of each sample, or 1 where every sample has as many rows."
         )
-    return tuple(int(u) for u in given)
+    return whole
 
 
 class _InOrder(torch.autograd.Function):

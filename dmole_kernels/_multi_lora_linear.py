@@ -107,7 +107,8 @@ class MultiLoRALinear(nn.Module):
             experts: the names of its columns, all of them held by this layer; by default the bank's own order.
         """
         x = input
-        if torch.compiler.is_compiling():
+        # Not is_compiling(): it is true for every thread while one of them compiles.
+        if torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
             return self._traced(x, gate, experts)
         if gate is not None:
             block: GateBlock | None = self._explicit_block(gate, experts)
