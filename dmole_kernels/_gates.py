@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import difflib
 import math
+import operator
 import sys
+import threading
 import uuid
 import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -121,7 +123,9 @@ class ExpertGates:
         block = self.block
         return block is not None and len(block.active) > 0
 
-    def use(self, gate: Tensor, experts: Sequence[str], *, units: Sequence[int] | int | None = None) -> GateBlock:
+    def use(
+        self, gate: Tensor, experts: Sequence[str], *, units: Sequence[int] | Tensor | int | None = None
+    ) -> GateBlock:
         """A `with` block in which the layers add these experts; inner blocks replace outer ones.
 
         Args:
@@ -167,12 +171,12 @@ class ExpertGates:
                 "`gates.use` block, where a compiled checkpoint needs no context_fn."
             )
         block = self.block
-        return nullcontext(), nullcontext() if block is None else block.again()
+        return nullcontext(), nullcontext() if block is None else _Recomputation(block)
 
     def refuse_other_copies(self) -> None:
         """Raises ValueError where a block of the gates that these were copied from, or of a copy of these, is open."""
         for block in ambient_blocks.open_blocks():
-            if block.lineage == self.lineage and block.identity != self.identity and not block.closed:
+            if block.lineage == self.lineage and block.identity != self.identity:
                 raise ValueError(
                     "the layer's gates are a copy, and the open block belongs to the original (or the reverse); "
                     "expected a block of the layer's own gates. Use experts_of(copied_model).use(...) or "
@@ -191,19 +195,21 @@ class GateBlock(AmbientBlock):
         "_bytes",
         "_kept",
         "active",
+        "backward",
         "canonical_gate",
         "canonical_names",
         "counts",
         "gate",
         "lineage",
         "names",
+        "ran",
         "trained",
         "units",
         "version",
     )
 
     def __init__(
-        self, gate: Tensor, experts: Sequence[str], units: Sequence[int] | int | None, identity: str, lineage: str,
+        self, gate: Tensor, experts: Sequence[str], units: Sequence[int] | Tensor | int | None, identity: str, lineage: str,
         canonical_names: tuple[str, ...] | None = None,
     ) -> None:  # fmt: skip
         super().__init__(identity)
@@ -223,15 +229,21 @@ class GateBlock(AmbientBlock):
             used = (gate != 0).flatten(0, -2).any(0).tolist()
             self.active = tuple(name for name, flag in zip(self.names, used, strict=True) if flag)
         # For torch.compile: all experts of these gates in one order, so that no set of names is a guard.
-        self.canonical_names = self.names if canonical_names is None else canonical_names
-        same = self.names == self.canonical_names
-        self.canonical_gate = gate if same else _in_order(gate, self.names, self.canonical_names)
-        self.counts = None if self.units is None else torch.tensor(self.units)
+        self.canonical_names, self.canonical_gate, self.counts = self.names, gate, None
+        with torch.inference_mode(False), torch.set_grad_enabled(self.trained):
+            if canonical_names is not None:
+                self.canonical_names = canonical_names
+                self.canonical_gate = _InOrder.apply(gate, self.names, canonical_names)  # type: ignore[no-untyped-call]
+            if self.units is not None:
+                self.counts = torch.tensor(self.units, dtype=torch.int64)
         self._kept: dict[object, LayerGate] = {}
         self._bytes = 0
+        self.ran: set[int] = set()  # ids of the layers whose forward this block gated
+        self.backward = -1  # the backward pass that opened this block, if one did
 
     def __enter__(self) -> None:
         ambient_blocks.enter(self, sys._getframe(1))
+        self.backward = torch._C._current_graph_task_id()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -279,10 +291,12 @@ class GateBlock(AmbientBlock):
         return found
 
     def _keep(self, key: object, found: LayerGate) -> None:
-        self._kept[key] = found
-        self._bytes += _size(found)
-        while self._bytes > KEPT_BYTES or len(self._kept) > KEPT_ENTRIES:
-            self._bytes -= _size(self._kept.pop(next(iter(self._kept))))
+        # Threads may share a block: those that inherited it, and the autograd engine's.
+        with _KEEPING:
+            self._kept[key] = found
+            self._bytes += _size(found)
+            while self._bytes > KEPT_BYTES or len(self._kept) > KEPT_ENTRIES:
+                self._bytes -= _size(self._kept.pop(next(iter(self._kept))))
 
     def _layer_gate(self, names: tuple[str, ...], leading: tuple[int, ...], rows: Rows, device: torch.device) -> Tensor:
         gate = self.gate
@@ -292,7 +306,7 @@ class GateBlock(AmbientBlock):
             gate = gate.to(device, non_blocking=True)
         counts = self.rows_of_samples(leading, rows)
         if counts is not None:
-            each = torch.tensor(counts, device=device)
+            each = torch.tensor(counts, dtype=torch.int64, device=device)
             gate = gate.repeat_interleave(each, 0, output_size=sum(counts))
         return gate.reshape(-1, len(names))
 
@@ -315,7 +329,8 @@ class GateBlock(AmbientBlock):
                 )
             return None
         units = (1,) * samples if rows == "samples" else self.units
-        place = 1 if leading[0] == 1 and len(leading) > 1 else 0
+        tokens = self.gate.shape[1:-1]
+        place = 1 if leading[0] == 1 and len(leading) > 1 and not tokens else 0
         length, total = leading[place], sum(units)
         if (total == 0 and length) or any(length * unit % total for unit in units if total):
             raise ValueError(
@@ -323,8 +338,7 @@ class GateBlock(AmbientBlock):
                 f"every sample a whole number of rows. Check the units: the number of images, or of image tokens, of "
                 f"each sample."
             )
-        tokens = self.gate.shape[1:-1]
-        if tokens and (place != 0 or leading[1 : 1 + len(tokens)] != tokens):
+        if tokens and leading[1 : 1 + len(tokens)] != tokens:
             raise ValueError(
                 f"gate has shape {tuple(self.gate.shape)} and x {(*leading, '...')}; expected x "
                 f"{('rows', *tokens)} for token gates with units. Use [samples, experts] gates for flattened rows."
@@ -358,24 +372,69 @@ def check_gate(gate: Tensor, experts: Sequence[str]) -> tuple[str, ...]:
     return names
 
 
-def _check_units(units: Sequence[int] | int | None, samples: int) -> tuple[int, ...] | None:
+def _check_units(units: Sequence[int] | Tensor | int | None, samples: int) -> tuple[int, ...] | None:
     if units is None:
         return None
+    if isinstance(units, Tensor):
+        units = units.tolist()
     given = (units,) * samples if isinstance(units, int) else tuple(units)
-    if len(given) != samples or any(isinstance(u, bool) or int(u) != u or u < 0 for u in given):
+    try:
+        whole = tuple(operator.index(unit) for unit in given)
+        fits = len(whole) == samples and all(unit >= 0 and not isinstance(unit, bool) for unit in given)
+    except TypeError:
+        fits = False
+    if not fits:
         raise ValueError(
             f"units={list(given)} for {samples} samples; expected one whole number of at least 0 per sample. Pass the "
             f"number of images of each sample, or 1 where every sample has as many rows."
         )
-    return tuple(int(u) for u in given)
+    return whole
 
 
-def _in_order(gate: Tensor, names: tuple[str, ...], order: tuple[str, ...]) -> Tensor:
-    """The gate with a column for each name of `order`, zeros where `names` lacks it."""
-    places = [order.index(name) for name in names if name in order]
-    columns = [i for i, name in enumerate(names) if name in order]
-    full = gate.new_zeros((*gate.shape[:-1], len(order)))
-    return full.index_copy(-1, torch.tensor(places, dtype=torch.int64, device=gate.device), gate[..., columns])
+class _InOrder(torch.autograd.Function):
+    """A copy of the gate with a column for each name of `order`, zeros where `names` lacks it.
+
+    Saves no tensors: the compiled layers of a block share this node, and each backward pass through them may free what
+    it used.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, names: tuple[str, ...], order: tuple[str, ...]) -> Tensor:
+        ctx.columns = [(names.index(name), place) for place, name in enumerate(order) if name in names]
+        ctx.shape = gate.shape
+        if names == order:
+            return gate.clone()
+        full = gate.new_zeros((*gate.shape[:-1], len(order)))
+        if ctx.columns:
+            columns, places = zip(*ctx.columns, strict=True)
+            full[..., places] = gate[..., columns]
+        return full
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        own = grad.new_zeros(ctx.shape)
+        if ctx.columns:
+            columns, places = zip(*ctx.columns, strict=True)
+            own[..., columns] = grad[..., places]
+        return own, None, None
+
+
+class _Recomputation:
+    """The block of a forward, opened once more for each recomputation of it: one a backward pass."""
+
+    def __init__(self, block: GateBlock) -> None:
+        self._block = block
+        self._open: list[GateBlock] = []
+
+    def __enter__(self) -> None:
+        block = self._block.again()
+        ambient_blocks.enter(block, sys._getframe(1))
+        self._open.append(block)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.pop().__exit__(kind, error, trace)
 
 
 def traced_rows(gate: Tensor, x: Tensor, counts: Tensor | None, rows: Rows) -> Tensor:
@@ -394,8 +453,8 @@ def traced_rows(gate: Tensor, x: Tensor, counts: Tensor | None, rows: Rows) -> T
                 f"begin x's. Pass use(..., units=...) where rows are not samples."
             )
         return gate
-    place = 1 if x.shape[0] == 1 and x.dim() > 2 else 0
-    if len(leading) > 1 and (place or tuple(x.shape[1 : len(leading)]) != tuple(leading[1:])):
+    place = 1 if x.shape[0] == 1 and x.dim() > 2 and len(leading) == 1 else 0
+    if len(leading) > 1 and tuple(x.shape[1 : len(leading)]) != tuple(leading[1:]):
         raise ValueError(
             f"gate has shape {tuple(gate.shape)} and x {tuple(x.shape)}; expected x [rows, tokens, ...] for token "
             f"gates with units. Use [samples, experts] gates for flattened rows."
@@ -417,3 +476,4 @@ def _size(found: LayerGate) -> int:
 
 
 ambient_blocks: Ambient[GateBlock] = Ambient("gates.use", strict=True)
+_KEEPING = threading.Lock()

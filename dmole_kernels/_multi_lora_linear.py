@@ -85,7 +85,7 @@ class MultiLoRALinear(nn.Module):
         self.out_features, self.in_features = base.out_features, base.in_features
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         self.bank = ExpertBank(self.in_features, self.out_features, dtype=dtype, like=base)
-        self.gated = False  # whether the last forward outside of backward had a block
+        self.gated = False  # whether some forward that can be trained had a block
         self.place = ""  # the layer's name in the model, for errors; set by `convert`
         # The base's weight as it was, while experts are merged into it.
         self.unmerged_weight: Tensor | None
@@ -115,7 +115,8 @@ class MultiLoRALinear(nn.Module):
             experts: the names of its columns, all of them held by this layer; by default the bank's own order.
         """
         x = input
-        if torch.compiler.is_compiling():
+        # Not is_compiling(): it is true for every thread while one of them compiles.
+        if torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
             return self._traced(x, gate, experts)
         if gate is not None:
             block: GateBlock | None = self._explicit_block(gate, experts)
@@ -184,23 +185,36 @@ class MultiLoRALinear(nn.Module):
         if gates is None:
             return None
         block = ambient_blocks.innermost(gates.identity)
-        in_backward = torch._C._current_graph_task_id() != -1
+        if torch._C._current_graph_task_id() != -1:
+            self._check_recomputation(block)
+        elif block is not None:
+            block.ran.add(id(self))
+            if self.training or torch.is_grad_enabled():
+                self.__dict__["gated"] = True
         if block is None:
-            if self.gated and in_backward:
-                raise ValueError(
-                    "the layer runs again during backward, outside the `gates.use` block of its forward; expected the "
-                    "same block, since the recomputation would be the base model's. Call backward inside the block, "
-                    "or give the checkpoint context_fn=gates.checkpoint_contexts."
-                )
             if "_is_replica" in self.__dict__:
                 raise ValueError(
                     "the layer is a replica in a thread of nn.DataParallel, which has no gates; expected one process "
                     "per device. Use DistributedDataParallel."
                 )
             gates.refuse_other_copies()
-        if not in_backward:
-            self.__dict__["gated"] = block is not None
         return block
+
+    def _check_recomputation(self, block: GateBlock | None) -> None:
+        """For a call during backward: raises ValueError where its gates cannot be those of its forward."""
+        if block is None and self.gated:
+            raise ValueError(
+                "the layer runs again during backward, outside the `gates.use` block of its forward; expected the "
+                "same block, since the recomputation would be the base model's. Call backward inside the block, or "
+                "give the checkpoint context_fn=gates.checkpoint_contexts. For the base model open a block with gates "
+                "of zero."
+            )
+        if block is not None and id(self) not in block.ran and block.backward != torch._C._current_graph_task_id():
+            raise ValueError(
+                "the layer runs again during backward, in a `gates.use` block in which its forward did not run; "
+                "expected the block of its forward. Call backward inside that block, or give the checkpoint "
+                "context_fn=gates.checkpoint_contexts."
+            )
 
     def _base_output(self, x: Tensor, backend: str) -> Tensor:
         """base(x); a plain frozen `nn.Linear` goes through `frozen_linear`, which computes the same equation."""
@@ -232,7 +246,8 @@ class MultiLoRALinear(nn.Module):
         expert that the layer holds is computed, and a gate of zero leaves it out of the sum."""
         if self.fuse_base:
             raise ValueError(
-                "a layer with fuse_base is being compiled; expected eager mode, it is no registered op. Leave fuse_base off."
+                "a layer with fuse_base is being compiled; expected eager mode, it is no registered op. Leave fuse_base "
+                "off."
             )
         if gate is None:
             block = None if self.gates is None else ambient_blocks.innermost(self.gates.identity)

@@ -92,7 +92,7 @@ def takes_linear(rows: int, features: int, dtype: torch.dtype, *, transposed: bo
     """
     if LINEAR != "auto":
         return LINEAR == "own"
-    level = extension().isa()
+    level = EXTENSION.isa() if EXTENSION is not None else ""
     if CPU_MAKER != "amd" or not _MKL or not level.startswith("avx512"):
         return False
     if dtype == torch.float32:

@@ -178,6 +178,7 @@ def step(layer: MultiLoRALinear, forward: object, gates: ExpertGates) -> list[Te
 def test_compiles_without_graph_breaks_and_gives_the_same_bits() -> None:
     gates = ExpertGates()
     layer = make_layer(gates, dropout=0.3)
+    torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     # The compiled layer adds up all its experts, zeros included: another order of sums.
     for eager, traced in zip(step(layer, layer, gates), step(layer, compiled, gates), strict=True):
@@ -251,6 +252,7 @@ def test_autocast_casts_x_once_for_base_and_experts() -> None:
     assert [x.dtype for x in seen] == [torch.bfloat16, torch.float32]
     watch.remove()
     assert eager[1].dtype == torch.float32
+    torch._dynamo.reset()
     compiled = run(torch.compile(layer, fullgraph=True, backend="aot_eager"))
     assert all(torch.equal(one, two) for one, two in zip(eager, compiled, strict=True))
 
