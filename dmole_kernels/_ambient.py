@@ -71,13 +71,16 @@ class Ambient(Generic[Block]):
         self._running: Any = _Reader(any, zip(frames, strict=False))
         self._serials = itertools.count(1)
 
-    def enter(self, block: Block, frame: FrameType) -> None:
-        """Opens `block` for the function that `frame` runs: the frame of its `with` statement."""
+    def refuse_in_graphs(self) -> None:
+        """For what makes a block: raises ValueError inside a compiled function."""
         if torch.compiler.is_dynamo_compiling():
             raise ValueError(
                 f"{self.name} is opened inside a compiled function; expected the `with` block around the call of it. "
-                f"Move the block out, or pass the layer an explicit gate."
+                f"Move the block out of the function."
             )
+
+    def enter(self, block: Block, frame: FrameType) -> None:
+        """Opens `block` for the function that `frame` runs: the frame of its `with` statement."""
         if block.serial:
             raise ValueError(f"this block of {self.name} was entered before; expected a new one. Call it again.")
         block.owner = _owner(frame)
@@ -101,7 +104,7 @@ class Ambient(Generic[Block]):
             later = blocks[blocks.index(block) + 1 :]
             self._variable.set(tuple(b for b in blocks if b is not block))
         elif block.suspendable and not was_closed:
-            # A pool of threads resumes a generator in one context after another; the garbage collector ends it anywhere.
+            # A pool of threads resumes a generator in one context after another; the collector ends it anywhere.
             later = tuple(b for b in self._of_generators if b.serial > block.serial)
         else:
             raise ValueError(
@@ -116,7 +119,7 @@ class Ambient(Generic[Block]):
 
     def innermost(self, identity: str) -> Block | None:
         """The block with this identity that applies here, or None. Raises ValueError where that has no answer."""
-        blocks = self._context.now
+        blocks: tuple[Block, ...] = self._context.now
         if self.in_generators:
             return self._traced(identity, blocks) if torch.compiler.is_dynamo_compiling() else self._by_frames(identity)
         if not blocks and not torch.compiler.is_dynamo_compiling() and _is_key_in_tls("context"):
@@ -202,8 +205,8 @@ _LEFT = (
 )
 _ELSEWHERE = (
     "a generator with a block of {} runs, perhaps around this call, in another context than it was opened in; expected "
-    "one that a compiled function can see. Run all steps of a generator in one context, or open a block around the call "
-    "(gates of zero give the base model)."
+    "one that a compiled function can see. Run all steps of a generator in one context, or open a block around the "
+    "call (gates of zero give the base model)."
 )
 _SUSPENDED = (
     "a block of {} is open in a generator that is not running in this thread; expected the call inside that generator, "

@@ -16,7 +16,7 @@ import sys
 import threading
 import uuid
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Protocol
@@ -30,6 +30,13 @@ from dmole_kernels.cpu import RowMap
 
 # What a layer's rows are: None takes the leading dimension for samples, unless the block has units.
 Rows = Literal["samples", "units"] | None
+
+Units = Sequence[int] | Tensor | int | None
+
+_NO_CHECKPOINT_CONTEXTS = (
+    "checkpoint_contexts is used inside a compiled function; expected eager mode. Keep backward inside the `gates.use` "
+    "block, where a compiled checkpoint needs no context_fn."
+)
 
 KEPT_BYTES = 64 * 2**20
 KEPT_ENTRIES = 1024
@@ -123,9 +130,7 @@ class ExpertGates:
         block = self.block
         return block is not None and len(block.active) > 0
 
-    def use(
-        self, gate: Tensor, experts: Sequence[str], *, units: Sequence[int] | Tensor | int | None = None
-    ) -> GateBlock:
+    def use(self, gate: Tensor, experts: Sequence[str], *, units: Units = None) -> GateBlock:
         """A `with` block in which the layers add these experts; inner blocks replace outer ones.
 
         Args:
@@ -148,6 +153,7 @@ class ExpertGates:
                 when a layer's rows cannot be split by the units; when the gate is changed in place inside the block;
                 when blocks are left in another order than the reverse one.
         """
+        ambient_blocks.refuse_in_graphs()
         _, held, merged = self._look()
         block = GateBlock(gate, experts, units, self.identity, self.lineage, held)
         known = set(held)
@@ -163,15 +169,21 @@ class ExpertGates:
                 )
         return block
 
-    def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """For `torch.utils.checkpoint.checkpoint(context_fn=...)`: recomputes under the gates of the first forward."""
-        if torch.compiler.is_compiling():
-            raise ValueError(
-                "checkpoint_contexts is used inside a compiled function; expected eager mode. Keep backward inside the "
-                "`gates.use` block, where a compiled checkpoint needs no context_fn."
-            )
-        block = self.block
-        return nullcontext(), nullcontext() if block is None else _Recomputation(block)
+    @property
+    def checkpoint_contexts(self) -> Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]:
+        """For `torch.utils.checkpoint.checkpoint(context_fn=gates.checkpoint_contexts)`, of the kind that is not
+        reentrant: recomputes under the gates of the first forward, wherever backward runs."""
+        if torch.compiler.is_dynamo_compiling():
+            raise ValueError(_NO_CHECKPOINT_CONTEXTS)
+
+        # A function, not a method: torch.compile calls what a checkpoint is given without its `self`.
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            if torch.compiler.is_dynamo_compiling() or torch._guards.TracingContext.try_get() is not None:
+                raise ValueError(_NO_CHECKPOINT_CONTEXTS)
+            block = self.block
+            return nullcontext(), nullcontext() if block is None else _Recomputation(block)
+
+        return contexts
 
     def refuse_other_copies(self) -> None:
         """Raises ValueError where a block of the gates that these were copied from, or of a copy of these, is open."""
@@ -209,7 +221,7 @@ class GateBlock(AmbientBlock):
     )
 
     def __init__(
-        self, gate: Tensor, experts: Sequence[str], units: Sequence[int] | Tensor | int | None, identity: str, lineage: str,
+        self, gate: Tensor, experts: Sequence[str], units: Units, identity: str, lineage: str,
         canonical_names: tuple[str, ...] | None = None,
     ) -> None:  # fmt: skip
         super().__init__(identity)
@@ -372,7 +384,7 @@ def check_gate(gate: Tensor, experts: Sequence[str]) -> tuple[str, ...]:
     return names
 
 
-def _check_units(units: Sequence[int] | Tensor | int | None, samples: int) -> tuple[int, ...] | None:
+def _check_units(units: Units, samples: int) -> tuple[int, ...] | None:
     if units is None:
         return None
     if isinstance(units, Tensor):

@@ -267,7 +267,10 @@ class Saved:
                 wanted.experts, self.backend,
             )  # fmt: skip
         else:
-            call = LoraCall(x, None, lora_a, lora_b, gate, scale, dropout, per_expert, seed, wanted.gate, self.row_map)
+            gate_GE = gate.reshape(-1, count)
+            call = LoraCall(
+                x, None, lora_a, lora_b, gate_GE, scale, dropout, per_expert, seed, wanted.gate, self.row_map
+            )
             dx, da, db, dgate = _backward(call, grad, shrunk, wanted, self.backend)
         chosen = [e for e, flag in enumerate(wanted.experts) if flag]
         if chosen:

@@ -126,6 +126,7 @@ class MultiLoRALinear(nn.Module):
         if block is None or not block.active:
             y: Tensor = modules["base"](x)  # type: ignore[misc]
             return y
+        refuse_transforms("MultiLoRALinear")
         # Dictionaries, not attributes: a Module takes microseconds to look up each of its children.
         bank: ExpertBank = modules["bank"]  # type: ignore[assignment]
         held: dict[str, Expert] = bank._modules["experts"]._modules  # type: ignore[assignment, union-attr]
@@ -161,7 +162,6 @@ class MultiLoRALinear(nn.Module):
             backend = MULTI_LORA.pick(self.backend, device_type, y.dtype)
         if backend == "cpu" and found.row_map is not None:
             call.row_map = found.row_map.table
-        refuse_transforms("MultiLoRALinear")
         return (run if _dispatch._is_in_torch_dispatch_mode else run_eager)(call, backend)
 
     def _explicit_block(self, gate: Tensor, experts: Sequence[str] | None) -> GateBlock:
@@ -246,9 +246,11 @@ class MultiLoRALinear(nn.Module):
         expert that the layer holds is computed, and a gate of zero leaves it out of the sum."""
         if self.fuse_base:
             raise ValueError(
-                "a layer with fuse_base is being compiled; expected eager mode, it is no registered op. Leave fuse_base "
-                "off."
+                "a layer with fuse_base is being compiled; expected eager mode, it is no registered op. Leave "
+                "fuse_base off."
             )
+        if x.dim() == 1:
+            return self._traced(x[None], gate, experts)[0]
         if gate is None:
             block = None if self.gates is None else ambient_blocks.innermost(self.gates.identity)
             if block is None:
@@ -267,8 +269,6 @@ class MultiLoRALinear(nn.Module):
         held = [name for name in names if name in self.bank.experts._modules]
         if not held:
             return self.base(x)  # type: ignore[no-any-return]
-        if x.dim() == 1:
-            return self._traced(x[None], gate, names)[0]
         if len(held) != len(names):
             gate = gate[..., [names.index(name) for name in held]]
         gate = traced_rows(gate.to(x.device), x, counts, rows).reshape(-1, len(held))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch.compile: at most two graphs over any lengths, batch sizes, units and active experts, the same values as eager."""
+"""torch.compile: at most two graphs over any lengths, batches, units and active experts, the same values as eager."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ from dmole_kernels import (
 )
 
 # Of torch.compile, for any input that is no leaf.
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),
+]
 
 FEATURES = 8
 NAMES = tuple(f"expert{i}" for i in range(8))
@@ -159,8 +162,9 @@ def test_rows_belong_to_the_same_samples_as_in_eager_mode(case: tuple[Any, ...])
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(*leading, FEATURES, generator=generator)
     gate = torch.randn(*gates_of, 3, generator=generator)
-    one = step(model, model, x, gate, NAMES[1:4], units, True)
-    two = step(model, compiled(model), x, gate, NAMES[1:4], units, True)
+    layer = model.layers[1]
+    one = step(model, layer, x, gate, NAMES[1:4], units, True)
+    two = step(model, compiled(layer, "eager"), x, gate, NAMES[1:4], units, True)
     torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-4)
 
 
@@ -197,18 +201,14 @@ def test_a_block_opened_inside_a_compiled_function_is_refused_with_the_reason() 
         with model.gates.use(torch.ones(3, 1), NAMES[:1]):
             return model(x)
 
-    with pytest.raises(
-        (ValueError, RuntimeError), match="is opened inside a compiled function; expected the `with` bl"
-    ):
+    with pytest.raises((ValueError, RuntimeError), match="is opened inside a compiled function; expected the `with`"):
         compiled(inside, "eager")(torch.ones(3, 4, FEATURES))
 
     def backend_inside(x: Tensor) -> Tensor:
         with use_backend("reference"):
             return model(x)
 
-    with pytest.raises(
-        (ValueError, RuntimeError), match="is opened inside a compiled function; expected the `with` bl"
-    ):
+    with pytest.raises((ValueError, RuntimeError), match="is opened inside a compiled function; expected the `with`"):
         compiled(backend_inside, "eager")(torch.ones(3, 4, FEATURES))
 
 
@@ -297,7 +297,7 @@ def test_a_small_transformer_of_another_library() -> None:
     """Its linears replaced by hand, the whole compiled, lengths and active experts changing."""
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=64, attn_implementation="eager",
     )  # fmt: skip
     torch.manual_seed(0)
@@ -314,7 +314,7 @@ def test_a_small_transformer_of_another_library() -> None:
     forward = compiled(lambda ids: model(input_ids=ids, use_cache=False).logits)
     generator = torch.Generator().manual_seed(4)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    for length in range(3, 23):
+    for length in range(3, 43, 4):
         ids = torch.randint(32, (3, length), generator=generator)
         chosen = torch.randperm(4, generator=generator)[: 1 + length % 2 * 3].tolist()
         gate = torch.rand(3, len(chosen), generator=generator)
