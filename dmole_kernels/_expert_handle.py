@@ -149,6 +149,27 @@ class ExpertHandle:
             for parameter in layer.bank.expert(expert).parameters()
         ]
 
+    def reduce_gradients(self, group: Any = None) -> None:
+        """Averages the gradients of the trainable experts over the processes, in place: for experts that
+        DistributedDataParallel or `fully_shard` does not reduce (`ignored_params=set(experts.parameters())`).
+
+        An expert that no sample of a process uses has no gradient there, which counts as zero. Every process calls
+        this, after backward and before the optimizer's step, with the same experts in the same order.
+
+        Args:
+            group: the process group; None is the default one.
+        """
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
+            chosen = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g.dtype == dtype]
+            flat = torch.cat([gradient.flatten() for _, gradient in chosen])
+            torch.distributed.all_reduce(flat, group=group)
+            flat /= torch.distributed.get_world_size(group)
+            sizes = [gradient.numel() for _, gradient in chosen]
+            for (parameter, gradient), part in zip(chosen, torch.split(flat, sizes), strict=True):
+                parameter.grad = part.view_as(gradient).clone()
+
     def merge(self, name: str, weight: float = 1.0) -> None:
         """Adds `weight * alpha / rank * B A` to the weight of each layer that holds the expert.
 

@@ -23,6 +23,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from dmole_kernels._ambient import Ambient, AmbientBlock
 from dmole_kernels._expert_bank import ExpertBank
@@ -167,7 +168,28 @@ class ExpertGates:
                     f"experts: got {name!r}, which no layer of these gates holds; expected some of {list(held)}. "
                     f"{meant}"
                 )
+        if torch.is_grad_enabled():
+            self._refuse_sharded(block.names)
         return block
+
+    def _refuse_sharded(self, names: tuple[str, ...]) -> None:
+        """FSDP2 reduces gradients by position: processes whose samples use different experts would get each other's.
+
+        Outside of forward a sharded parameter is a DTensor; inside, where layers could look, it is a plain one.
+        """
+        for ref in self._layers:
+            layer = ref()
+            held = getattr(None if layer is None else layer.bank, "experts", None)
+            if held is None:
+                continue
+            for name in names:
+                expert = held._modules.get(name)
+                if expert is not None and type(expert._parameters["lora_a"]) is DTensor and expert.lora_a.requires_grad:
+                    raise ValueError(
+                        f"expert {name!r} is sharded (a DTensor); expected plain parameters, since processes that use "
+                        f"different experts would get each other's gradients. Call fully_shard(..., "
+                        f"ignored_params=set(experts.parameters())) and experts.reduce_gradients() after backward."
+                    )
 
     @property
     def checkpoint_contexts(self) -> Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]:
