@@ -258,3 +258,12 @@ def test_bias_norms_are_summed_in_float32_beside_bfloat16() -> None:
         y = linear(torch.zeros(1, 4097, 6, dtype=torch.bfloat16))
         y.backward(grad.bfloat16())
     assert recorder.norms()["l"].bias == pytest.approx(6**0.5, rel=1e-6)
+
+
+def test_the_norm_of_a_large_accumulated_gradient_is_summed_in_two_stages() -> None:
+    """One running float32 sum over so many squares comes out too small by a third of a percent."""
+    wide = nn.Linear(11008, 2048, bias=False).requires_grad_(False)
+    x, grad = torch.ones(1, 11008), torch.full((1, 2048), 0.1)
+    with GradNormRecorder({"l": wide}) as recorder:
+        wide(x).backward(grad)
+    assert recorder.norms()["l"].weight == pytest.approx(0.1 * (11008 * 2048) ** 0.5, rel=1e-6)
