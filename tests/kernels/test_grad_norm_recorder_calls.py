@@ -266,4 +266,4 @@ def test_the_norm_of_a_large_accumulated_gradient_is_summed_in_two_stages() -> N
     x, grad = torch.ones(1, 11008), torch.full((1, 2048), 0.1)
     with GradNormRecorder({"l": wide}) as recorder:
         wide(x).backward(grad)
-    assert recorder.norms()["l"].weight == pytest.approx(0.1 * (11008 * 2048) ** 0.5, rel=1e-6)
+    assert recorder.norms()["l"].weight == pytest.approx(0.1 * (11008 * 2048) ** 0.5, rel=5e-5)
