@@ -92,7 +92,7 @@ def accumulate_gradient(buffer: Tensor, x: Tensor, grad: Tensor, *, backend: str
     _check(x, grad, "[rows, features]")
     _check_buffer("buffer", buffer, (grad.shape[-1], x.shape[-1]), x)
     refuse_transforms("accumulate_gradient")
-    dtype = reduce(torch.promote_types, (x.dtype, grad.dtype, buffer.dtype))
+    dtype = _asked_dtype(x, grad, buffer)
     name = ACCUMULATE_GRADIENT.pick(backend, x.device.type, dtype)
     torch.ops.dmole_kernels.accumulate_gradient(buffer, x, grad, name)
 
@@ -116,7 +116,7 @@ def accumulate_sketch(
     check_one_device(x=x, left=left, right=right)
     _check_buffer("sketch", sketch, (left.shape[1], right.shape[1]), x)
     refuse_transforms("accumulate_sketch")
-    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in (x, grad, sketch, left, right)))
+    dtype = _asked_dtype(x, grad, sketch, left, right)
     name = ACCUMULATE_SKETCH.pick(backend, x.device.type, dtype)
     torch.ops.dmole_kernels.accumulate_sketch(sketch, x, grad, left, right, name)
 
@@ -179,6 +179,12 @@ if "triton" in BACKENDS:
 GRAD_NORM = Op("grad_norm_per_sample", dict(NORM.keys()))
 ACCUMULATE_GRADIENT = Op("accumulate_gradient", ACCUMULATE)
 ACCUMULATE_SKETCH = Op("accumulate_sketch", SKETCH)
+
+
+def _asked_dtype(*tensors: Tensor) -> torch.dtype:
+    """What a backend has to compute in: float16 where a tensor is, which float32 sums do not change; else the widest."""
+    dtypes = [tensor.dtype for tensor in tensors]
+    return torch.float16 if torch.float16 in dtypes else reduce(torch.promote_types, dtypes)
 
 
 def _widened(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:

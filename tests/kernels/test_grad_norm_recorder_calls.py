@@ -267,3 +267,11 @@ def test_the_norm_of_a_large_accumulated_gradient_is_summed_in_two_stages() -> N
     with GradNormRecorder({"l": wide}) as recorder:
         wide(x).backward(grad)
     assert recorder.norms()["l"].weight == pytest.approx(0.1 * (11008 * 2048) ** 0.5, rel=5e-5)
+
+
+def test_a_float16_model_has_float32_sums() -> None:
+    linear = layer().half()
+    with GradNormRecorder({"l": linear}) as recorder:
+        linear(X.half()).float().square().sum().backward()
+    whole, _ = truth(lambda m, x: m(x), linear, X.half()[None])
+    assert recorder.norms()["l"].weight == pytest.approx(float(whole[0]), rel=2e-3)
