@@ -182,7 +182,7 @@ ACCUMULATE_SKETCH = Op("accumulate_sketch", SKETCH)
 
 
 def _asked_dtype(*tensors: Tensor) -> torch.dtype:
-    """What a backend has to compute in: float16 where a tensor is, which float32 sums do not change; else the widest."""
+    """What a backend has to take: float16 where a tensor is that, whatever the sums are; else the widest."""
     dtypes = [tensor.dtype for tensor in tensors]
     return torch.float16 if torch.float16 in dtypes else reduce(torch.promote_types, dtypes)
 
