@@ -71,10 +71,10 @@ def a_layer() -> tuple[MultiLoRALinear, ExpertGates]:
 def step(layer: MultiLoRALinear, x: Tensor) -> None:
     """Training, then serving with constant gates; seeds as a GPU's graph gets them, on the device."""
     experts = [layer.bank.expert(name) for name in layer.bank.names]
-    plan = layer.gates.block if layer.gates is not None else None
-    assert plan is not None
+    block = layer.gates.block if layer.gates is not None else None
+    assert block is not None
     arguments = (
-        [e.lora_a for e in experts], [e.lora_b for e in experts], plan.columns(plan.names, x.device), [1.0, 2.0],
+        [e.lora_a for e in experts], [e.lora_b for e in experts], block.gate.to(x.device), [1.0, 2.0],
     )  # fmt: skip
     y = multi_lora(x, layer.base(x), *arguments, dropout=0.2, seed=torch.tensor(7), backend="triton")
     y.sum().backward()
