@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 READY := $(VENV)/.ready
 PINS := $(VENV)/constraints.txt
-CXX_FILES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh tests/kernels/cuda/emulator/*.cpp tests/kernels/cuda/emulator/*.h)
+CXX_FILES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.cpp csrc/*/*/*.h csrc/*/*.cu csrc/*/*.cuh tests/kernels/cuda/emulator/*.cpp tests/kernels/cuda/emulator/*.h)
 
 .PHONY: demo test test-long sanitize lint aot setup data results docs clean
 
@@ -41,7 +41,7 @@ setup: $(READY)
 # torch comes first and by itself: the plain index would bring a CUDA build of several GB as somebody's dependency. The
 # compiled kernels come last and in place; ninja compiles again only what changed. A CUDA build of torch pins the Triton
 # that it needs, and that one is kept; beside a CPU build, constraints.txt says which.
-$(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*.cpp csrc/cpu/* csrc/cuda/*)
+$(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*.cpp csrc/cpu/*.* csrc/cpu/per_isa/* csrc/cuda/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "make: 'python -m venv' failed; install Python 3.10 or newer with its venv module." >&2; exit 1; }
 	if $(BIN)/python scripts/check_installed.py; then echo "setup: every pinned package is already installed; nothing is downloaded"; else \
 	  grep -v '^triton==' constraints.txt > $(PINS) && $(PIP) install -q -c $(PINS) torch && \

@@ -2,7 +2,7 @@
 """Ways to compute a linear layer with several gated LoRA experts, each as its users would write it, none held back.
 
 What depends on weights or gates alone (packing, sorting rows by expert, padding ranks, finding the active experts) is
-done once and not timed, for every rival; so is the gate plan of this package, which its users make once a step.
+done once and not timed, for every baseline; so is the gate block of this package, which its users open once a step.
 
     base_only         F.linear alone: no experts, the time the others' overhead is counted from
     packed_eager      one packed A and B, prepared ahead; hand-written backward: the best that plain PyTorch does here
@@ -286,12 +286,12 @@ def module_of(backend: str, *, fuse_base: bool = False) -> Callable[[LoraProblem
         names = [f"e{e}" for e in range(len(case.ranks))]
         for e, name in enumerate(names):
             layer.bank.add(name, case.ranks[e], alpha=inputs.scale[e] * case.ranks[e], trainable=inputs.trainable[e])
-        layer.bank.to(problem.weight.dtype)
-        with torch.no_grad():
-            for e, name in enumerate(names):
-                layer.bank.expert(name).lora_a.copy_(inputs.lora_a[e])
-                layer.bank.expert(name).lora_b.copy_(inputs.lora_b[e])
-        # Entered for good: the plan is made once a step, and here the step does not end.
+        # In the working dtype, as the baselines have them: the bank itself keeps its experts in float32.
+        for e, name in enumerate(names):
+            expert = layer.bank.expert(name)
+            expert.lora_a = nn.Parameter(inputs.lora_a[e].clone(), requires_grad=inputs.trainable[e])
+            expert.lora_b = nn.Parameter(inputs.lora_b[e].clone(), requires_grad=inputs.trainable[e])
+        # Entered for good: a block is opened once a step, and here the step does not end.
         using = gates.use(inputs.gate, names)
         using.__enter__()
 

@@ -1,32 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-    choose_backend(requested, device_type, dtype, decode_rows) -> (name, reason)
+    Op.choose(requested, device_type, dtype) -> (name, reason)
 
-Which implementation runs an op: a pure function of its arguments and of `use_backend`, whose answer and reason can be
-printed (`python -m dmole_kernels`). What is asked for and does not exist is an error, never a silent replacement.
-
-A backend enters here by name in `BACKENDS` and in the table of kernels of each op file; nothing else chooses.
+Which implementation runs an op. Each op has its own table of kernels, so the answer names what really runs; a backend
+that is asked for and has no kernel for this op, this device or this dtype is an error, never a silent replacement.
+`python -m dmole_kernels` prints the answers and their reasons.
 """
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import sys
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
 
 import torch
 
-from dmole_kernels import _cuda_decode as cuda_decode
 from dmole_kernels import cpu, cuda, triton_backend
+from dmole_kernels._ambient import Ambient, AmbientBlock
 from dmole_kernels._argument_checks import dtype_name
 
-# Name -> device types it serves; None means any device PyTorch serves. Fastest first: "auto" takes the first that fits.
+# Name -> device types it serves; None means any device of PyTorch. "auto" takes the first that has the op's kernel.
 BACKENDS: dict[str, tuple[str, ...] | None] = {
     **({"cpu": ("cpu",)} if cpu.EXTENSION is not None else {}),
     **({"triton": ("cuda",)} if triton_backend.available() else {}),
     "reference": None,
-    # Behind the reference, since it has a decode step and nothing else: "auto" takes it where `cuda_decode` says so.
+    # After the reference, so that "auto" never takes it: it has a decode step only and was never measured on a GPU.
     **({"cuda": ("cuda",)} if not cuda.MISSING else {}),
 }
 # Name -> dtypes it computes in; None means any.
@@ -37,9 +39,6 @@ DTYPES: dict[str, tuple[torch.dtype, ...] | None] = {
     "cuda": cuda.DTYPES,
 }
 
-# What "auto" means, innermost block last. A list, not a ContextVar: torch.compile cannot trace one of those.
-_ambient: list[str] = ["auto"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class BackendChoice:
@@ -47,97 +46,148 @@ class BackendChoice:
     reason: str
 
 
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """What "auto" means inside the block, in all threads: a backend's name. An op's own `backend` goes before it.
+class _BackendBlock(AmbientBlock):
+    __slots__ = ("backend",)
+
+    def __init__(self, backend: str) -> None:
+        super().__init__("backend")
+        self.backend = backend
+
+    def __enter__(self) -> None:
+        _ambient.enter(self, sys._getframe(1))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _ambient.leave(self)
+
+
+_ambient: Ambient[_BackendBlock] = Ambient("use_backend", strict=False)
+
+
+def use_backend(name: str) -> AbstractContextManager[None]:
+    """What "auto" means inside the `with` block, in this thread, asyncio task or generator: a backend's name.
+
+    An op's own `backend` argument takes precedence.
 
     Raises:
-        ValueError: for a name that is not in this build.
+        ValueError: for a name that is not in this build; when blocks are left in another order than the reverse one.
     """
+    _ambient.refuse_in_graphs()
     _check_name(name)
-    _ambient.append(name)
-    try:
-        yield
-    finally:
-        _ambient.pop()
+    return _BackendBlock(name)
+
+
+class Op:
+    """One op and its kernels by backend.
+
+    Args:
+        name: as in `torch.ops.dmole_kernels.<name>`.
+        kernels: backend -> kernel. The table is read at every choice, so a kernel that is added later counts.
+    """
+
+    by_name: dict[str, Op] = {}
+
+    def __init__(self, name: str, kernels: Mapping[str, Any]) -> None:
+        self.name = name
+        self.kernels = kernels
+        Op.by_name[name] = self
+
+    def asked(self, requested: str) -> str:
+        """`requested`, or what `use_backend` says in place of "auto"."""
+        if requested == "auto" and (block := _ambient.innermost("backend")) is not None:
+            return block.backend
+        return requested
+
+    def pick(self, requested: str, device_type: str, dtype: torch.dtype | None) -> str:
+        """The name of the backend that runs this op. Raises ValueError when the one asked for cannot."""
+        if requested == "auto":
+            block = _ambient.innermost("backend")
+            if block is None or block.backend == "auto":
+                return self._first_that_fits(device_type, dtype)
+            requested = block.backend
+        self._check(requested, device_type, dtype)
+        return requested
+
+    def choose(self, requested: str, device_type: str, dtype: torch.dtype | None) -> BackendChoice:
+        """As `pick`, with the reason."""
+        name = self.pick(requested, device_type, dtype)
+        if requested != "auto":
+            reason = "asked for by name"
+        elif self.asked(requested) != "auto":
+            reason = "asked for by use_backend"
+        else:
+            reason = f"the first of {tuple(BACKENDS)} with a kernel for {device_type}"
+            reason += "".join(f"; {text}" for other in BACKENDS if (text := self._unfit(other, device_type, dtype)))
+            if cpu.EXTENSION is None:
+                reason += f"; 'cpu' is not built: {cpu.MISSING}"
+        return BackendChoice(name=name, reason=reason)
+
+    def _first_that_fits(self, device_type: str, dtype: torch.dtype | None) -> str:
+        for name, devices in BACKENDS.items():
+            if name in self.kernels and (devices is None or device_type in devices):
+                dtypes = DTYPES[name]
+                fits = dtypes is None or dtype is None or dtype in dtypes
+                if fits and not (name == "triton" and _gpu_refusal()):
+                    return name
+        raise AssertionError("the reference has a kernel for every op and serves every device")
+
+    def _unfit(self, name: str, device_type: str, dtype: torch.dtype | None) -> str:
+        """Why "auto" passes over a backend that serves this device; "" for the others."""
+        devices, dtypes = BACKENDS[name], DTYPES[name]
+        if devices is None or device_type not in devices or name == "cuda":
+            return ""
+        if name not in self.kernels:
+            return f"{name!r} has no {self.name}"
+        if dtypes is not None and dtype is not None and dtype not in dtypes:
+            return f"{name!r} computes in {' or '.join(map(dtype_name, dtypes))}, not {dtype_name(dtype)}"
+        refusal = _gpu_refusal() if name == "triton" else ""
+        return f"for 'triton' {refusal}" if refusal else ""
+
+    def _check(self, name: str, device_type: str, dtype: torch.dtype | None) -> None:
+        _check_name(name)
+        if name not in self.kernels:
+            have = ", ".join(repr(other) for other in BACKENDS if other in self.kernels)
+            raise ValueError(
+                f"backend={name!r} has no kernel for {self.name}; expected 'auto' or one of {have}. Pass one of these "
+                f"for this op."
+            )
+        devices, dtypes = BACKENDS[name], DTYPES[name]
+        if devices is not None and device_type not in devices:
+            raise ValueError(
+                f"backend={name!r} got a tensor on {device_type!r}; expected {', '.join(devices)}. "
+                f"Move the tensors or pass backend='auto'."
+            )
+        if dtypes is not None and dtype is not None and dtype not in dtypes:
+            raise ValueError(
+                f"backend={name!r} got {dtype_name(dtype)}; expected {' or '.join(map(dtype_name, dtypes))}. "
+                f"Cast the tensors or pass backend='reference'."
+            )
 
 
 def choose_backend(
-    requested: str = "auto",
-    device_type: str = "cpu",
-    dtype: torch.dtype | None = None,
-    *,
-    decode_rows: int | None = None,
+    requested: str = "auto", device_type: str = "cpu", dtype: torch.dtype | None = None, *, op: str = "multi_lora"
 ) -> BackendChoice:
-    """The backend for tensors on `device_type`, computing in `dtype` (None: one that every backend has).
-
-    Args:
-        decode_rows: rows of a call of multi_lora without dropout or derivative; None for any other call.
+    """The backend that runs `op` on `device_type`, computing in `dtype` (None: one that every backend has), and why.
 
     Raises:
-        ValueError: for a name that is not available there.
+        ValueError: for an op that does not exist, or a backend that is not available for it there.
     """
-    reason = "asked for by name"
-    if requested == "auto":
-        requested = _ambient[-1]
-        reason = "asked for by use_backend"
-    if requested == "auto":
-        return _measured_decode(device_type, dtype, decode_rows) or _first_that_serves(device_type, dtype)
-    _check_name(requested)
-    devices, dtypes = BACKENDS[requested], DTYPES[requested]
-    if devices is not None and device_type not in devices:
-        raise ValueError(
-            f"backend={requested!r} got a tensor on {device_type!r}; expected {', '.join(devices)}. "
-            f"Move the tensors or pass backend='auto'."
-        )
-    if dtypes is not None and dtype is not None and dtype not in dtypes:
-        raise ValueError(
-            f"backend={requested!r} got {dtype_name(dtype)}; expected {' or '.join(map(dtype_name, dtypes))}. "
-            f"Cast the tensors or pass backend='reference'."
-        )
-    return BackendChoice(name=requested, reason=reason)
-
-
-def _measured_decode(device_type: str, dtype: torch.dtype | None, decode_rows: int | None) -> BackendChoice | None:
-    """The choice of "cuda" where the table says that it was measured faster for so few rows; else None."""
-    if not cuda_decode.FASTER_UP_TO or "cuda" not in BACKENDS or device_type != "cuda" or decode_rows is None:
-        return None
-    if (dtype is not None and dtype not in cuda.DTYPES) or _gpu_refusal():
-        return None
-    target = cuda_decode.this_target()
-    rows = cuda_decode.largest_rows(target)
-    if decode_rows > rows:
-        return None
-    return BackendChoice(
-        name="cuda", reason=f"measured faster for up to {rows} rows on {target}, {cuda_decode.MEASURED_ON}"
-    )
-
-
-def _first_that_serves(device_type: str, dtype: torch.dtype | None) -> BackendChoice:
-    passed_over = "" if cpu.EXTENSION is not None else f"; 'cpu' is not built: {cpu.MISSING}"
-    for name, devices in BACKENDS.items():
-        dtypes = DTYPES[name]
-        if devices is not None and device_type not in devices:
-            continue
-        if dtypes is not None and dtype is not None and dtype not in dtypes:
-            passed_over = f"; {name!r} computes in {' or '.join(map(dtype_name, dtypes))}, not {dtype_name(dtype)}"
-            continue
-        if name == "triton" and (refusal := _gpu_refusal()):
-            passed_over = f"; for 'triton' {refusal}"
-            continue
-        reason = f"the first of {tuple(BACKENDS)} that serves {device_type}{passed_over}"
-        return BackendChoice(name=name, reason=reason)
-    raise AssertionError("the reference serves every device")
+    if op not in Op.by_name:
+        raise ValueError(f"op={op!r}; expected one of {', '.join(Op.by_name)}. Pass the name of an op.")
+    return Op.by_name[op].choose(requested, device_type, dtype)
 
 
 def _gpu_refusal() -> str:
     """What the table of Triton's launch configurations says against this GPU; "" while none is in use."""
-    # Under torch.compile the device is not asked: a trace shall not depend on it.
+    # Under torch.compile the device is not asked: a trace must not depend on it.
     compiling = torch.compiler.is_compiling()
     if compiling or torch.version.hip or not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return ""
+    from dmole_kernels.triton_backend.configs import target_of_capability
+
     try:
-        cuda_decode.this_target()
+        target_of_capability(*torch.cuda.get_device_capability())
     except ValueError as error:
         return str(error)
     return ""
@@ -153,13 +203,16 @@ def _check_name(name: str) -> None:
 
 
 def explain_backend(requested: str = "auto") -> str:
-    """What would run here and why, with what this machine offers, in a few lines."""
-    choice = choose_backend(requested)
+    """What would run here and why, op by op, with what this machine offers, in a few lines."""
+    choices: dict[BackendChoice, list[str]] = {}
+    for op in Op.by_name.values():
+        if requested == "auto" or requested in op.kernels:
+            choices.setdefault(op.choose(requested, "cpu", None), []).append(op.name)
+    width = max(len(choice.name) for choice in choices)
     lines = [
-        f"backend   {choice.name} ({choice.reason})",
+        *(f"backend   {c.name:{width}}  {', '.join(ops)}: {c.reason}" for c, ops in choices.items()),
         f"built     {', '.join(BACKENDS)}",
         *([f"missing   'cuda': {cuda.MISSING}"] if cuda.MISSING else []),
-        f"decode    {_decode_sentence()}",
         f"torch     {torch.__version__}, {torch.get_num_threads()} thread(s)",
         f"cpu       {platform.machine()}, {torch.backends.cpu.get_cpu_capability()} kernels in PyTorch",
     ]
@@ -177,13 +230,6 @@ def explain_backend(requested: str = "auto") -> str:
     else:
         lines.append("cuda      no device")
     return "\n".join(lines)
-
-
-def _decode_sentence() -> str:
-    measured = ", ".join(f"{rows} rows on {target}" for target, rows in cuda_decode.FASTER_UP_TO.items())
-    if not measured:
-        return f"'auto' never takes 'cuda': not measured on a GPU as of {cuda_decode.MEASURED_ON}"
-    return f"'auto' takes 'cuda' for up to {measured}, measured {cuda_decode.MEASURED_ON}"
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:

@@ -4,32 +4,61 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import TypedDict
+from collections.abc import Callable, Mapping
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 
 class ExpertDescription(TypedDict):
+    """What a state_dict cannot say about an expert; JSON-able."""
+
     rank: int
     alpha: float
     trainable: bool
 
 
 class Expert(nn.Module):
-    """`alpha / rank * B A`: lora_a [rank, in_features], lora_b [out_features, rank]."""
+    """`alpha / rank * B A`: lora_a [rank, in_features], lora_b [out_features, rank].
+
+    `alpha` may be set at any time; `scale` follows. `.to(bfloat16)` and `.half()` move the parameters but leave them in
+    float32 (or float64), because small updates vanish in 16 bits.
+    """
 
     def __init__(self, lora_a: Tensor, lora_b: Tensor, *, alpha: float) -> None:
         super().__init__()
         self.lora_a = nn.Parameter(lora_a)
         self.lora_b = nn.Parameter(lora_b)
-        self.alpha = alpha
         self.rank = lora_a.shape[0]
-        self.scale = alpha / self.rank
+        self.alpha = alpha
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "alpha":
+            value = check_alpha(value, "this expert")
+            self.__dict__["scale"] = value / self.rank
+        super().__setattr__(name, value)
+
+    scale: float
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Expert:
+        def keep_wide(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            wide = moved.dtype in (torch.float32, torch.float64) or not moved.is_floating_point()
+            return moved if wide else tensor.to(moved.device)
+
+        super()._apply(keep_wide, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, alpha={self.alpha:g}, trainable={self.lora_a.requires_grad}"
+
+
+def check_alpha(alpha: object, whose: str) -> float:
+    """`alpha` as a float. Raises ValueError when it is not a finite number."""
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise ValueError(f"alpha={alpha!r} for {whose}; expected a finite number. Use twice the rank.")
+    return float(alpha)
 
 
 class ExpertBank(nn.Module):
@@ -38,7 +67,13 @@ class ExpertBank(nn.Module):
     Parameters are called `experts.<name>.lora_a` [rank, in_features] and `experts.<name>.lora_b` [out_features, rank]:
     plain tensors to optimizers, state_dict and safetensors. A state_dict holds tensors only; what it cannot say (alpha,
     and which experts there are) is `describe()`, JSON-able, and `restore(description)` makes the experts to load into.
+
+    Args:
+        like: the module whose `weight` says on which device a first expert is placed; later ones follow the experts
+            that are there. None: `device`.
     """
+
+    changes = 0  # How often any bank gained, lost or renamed an expert: what is derived from names checks it.
 
     def __init__(
         self,
@@ -47,14 +82,18 @@ class ExpertBank(nn.Module):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
+        like: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
+        self.dtype = dtype
+        self.device = device
+        # In a tuple, so that it is not registered as a child: its state belongs to the layer.
+        self._like = (like,)
         self.experts = nn.ModuleDict()
-        # Follows the module through .to(), so that an expert added later is born where the others live.
-        self.register_buffer("_place", torch.empty(0, device=device, dtype=dtype), persistent=False)
-        self._place: Tensor
+        self._names: tuple[str, ...] = ()
+        self.merged: dict[str, float] = {}  # experts that are in the base's weight now, and how much of each
 
     def add(
         self,
@@ -71,32 +110,68 @@ class ExpertBank(nn.Module):
         device.
 
         Raises:
-            ValueError: for a name in use, empty or with a dot, a rank below 1, an alpha that is not finite.
+            ValueError: for a name in use, empty, with a dot or already an attribute of modules, a rank below 1, an
+                alpha that is not a finite number.
         """
-        if not name or "." in name or hasattr(nn.ModuleDict, name) or name in self.experts:
-            taken = "is already an expert here" if name in self.experts else "cannot name a submodule"
-            raise ValueError(
-                f"name={name!r} {taken}; expected a new, non-empty name without dots that is no method of ModuleDict. "
-                f"Experts: {list(self.names)}. Choose another name or remove() the old expert first."
-            )
+        self.check_new(name)
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
             raise ValueError(f"rank={rank!r} for expert {name!r}; expected an integer of at least 1. Use 8 to start.")
-        if not math.isfinite(alpha):
-            raise ValueError(f"alpha={alpha!r} for expert {name!r}; expected a finite number. Use twice the rank.")
+        alpha = check_alpha(alpha, f"expert {name!r}")
         # kaiming_uniform(a = sqrt 5) has bound sqrt(6 / ((1 + 5) fan_in)).
         bound = 1.0 / math.sqrt(self.in_features)
         lora_a = torch.empty(rank, self.in_features, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
-        place = self._place
+        device, dtype = self._place()
         expert = Expert(
-            lora_a.to(device=place.device, dtype=place.dtype),
-            torch.zeros(self.out_features, rank, device=place.device, dtype=place.dtype),
-            alpha=float(alpha),
+            lora_a.to(device=device, dtype=dtype),
+            torch.zeros(self.out_features, rank, device=device, dtype=dtype),
+            alpha=alpha,
         )
         expert.requires_grad_(trainable)
+        self._put(name, expert)
+
+    def check_unmerged(self, name: str) -> None:
+        if name in self.merged:
+            raise ValueError(
+                f"expert {name!r} is merged into the base; expected one that is not. Call unmerge({name!r}) first."
+            )
+
+    def check_new(self, name: str) -> None:
+        if (
+            not isinstance(name, str) or not name or "." in name or name in self.experts._modules
+            or hasattr(_EMPTY, name)
+        ):  # fmt: skip
+            taken = "is already an expert here" if name in self.experts._modules else "cannot name a submodule"
+            raise ValueError(
+                f"name={name!r} {taken}; expected a new, non-empty name without dots that is no attribute of "
+                f"ModuleDict. Experts: {list(self.names)}. Choose another name or remove() the old expert first."
+            )
+
+    def _place(self) -> tuple[torch.device | str | None, torch.dtype]:
+        """Where the experts are, or the layer's weight, and the dtype of experts."""
+        for expert in self.experts.children():
+            return expert.lora_a.device, expert.lora_a.dtype  # type: ignore[return-value]
+        (like,) = self._like
+        if like is None:
+            return self.device, self.dtype
+        weight = like.weight
+        assert isinstance(weight, Tensor)
+        device = weight.device
+        if weight.is_meta:
+            # accelerate leaves an offloaded weight on meta between calls; its hook knows where the layer computes.
+            device = getattr(getattr(like, "_hf_hook", None), "execution_device", device)
+        return device, torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+    def _put(self, name: str, expert: Expert) -> None:
+        expert.train(self.training)
         self.experts[name] = expert
+        self._changed()
+
+    def _changed(self) -> None:
+        self._names = tuple(self.experts._modules)
+        ExpertBank.changes += 1
 
     def expert(self, name: str) -> Expert:
-        if name not in self.experts:
+        if name not in self:
             raise ValueError(f"expert {name!r} is not in this bank; it has {list(self.names)}. Use add() first.")
         module = self.experts[name]
         assert isinstance(module, Expert)
@@ -113,11 +188,27 @@ class ExpertBank(nn.Module):
 
     def remove(self, name: str) -> None:
         self.expert(name)
+        self.check_unmerged(name)
         del self.experts[name]
+        self._changed()
+
+    def rename(self, name: str, new: str) -> None:
+        """Gives the expert another name; its parameters stay the same objects and its place the same.
+
+        Raises:
+            ValueError: for a name that is not there, or a new one that `add` would refuse.
+        """
+        self.expert(name)
+        self.check_unmerged(name)
+        self.check_new(new)
+        renamed = {new if key == name else key: expert for key, expert in self.experts.items()}
+        self.experts.clear()
+        self.experts.update(renamed)
+        self._changed()
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(self.experts.keys())
+        return self._names
 
     def rank(self, name: str) -> int:
         return self.expert(name).rank
@@ -143,10 +234,31 @@ class ExpertBank(nn.Module):
         }
 
     def restore(self, description: Mapping[str, ExpertDescription]) -> None:
-        """Makes the bank hold exactly the described experts, zero-valued, ready for load_state_dict."""
+        """Makes the bank hold exactly the described experts, in their order, ready for load_state_dict.
+
+        An expert that is there with the described rank stays the same object with the same values, so an optimizer
+        keeps its Parameters; the others are new and compute zero.
+        """
         for name in self.names:
-            self.remove(name)
+            if name not in description or self.rank(name) != description[name]["rank"]:
+                self.remove(name)
         # A generator of its own: restoring must not move the default one, whose state a resume has just set.
         generator = torch.Generator()
         for name, entry in description.items():
-            self.add(name, entry["rank"], alpha=entry["alpha"], trainable=entry["trainable"], generator=generator)
+            if name not in self:
+                self.add(name, entry["rank"], alpha=entry["alpha"], generator=generator)
+            expert = self.expert(name)
+            expert.alpha = entry["alpha"]
+            expert.requires_grad_(entry["trainable"])
+        ordered = {name: self.experts[name] for name in description}
+        self.experts.clear()
+        self.experts.update(ordered)
+        self._changed()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertBank:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.device = fn(torch.empty(0, device=self.device)).device
+        return self
+
+
+_EMPTY = nn.ModuleDict()

@@ -4,13 +4,14 @@
 
 The product beside the experts. PyTorch's BLAS makes it, except where the "cpu" backend was measured faster
 (`cpu.takes_linear`); there sums are float32 and rounded once, a row of y has the same bits with any number of threads,
-and beside any other rows while their number leaves the kernel's form alone (`csrc/cpu/linear.inl`).
+and beside any other rows while their number leaves the kernel's form alone (`csrc/cpu/per_isa/frozen_linear.h`).
 
 Shape letters: N rows (all leading dimensions), D in_features, P out_features.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,9 +21,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from dmole_kernels import cpu
-from dmole_kernels._backend import choose_backend
-from dmole_kernels._registration import register_op
-from dmole_kernels._transforms import values_are_hidden
+from dmole_kernels._backend import BackendChoice, Op
+from dmole_kernels._registration import refuse_transforms, register_op
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
@@ -33,19 +33,50 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, back
     Raises:
         ValueError: for a weight or bias that requires grad, dtypes or shapes that differ, a backend that is not there.
     """
+    refuse_transforms("frozen_linear")
     autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
     _check(x, weight, bias, autocast)
     if autocast:
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    choice = choose_backend(backend, x.device.type, x.dtype)
-    if choice.name != "cpu" or values_are_hidden() or not _takes(x, weight):
+    # What is compiled is fused by the compiler: there the kernels run by name only.
+    asked = "reference" if backend == "auto" and torch.compiler.is_compiling() else backend
+    if FROZEN_LINEAR.pick_for(asked, x, weight) == "reference":
         return F.linear(x, weight, bias)
+    return own_linear(x, weight, bias)
+
+
+def own_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The cpu backend's product of arguments that fit together."""
     y: Tensor
     if torch.is_grad_enabled() and x.requires_grad:
         y = torch.ops.dmole_kernels.frozen_linear(x, weight, bias)
     else:
-        y = torch.ops.dmole_kernels.cpu_linear.default(x, weight, bias)
+        y = torch.ops.dmole_kernels.cpu_frozen_linear.default(x, weight, bias)
     return y
+
+
+class _FrozenLinear(Op):
+    """Without a name asked for, the choice follows the shapes: the kernels of the cpu backend where they were measured
+    faster, else PyTorch's."""
+
+    def pick_for(self, requested: str, x: Tensor, weight: Tensor) -> str:
+        name = self.pick(requested, x.device.type, x.dtype)
+        if name == "cpu" and self.asked(requested) == "auto" and not own_is_faster(x, weight):
+            return "reference"
+        return name
+
+    def choose(self, requested: str, device_type: str, dtype: torch.dtype | None) -> BackendChoice:
+        choice = super().choose(requested, device_type, dtype)
+        if self.asked(requested) != "auto" or choice.name == "reference":
+            return choice
+        return BackendChoice(name="reference", reason=f"or 'cpu', by shape: {cpu.explain_linear()}")
+
+
+def own_is_faster(x: Tensor, weight: Tensor) -> bool:
+    """Whether the cpu backend was measured faster than PyTorch's BLAS on these shapes."""
+    return weight.dtype in cpu.DTYPES and cpu.takes_linear(
+        math.prod(x.shape[:-1]), weight.shape[1], x.dtype, transposed=weight.stride(1) != 1
+    )
 
 
 class FrozenLinears(TorchFunctionMode):
@@ -59,7 +90,8 @@ class FrozenLinears(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is F.linear and not kwargs and is_frozen(*args):
+        # Under use_backend("triton"), say, the model's own products stay PyTorch's: that backend has none.
+        if func is F.linear and not kwargs and is_frozen(*args) and FROZEN_LINEAR.asked("auto") in ("auto", *KERNELS):
             return frozen_linear(*args)
         return func(*args, **(kwargs or {}))
 
@@ -87,14 +119,8 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, autocast: bool) -> No
         raise ValueError(f"x is {x.dtype} and weight {weight.dtype}; expected one dtype. Cast one, or use autocast.")
 
 
-def _takes(x: Tensor, weight: Tensor) -> bool:
-    return weight.dtype in cpu.DTYPES and cpu.takes_linear(
-        x.shape[:-1].numel(), weight.shape[1], x.dtype, transposed=weight.stride(1) != 1
-    )
-
-
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    y: Tensor = torch.ops.dmole_kernels.cpu_linear(x, weight, bias)
+    y: Tensor = torch.ops.dmole_kernels.cpu_frozen_linear(x, weight, bias)
     return y
 
 
@@ -109,12 +135,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     (weight,) = ctx.saved_tensors
     # Backward runs outside autocast: the weight is rounded here as it was on the way forward.
-    if _takes(grad, weight.t()):
+    if own_is_faster(grad, weight.t()):
         return torch.ops.dmole_kernels.frozen_linear(grad, weight.t(), None), None, None
     return grad @ weight.to(grad.dtype), None, None
 
 
+KERNELS: dict[str, Callable[..., Tensor]] = {"reference": F.linear}
+FROZEN_LINEAR = _FrozenLinear("frozen_linear", KERNELS)
 if cpu.EXTENSION is not None:
+    KERNELS["cpu"] = _forward
     register_op(
         "frozen_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
         kernel=_forward,

@@ -16,18 +16,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dmole_kernels import triton_backend
-from dmole_kernels._backend import choose_backend, without_autocast
-from dmole_kernels._multi_lora import (
-    DropoutMode,
-    check_dropout,
-    check_experts,
-    check_seed,
-    multi_lora_derivative,
-    save_for_derivative,
-    seed_for,
-)
-
-_forward = triton_backend.kernel("fused_base", "fused_base_forward")
+from dmole_kernels._backend import without_autocast
+from dmole_kernels._lora_call import LoraCall
+from dmole_kernels._multi_lora import MULTI_LORA, DropoutMode, Saved, check_dropout, check_experts, check_seed, seed_for
 
 
 def fused_linear(
@@ -48,66 +39,66 @@ def fused_linear(
     check_experts(x, None, lora_a, lora_b, gate, scale)
     check_dropout(dropout, dropout_mode)
     check_seed(seed)
-    choice = choose_backend(backend, x.device.type, x.dtype)
-    if choice.name != "triton":
+    call = LoraCall(
+        x, None, lora_a, lora_b, gate.reshape(-1, len(scale)), scale, dropout, dropout_mode == "per_expert",
+        seed_for(x.device, dropout, seed), gate.requires_grad and torch.is_grad_enabled(),
+    )  # fmt: skip
+    return run_fused(call, weight, bias, MULTI_LORA.pick(backend, x.device.type, x.dtype))
+
+
+def run_fused(call: LoraCall, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    """The output of a call whose arguments fit together."""
+    x, outputs = call.x, call.outputs
+    assert x is not None
+    if backend != "triton":
         raise ValueError(
-            f"fused_linear got backend {choice.name!r} ({choice.reason}); expected 'triton'. Pass backend='triton', or "
-            f"leave fuse_base off."
+            f"fused_linear got backend {backend!r}; expected 'triton'. Pass backend='triton', or leave fuse_base off."
         )
     if torch.compiler.is_compiling():
         raise ValueError(
             "fused_linear is being compiled; expected eager mode, it is no registered op. Leave fuse_base off."
         )
-    if weight.shape != (lora_b[0].shape[0], x.shape[-1]) or (bias is not None and bias.shape != weight.shape[:1]):
+    if weight.shape != (outputs, x.shape[-1]) or (bias is not None and bias.shape != weight.shape[:1]):
         raise ValueError(
             f"weight has shape {tuple(weight.shape)} and bias {None if bias is None else tuple(bias.shape)}; expected "
-            f"{(lora_b[0].shape[0], x.shape[-1])} and its first side. Pass the base layer's own."
+            f"{(outputs, x.shape[-1])} and its first side. Pass the base layer's own."
         )
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         raise ValueError(
             "weight or bias requires grad; expected both frozen, for they get no gradient here. Call requires_grad_("
             "False), or leave fuse_base off."
         )
-    seed = seed_for(x.device, dropout, seed)
-    every_column = gate.requires_grad and torch.is_grad_enabled()
-    settings = (list(scale), dropout, dropout_mode == "per_expert", seed, choice.name, every_column)
-    run = _FusedLinear.apply if torch.is_grad_enabled() else _run
-    y: Tensor
-    y, _ = run(settings, weight, bias, x, gate, *lora_a, *lora_b)
+    if not torch.is_grad_enabled():
+        return _run(call, weight, bias)[0]
+    y: Tensor = _FusedLinear.apply(call, weight, bias, x, call.gate, *call.lora_a, *call.lora_b)  # type: ignore[no-untyped-call]
     return y
 
 
-def _run(
-    settings: tuple[Any, ...], weight: Tensor, bias: Tensor | None, x: Tensor, gate: Tensor, *experts: Tensor
-) -> tuple[Tensor, Tensor]:
+_forward = triton_backend.kernel("fused_base", "fused_base_forward")
+
+
+def _run(call: LoraCall, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """y and S."""
-    scale, dropout, per_expert, seed, _, every_column = settings
-    count = len(experts) // 2
-    with without_autocast(x.device.type):
-        output: tuple[Tensor, Tensor] = _forward(
-            x, weight, bias, list(experts[:count]), list(experts[count:]), gate.reshape(-1, len(scale)), scale, dropout,
-            per_expert, seed, every_column,
-        )  # fmt: skip
+    assert call.x is not None
+    with without_autocast(call.x.device.type):
+        output: tuple[Tensor, Tensor] = _forward(call, weight, bias)
     return output
 
 
 class _FusedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, settings: tuple[Any, ...], weight: Tensor, bias: Tensor | None, x: Tensor, gate: Tensor,
-        *experts: Tensor,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        count = len(experts) // 2
-        output = _run(settings, weight, bias, x, gate, *experts)
-        inputs = (x, None, list(experts[:count]), list(experts[count:]), gate, *settings)
-        save_for_derivative(ctx, inputs, output)
+        ctx: Any, call: LoraCall, weight: Tensor, bias: Tensor | None, x: Tensor, gate: Tensor, *experts: Tensor
+    ) -> Tensor:
+        y, shrunk = _run(call, weight, bias)
+        ctx.saved = Saved(ctx, call, shrunk, "triton")
         ctx.weight = weight
-        return output
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None, grad_shrunk: None) -> tuple[Tensor | None, ...]:
-        dx, _, da, db, dgate, *_ = multi_lora_derivative(ctx, grad, grad_shrunk)
-        if dx is not None and grad is not None:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dgate, experts = ctx.saved.gradients(ctx, grad)
+        if dx is not None:
             dx += grad @ ctx.weight.to(grad.dtype)
-        return None, None, None, dx, dgate, *da, *db
+        return None, None, None, dx, dgate, *experts

@@ -27,10 +27,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dmole_kernels import cpu, cuda, reference, triton_backend
+from dmole_kernels import cpu, reference, triton_backend
 from dmole_kernels._argument_checks import check_floating, check_one_device
-from dmole_kernels._backend import BACKENDS, choose_backend, without_autocast
-from dmole_kernels._registration import register_op
+from dmole_kernels._backend import BACKENDS, Op, without_autocast
+from dmole_kernels._registration import refuse_transforms, register_op
 
 NormMethod = Literal["auto", "direct", "ghost"]
 
@@ -57,7 +57,8 @@ def grad_norm_per_sample(x: Tensor, grad: Tensor, *, method: NormMethod = "auto"
         raise ValueError(
             f"method={method!r}; expected 'auto', 'direct' or 'ghost'. Use 'auto' unless you compare them."
         )
-    name = choose_backend(backend, x.device.type, torch.promote_types(x.dtype, grad.dtype)).name
+    refuse_transforms("grad_norm_per_sample")
+    name = GRAD_NORM.pick(backend, x.device.type, torch.promote_types(x.dtype, grad.dtype))
     chosen: str = method
     if method == "auto" and (name, "auto") not in NORM:
         chosen = cheaper_method(x.shape[1], x.shape[2], grad.shape[2], backend=name)
@@ -77,7 +78,7 @@ def cheaper_method(
 ) -> Literal["direct", "ghost"]:
     """What "auto" does for a sample of these shapes, by flops: about ghost for T < d p / (d + p), up to twice that
     where symmetry saves half. The backends differ in their tiles, so in how much symmetry saves."""
-    if (choose_backend().name if backend == "auto" else backend) == "cpu":
+    if (GRAD_NORM.pick(backend, "cpu", None) if backend == "auto" else backend) == "cpu":
         name = cpu.extension().grad_norm_method(tokens, in_features, out_features)
         return "ghost" if name == "ghost" else "direct"
     tiles = -(-tokens // reference.GHOST_TILE)
@@ -90,8 +91,9 @@ def accumulate_gradient(buffer: Tensor, x: Tensor, grad: Tensor, *, backend: str
     """Adds this batch's weight gradient: `buffer += grad.T @ x`; buffer [out_features, in_features] is changed."""
     _check(x, grad, "[rows, features]")
     _check_buffer("buffer", buffer, (grad.shape[-1], x.shape[-1]), x)
-    dtype = reduce(torch.promote_types, (x.dtype, grad.dtype, buffer.dtype))
-    name = choose_backend(backend, x.device.type, dtype).name
+    refuse_transforms("accumulate_gradient")
+    dtype = _asked_dtype(x, grad, buffer)
+    name = ACCUMULATE_GRADIENT.pick(backend, x.device.type, dtype)
     torch.ops.dmole_kernels.accumulate_gradient(buffer, x, grad, name)
 
 
@@ -113,8 +115,9 @@ def accumulate_sketch(
         )
     check_one_device(x=x, left=left, right=right)
     _check_buffer("sketch", sketch, (left.shape[1], right.shape[1]), x)
-    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in (x, grad, sketch, left, right)))
-    name = choose_backend(backend, x.device.type, dtype).name
+    refuse_transforms("accumulate_sketch")
+    dtype = _asked_dtype(x, grad, sketch, left, right)
+    name = ACCUMULATE_SKETCH.pick(backend, x.device.type, dtype)
     torch.ops.dmole_kernels.accumulate_sketch(sketch, x, grad, left, right, name)
 
 
@@ -171,9 +174,17 @@ if "triton" in BACKENDS:
     NORM["triton", "ghost"] = triton_backend.kernel("grad_norm", "squared_norm_ghost")
     ACCUMULATE["triton"] = triton_backend.kernel("grad_norm", "accumulate_gradient")
     SKETCH["triton"] = triton_backend.kernel("grad_norm", "accumulate_sketch")
-if "cuda" in BACKENDS:
-    NORM["cuda", "direct"] = NORM["cuda", "ghost"] = cuda.absent("gradient norms")
-    ACCUMULATE["cuda"] = SKETCH["cuda"] = cuda.absent("accumulated gradients")
+
+
+GRAD_NORM = Op("grad_norm_per_sample", dict(NORM.keys()))
+ACCUMULATE_GRADIENT = Op("accumulate_gradient", ACCUMULATE)
+ACCUMULATE_SKETCH = Op("accumulate_sketch", SKETCH)
+
+
+def _asked_dtype(*tensors: Tensor) -> torch.dtype:
+    """What a backend has to take: float16 where a tensor is that, whatever the sums are; else the widest."""
+    dtypes = [tensor.dtype for tensor in tensors]
+    return torch.float16 if torch.float16 in dtypes else reduce(torch.promote_types, dtypes)
 
 
 def _widened(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -228,22 +239,12 @@ def _gradients(x: Tensor, grad: Tensor, norm_B: Tensor, dnorm_B: Tensor) -> tupl
     return dx, dgrad
 
 
-def _jvp(arguments: tuple[Any, ...], tangents: tuple[Any, ...], norm_B: Tensor) -> Tensor:
-    """A sample's norm depends on that sample alone: its gradient times its tangent."""
-    gradients = _gradients(arguments[0], arguments[1], norm_B, torch.ones_like(norm_B))
-    terms = [
-        (part * tangent).sum((1, 2)) for part, tangent in zip(gradients, tangents, strict=False) if tangent is not None
-    ]
-    return sum(terms, torch.zeros_like(norm_B))
-
-
 _NORM_OP = register_op(
     "grad_norm_per_sample(Tensor x, Tensor grad, str method, str backend) -> Tensor",
     kernel=_norm,
     fake=_norm_fake,
     backward=_autograd,
     setup_context=_setup_context,
-    jvp=_jvp,
 )
 register_op(
     "accumulate_gradient(Tensor(a!) buffer, Tensor x, Tensor grad, str backend) -> ()",

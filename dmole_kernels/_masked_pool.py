@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmole_kernels import cuda, reference, triton_backend
+from dmole_kernels import reference, triton_backend
 from dmole_kernels._argument_checks import check_floating, check_one_device
-from dmole_kernels._backend import BACKENDS, choose_backend
-from dmole_kernels._registration import register_op
-from dmole_kernels._transforms import values_are_hidden
+from dmole_kernels._backend import BACKENDS, Op
+from dmole_kernels._registration import refuse_transforms, register_op
 
 
 def masked_max_pool(hidden: Tensor, mask: Tensor, *, backend: str = "auto") -> Tensor:
@@ -30,7 +29,7 @@ def masked_max_pool(hidden: Tensor, mask: Tensor, *, backend: str = "auto") -> T
 
     Raises:
         ValueError: for shapes, dtypes or devices that do not fit, or a sample whose tokens are all masked (under
-            torch.compile and torch.func, where values cannot be looked at, its row is -inf).
+            torch.compile, where values cannot be looked at, its row is -inf).
     """
     if hidden.dim() != 3 or mask.shape != hidden.shape[:2]:
         raise ValueError(
@@ -39,14 +38,15 @@ def masked_max_pool(hidden: Tensor, mask: Tensor, *, backend: str = "auto") -> T
         )
     check_floating(hidden=hidden)
     check_one_device(hidden=hidden, mask=mask)
-    if not values_are_hidden():
+    refuse_transforms("masked_max_pool")
+    if not torch.compiler.is_compiling():
         empty = (~(mask != 0).any(1)).nonzero().flatten().tolist() if hidden.shape[1] else list(range(hidden.shape[0]))
         if empty:
             raise ValueError(
                 f"mask hides every token of samples {empty[:8]}; expected at least one. Drop those samples."
             )
     pooled: Tensor
-    pooled, _ = _OP(hidden, mask != 0, choose_backend(backend, hidden.device.type, hidden.dtype).name)
+    pooled, _ = _OP(hidden, mask != 0, MASKED_MAX_POOL.pick(backend, hidden.device.type, hidden.dtype))
     return pooled
 
 
@@ -55,8 +55,7 @@ if "cpu" in BACKENDS:
     POOL["cpu"] = torch.ops.dmole_kernels.cpu_masked_max_pool
 if "triton" in BACKENDS:
     POOL["triton"] = triton_backend.kernel("router_score", "masked_max_pool")
-if "cuda" in BACKENDS:
-    POOL["cuda"] = cuda.absent("masked_max_pool")
+MASKED_MAX_POOL = Op("masked_max_pool", POOL)
 
 
 def _pool(hidden: Tensor, mask: Tensor, backend: str) -> tuple[Tensor, Tensor]:
@@ -80,17 +79,10 @@ def _autograd(ctx: Any, grad_BD: Tensor, _grad_token: Tensor) -> tuple[Tensor, N
     return grad_hidden_BTD.scatter(1, token_BD[:, None], grad_BD[:, None]), None, None
 
 
-def _jvp(
-    arguments: tuple[Any, ...], tangents: tuple[Any, ...], output: tuple[Tensor, Tensor]
-) -> tuple[Tensor | None, None]:
-    return (None if tangents[0] is None else tangents[0].gather(1, output[1][:, None])[:, 0]), None
-
-
 _OP = register_op(
     "masked_max_pool(Tensor hidden, Tensor mask, str backend) -> (Tensor, Tensor)",
     kernel=_pool,
     fake=_pool_fake,
     backward=_autograd,
     setup_context=_setup_context,
-    jvp=_jvp,
 )

@@ -22,6 +22,7 @@ Example, four tokens of two samples, expert 0 of rank 1 and expert 1 of rank 2, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -32,10 +33,10 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from dmole_kernels import cpu, cuda, reference, triton_backend
 from dmole_kernels._argument_checks import check_floating, check_one_device
-from dmole_kernels._backend import BACKENDS, choose_backend, without_autocast
-from dmole_kernels._registration import register_op
-from dmole_kernels._transforms import transforms_active
-from dmole_kernels.cpu import Plan
+from dmole_kernels._backend import BACKENDS, Op, without_autocast
+from dmole_kernels._lora_call import LoraCall, Wanted
+from dmole_kernels._registration import refuse_transforms, register_op
+from dmole_kernels.cpu import RowMap
 
 DropoutMode = Literal["shared", "per_expert"]
 
@@ -43,17 +44,17 @@ DropoutMode = Literal["shared", "per_expert"]
 def multi_lora(
     x: Tensor, base: Tensor | None, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], gate: Tensor,
     scale: Sequence[float], *, dropout: float = 0.0, dropout_mode: DropoutMode = "shared", seed: Tensor | None = None,
-    backend: str = "auto", plan: Plan | None = None,
+    backend: str = "auto", row_map: RowMap | None = None,
 ) -> Tensor:  # fmt: skip
     """Adds the gated LoRA experts to a linear layer's output: `base + sum_e gate_e scale_e B_e A_e dropout(x)`.
 
     Args:
         x: [..., in_features], any strides, any number of leading dimensions, zero rows allowed.
         base: [..., out_features], the layer's own output; None gives the experts' sum alone.
-        lora_a: per expert [rank, in_features]; ranks may differ.
+        lora_a: per expert [rank, in_features]; ranks may differ, a rank of zero adds nothing.
         lora_b: per expert [out_features, rank].
         gate: [..., experts]; its leading dimensions are a prefix of x's: [S, E] gates whole samples of x [S, T, D],
-            [S, T, E] gates tokens. Any real value; differentiable.
+            [S, T, E] gates tokens. Any real value; differentiable. For a 1-D x, [E] or [1, E].
         scale: per expert, alpha / rank.
         dropout: chance of zeroing an element of x, in [0, 1).
         dropout_mode: "shared" draws one mask for all experts, "per_expert" one for each.
@@ -61,48 +62,65 @@ def multi_lora(
             for the CPU when None, so restoring that generator's state repeats them (while a CUDA graph is captured,
             from the device's, so that every replay draws anew).
         backend: see `choose_backend`.
-        plan: which rows each expert serves, for this gate and as many rows as x has; the cpu backend makes its own when
-            None. Not for a gate that requires grad.
+        row_map: which rows use each expert, for this gate and as many rows as x has; the cpu backend makes its own when
+            None.
 
     Computes in base's dtype (x's when base is None); x and experts are cast to it, their gradients cast back, so
-    experts may stay float32 beside a bfloat16 model. A new tensor is returned; inputs are only read. Saved for
-    backward: x and S = dropout(x) A^T where an expert is trainable; neither where all are frozen and the gate constant.
-    On the cpu backend an expert costs the rows whose gate for it is not zero (all rows when the gate requires grad: a
-    zero gate is owed its gradient); elsewhere, and under torch.compile or torch.func, experts with a gate of zero are
-    computed all the same: leave them out of the lists (MultiLoRALinear does). First derivatives only. The cuda backend
-    is for decoding: at most 16 rows, no dropout, no backward; it reads an expert for the rows whose gate for it is not
-    zero.
+    experts may stay float32 beside a bfloat16 model. gate * scale is a float32 product at least. A new tensor is
+    returned; inputs are only read. A gate of zero leaves the expert out of the row: inf and NaN in it reach neither y
+    nor a gradient of x, A or B through that row.
+
+    Saved for backward: x and S = dropout(x) A^T where an expert is trainable; neither where all are frozen and the gate
+    constant. On the cpu backend the cost of an expert is that of the rows whose gate for it is not zero (all rows when
+    the gate requires grad, because a gate of zero needs its gradient); elsewhere, and under torch.compile, experts with
+    a gate of zero are computed all the same: leave them out of the lists (MultiLoRALinear does). First derivatives
+    only; torch.func transforms are refused. The cuda backend is for decoding: at most 16 rows, no dropout, no backward.
 
     Raises:
         ValueError: for shapes, counts, dtypes, devices or probabilities that do not fit together, or a backend that is
             not there.
+        NotImplementedError: under a torch.func transform or in forward-mode differentiation.
     """
+    if x.dim() == 1:
+        rows = multi_lora(
+            x[None], None if base is None else base[None], lora_a, lora_b, gate[None] if gate.dim() == 1 else gate,
+            scale, dropout=dropout, dropout_mode=dropout_mode, seed=seed, backend=backend, row_map=row_map,
+        )  # fmt: skip
+        return rows[0]
     check_experts(x, base, lora_a, lora_b, gate, scale)
     check_dropout(dropout, dropout_mode)
     check_seed(seed)
-    choice = choose_backend(
-        backend,
-        x.device.type,
-        x.dtype if base is None else base.dtype,
-        decode_rows=None if dropout > 0.0 or torch.is_grad_enabled() else x.shape[:-1].numel(),
-    )
-    transformed = transforms_active()
-    # Under torch.func a gate does not always say whether it is differentiated.
-    trained_gate = transformed or (gate.requires_grad and torch.is_grad_enabled())
-    if plan is not None:
-        _check_plan(plan, x, trained_gate)
-    seed = seed_for(x.device, dropout, seed)
-    settings = (list(scale), dropout, dropout_mode == "per_expert", seed, choice.name, trained_gate)
-    y: Tensor
-    if torch.compiler.is_compiling() or transformed or is_in_torch_dispatch_mode():
-        y, _ = _FORWARD_OP(x, base, list(lora_a), list(lora_b), gate, *settings)
+    trained_gate = gate.requires_grad and torch.is_grad_enabled()
+    if row_map is not None:
+        _check_row_map(row_map, x)
+    call = LoraCall(
+        x, base, lora_a, lora_b, gate.reshape(-1, len(scale)), scale, dropout, dropout_mode == "per_expert",
+        seed_for(x.device, dropout, seed), trained_gate, None if row_map is None else row_map.table,
+    )  # fmt: skip
+    return run(call, MULTI_LORA.pick(backend, x.device.type, call.dtype))
+
+
+def run(call: LoraCall, backend: str) -> Tensor:
+    """y of a call whose arguments fit together, by the kernels of `backend`; differentiable."""
+    refuse_transforms("multi_lora")
+    x = call.x
+    assert x is not None
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        y: Tensor = _FORWARD_OP(
+            x, call.base, list(call.lora_a), list(call.lora_b), call.gate, list(call.scale), call.dropout,
+            call.per_expert, call.seed, backend, call.every_column,
+        )[0]  # fmt: skip
         return y
-    words = None if plan is None else plan.words
+    return run_eager(call, backend)
+
+
+def run_eager(call: LoraCall, backend: str) -> Tensor:
+    """`run` where nothing traces or watches operations."""
     if torch.is_grad_enabled():
-        y, _ = _EagerMultiLora.apply(settings, words, x, base, gate, *lora_a, *lora_b)  # type: ignore[no-untyped-call]
-    else:
-        y, _ = _forward(x, base, list(lora_a), list(lora_b), gate, *settings, words)
-    return y
+        # What Function.apply ends in, without its provisions for torch.func, which is refused.
+        y: Tensor = _APPLY(call, backend, call.x, call.base, call.gate, *call.lora_a, *call.lora_b)  # type: ignore[no-untyped-call]
+        return y
+    return _forward(call, backend)[0]
 
 
 def seed_for(device: torch.device, dropout: float, seed: Tensor | None) -> Tensor | None:
@@ -172,20 +190,18 @@ def check_seed(seed: Tensor | None) -> None:
         )
 
 
-def _check_plan(plan: Plan, x: Tensor, trained_gate: bool) -> None:
-    if plan.rows != x.shape[:-1].numel() or (trained_gate and not plan.every_column):
+def _check_row_map(row_map: RowMap, x: Tensor) -> None:
+    rows = math.prod(x.shape[:-1])
+    if row_map.rows != rows:
         raise ValueError(
-            f"plan is for {plan.rows} rows and {'every' if plan.every_column else 'not every'} column, x has "
-            f"{x.shape[:-1].numel()} rows and the gate {'requires' if trained_gate else 'does not require'} grad; "
-            f"expected as many rows, and every column for such a gate. Build the plan from this gate, or pass none."
+            f"row_map is for {row_map.rows} rows and x has {rows}; expected as many. Build the row map from this gate, "
+            f"or pass none."
         )
 
 
-# Backend name -> kernel; a compiled backend adds its line to both and its name to backend.BACKENDS. Kernels that pass
-# over pairs of row and expert with a gate of zero take two more arguments: whether they may not, and the pairs' plan.
-FORWARD: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"reference": reference.multi_lora_forward}
+# Backend name -> kernel with the signature that `LoraCall` states.
+FORWARD: dict[str, Callable[[LoraCall], tuple[Tensor, Tensor]]] = {"reference": reference.multi_lora_forward}
 BACKWARD: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]] = {"reference": reference.multi_lora_backward}
-PLANNED = {"cpu", "triton"} & set(BACKENDS)
 if "cpu" in BACKENDS:
     FORWARD["cpu"] = cpu.multi_lora_forward
     BACKWARD["cpu"] = cpu.multi_lora_backward
@@ -194,111 +210,74 @@ if "triton" in BACKENDS:
     BACKWARD["triton"] = triton_backend.kernel("multi_lora", "multi_lora_backward")
 if "cuda" in BACKENDS:
     FORWARD["cuda"] = cuda.multi_lora_forward
-    BACKWARD["cuda"] = cuda.absent("backward of multi_lora")
+    BACKWARD["cuda"] = cuda.multi_lora_backward
+MULTI_LORA = Op("multi_lora", FORWARD)
 
 
-def _forward(
-    x: Tensor, base: Tensor | None, lora_a: list[Tensor], lora_b: list[Tensor], gate: Tensor, scale: list[float],
-    dropout: float, per_expert: bool, seed: Tensor | None, backend: str, every_column: bool,
-    plan: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    planned = (every_column, plan) if backend in PLANNED else ()
-    # base settles the dtype; autocast inside the kernel would contradict the fake implementation.
-    with without_autocast(x.device.type):
-        return FORWARD[backend](
-            x, base, lora_a, lora_b, gate.reshape(-1, len(scale)), scale, dropout, per_expert, seed, *planned
-        )
+def _forward(call: LoraCall, backend: str) -> tuple[Tensor, Tensor]:
+    # The dtype is settled by the arguments; autocast inside the kernel would contradict the fake implementation.
+    if torch.is_autocast_enabled(call.gate.device.type):
+        with without_autocast(call.gate.device.type):
+            return FORWARD[backend](call)
+    return FORWARD[backend](call)
 
 
 def _backward(
-    grad: Tensor, x: Tensor | None, shrunk: Tensor | None, lora_a: list[Tensor], lora_b: list[Tensor], gate: Tensor,
-    scale: list[float], dropout: float, per_expert: bool, seed: Tensor | None, need_x: bool, need_gate: bool,
-    trainable: list[bool], backend: str, plan: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    planned = (plan,) if backend in PLANNED else ()
+    call: LoraCall, grad: Tensor, shrunk: Tensor | None, wanted: Wanted, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with without_autocast(grad.device.type):
-        return BACKWARD[backend](
-            grad, x, shrunk, lora_a, lora_b, gate.reshape(-1, len(scale)), scale, dropout, per_expert, seed, need_x,
-            need_gate, trainable, *planned,
+        return BACKWARD[backend](call, grad, shrunk, wanted)
+
+
+class Saved:
+    """What a forward leaves for its derivative, put into an autograd context and taken out again."""
+
+    def __init__(self, ctx: Any, call: LoraCall, shrunk: Tensor, backend: str) -> None:
+        x, gate = call.x, call.gate
+        assert x is not None
+        trainable = []
+        for a, b in zip(call.lora_a, call.lora_b, strict=True):
+            trainable.append(a.requires_grad or b.requires_grad)
+        self.wanted = Wanted(x.requires_grad, gate.requires_grad, trainable)
+        self.base_requires_grad = call.base is not None and call.base.requires_grad
+        self.x_dtype = x.dtype
+        self.settings = (call.scale, call.dropout, call.per_expert)
+        self.row_map = call.row_map
+        self.backend = backend
+        # Frozen experts and a constant gate need neither x nor S: holding them would keep whole activations alive.
+        learns = any(trainable)
+        ctx.save_for_backward(
+            x if learns else None, shrunk if learns or gate.requires_grad else None, gate, call.seed,
+            *call.lora_a, *call.lora_b,
         )  # fmt: skip
 
-
-def _forward_fake(
-    x: Tensor, base: Tensor | None, lora_a: list[Tensor], lora_b: list[Tensor], gate: Tensor, scale: list[float],
-    dropout: float, per_expert: bool, seed: Tensor | None, backend: str, every_column: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    dtype = x.dtype if base is None else base.dtype
-    rows = x.shape[:-1].numel()
-    y = x.new_empty((*x.shape[:-1], lora_b[0].shape[0]), dtype=dtype)
-    return y, x.new_empty((rows, sum(a.shape[0] for a in lora_a)), dtype=dtype)
-
-
-def _backward_fake(
-    grad: Tensor, x: Tensor | None, shrunk: Tensor | None, lora_a: list[Tensor], lora_b: list[Tensor], gate: Tensor,
-    scale: list[float], dropout: float, per_expert: bool, seed: Tensor | None, need_x: bool, need_gate: bool,
-    trainable: list[bool], backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    features, outputs = lora_a[0].shape[1], lora_b[0].shape[0]
-    columns = sum(a.shape[0] for a, flag in zip(lora_a, trainable, strict=True) if flag)
-    nothing = grad.new_empty(0)
-    return (
-        grad.new_empty((*grad.shape[:-1], features)) if need_x else nothing,
-        grad.new_empty((columns, features)) if columns else grad.new_empty(0),
-        grad.new_empty((columns, outputs)) if columns else grad.new_empty(0),
-        gate.new_empty((gate.shape[:-1].numel(), gate.shape[-1])) if need_gate else grad.new_empty(0),
-    )
-
-
-def save_for_derivative(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, base, lora_a, lora_b, gate, scale, dropout, per_expert, seed, backend, every_column = inputs
-    if gate.requires_grad and not every_column:
-        raise ValueError(
-            "the gate requires grad and every_column is False; expected True, since a gate of zero is owed its "
-            "gradient. Pass every_column=True or a detached gate."
-        )
-    ctx.trainable = [a.requires_grad or b.requires_grad for a, b in zip(lora_a, lora_b, strict=True)]
-    ctx.wants = (x.requires_grad, base is not None and base.requires_grad, gate.requires_grad)
-    ctx.x_dtype = x.dtype
-    ctx.rest = (scale, dropout, per_expert)
-    ctx.backend = backend
-    ctx.plan = None
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    # Frozen experts and a constant gate need neither x nor S: holding them would keep whole activations alive.
-    kept_x = x if any(ctx.trainable) else None
-    kept_s = output[1] if any(ctx.trainable) or gate.requires_grad else None
-    ctx.save_for_backward(kept_x, kept_s, gate, seed, *lora_a, *lora_b)
-
-
-def multi_lora_derivative(ctx: Any, grad: Tensor | None, _grad_shrunk: None) -> tuple[Any, ...]:
-    x, shrunk, gate, seed, *experts = ctx.saved_tensors
-    count = len(experts) // 2
-    lora_a, lora_b = experts[:count], experts[count:]
-    wants_x, wants_base, wants_gate = ctx.wants
-    grad_a: list[Tensor | None] = [None] * count
-    grad_b: list[Tensor | None] = [None] * count
-    if grad is None:
-        return None, None, grad_a, grad_b, None, None, None, None, None, None, None
-    dx, dgate = None, None
-    if wants_x or wants_gate or any(ctx.trainable):
-        scale, dropout, per_expert = ctx.rest
-        arguments = (
-            grad, x, shrunk, lora_a, lora_b, gate, scale, dropout, per_expert, seed, wants_x, wants_gate,
-            ctx.trainable, ctx.backend,
-        )  # fmt: skip
-        dx_packed, da, db, dgate_packed = (
-            _BACKWARD_OP(*arguments)
-            if ctx.plan is None or is_in_torch_dispatch_mode()
-            else _backward(*arguments, ctx.plan)
-        )
-        dx = dx_packed.to(ctx.x_dtype) if wants_x else None
-        dgate = dgate_packed.view(gate.shape) if wants_gate else None
-        chosen = [e for e, flag in enumerate(ctx.trainable) if flag]
-        ranks = [lora_a[e].shape[0] for e in chosen]
+    def gradients(self, ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
+        """dx, dg [G, E] and the gradients of all A, then of all B."""
+        x, shrunk, gate, seed, *experts = ctx.saved_tensors
+        count = len(experts) // 2
+        lora_a, lora_b = experts[:count], experts[count:]
+        found: list[Tensor | None] = [None] * len(experts)
+        wanted = self.wanted
+        if not (wanted.x or wanted.gate or any(wanted.experts)):
+            return None, None, found
+        scale, dropout, per_expert = self.settings
+        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+            dx, da, db, dgate = _BACKWARD_OP(
+                grad, x, shrunk, lora_a, lora_b, gate, scale, dropout, per_expert, seed, wanted.x, wanted.gate,
+                wanted.experts, self.backend,
+            )  # fmt: skip
+        else:
+            gate_GE = gate.reshape(-1, count)
+            call = LoraCall(
+                x, None, lora_a, lora_b, gate_GE, scale, dropout, per_expert, seed, wanted.gate, self.row_map
+            )
+            dx, da, db, dgate = _backward(call, grad, shrunk, wanted, self.backend)
+        chosen = [e for e, flag in enumerate(wanted.experts) if flag]
         if chosen:
+            ranks = [lora_a[e].shape[0] for e in chosen]
             for e, part_a, part_b in zip(chosen, da.split(ranks), db.split(ranks), strict=True):
-                grad_a[e], grad_b[e] = part_a.to(lora_a[e].dtype), _transposed(part_b, lora_b[e].dtype)
-    return dx, grad if wants_base else None, grad_a, grad_b, dgate, None, None, None, None, None, None
+                found[e], found[count + e] = part_a.to(lora_a[e].dtype), _transposed(part_b, lora_b[e].dtype)
+        return dx.to(self.x_dtype) if wanted.x else None, dgate if wanted.gate else None, found
 
 
 def _transposed(part_RP: Tensor, dtype: torch.dtype) -> Tensor:
@@ -306,7 +285,7 @@ def _transposed(part_RP: Tensor, dtype: torch.dtype) -> Tensor:
     return part_RP.t().to(dtype, memory_format=torch.contiguous_format)
 
 
-class _EagerMultiLora(torch.autograd.Function):
+class _MultiLora(torch.autograd.Function):
     """The registered op's kernels and derivative without the dispatcher.
 
     On the way through a registered formula torch flattens and restores the lists of experts in Python: 0.1 ms of the
@@ -316,53 +295,110 @@ class _EagerMultiLora(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, settings: tuple[Any, ...], plan: Tensor | None, x: Tensor, base: Tensor | None, gate: Tensor,
-        *experts: Tensor,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        count = len(experts) // 2
-        inputs = (x, base, list(experts[:count]), list(experts[count:]), gate, *settings)
-        output = _forward(*inputs, plan)  # type: ignore[call-arg]
-        save_for_derivative(ctx, inputs, output)
-        ctx.plan = plan
-        return output
+        ctx: Any, call: LoraCall, backend: str, x: Tensor, base: Tensor | None, gate: Tensor, *experts: Tensor
+    ) -> Tensor:
+        autocast = torch.is_autocast_enabled(x.device.type)
+        y, shrunk = _forward(call, backend) if autocast else FORWARD[backend](call)
+        ctx.saved = Saved(ctx, call, shrunk, backend)
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None, grad_shrunk: None) -> tuple[Tensor | None, ...]:
-        dx, dbase, da, db, dgate, *_ = multi_lora_derivative(ctx, grad, grad_shrunk)
-        return None, None, dx, dbase, dgate, *da, *db
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dgate, experts = ctx.saved.gradients(ctx, grad)
+        return None, None, dx, grad if ctx.saved.base_requires_grad else None, dgate, *experts
 
 
-def _jvp(arguments: tuple[Any, ...], tangents: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> tuple[Tensor, None]:
-    """The product rule: y is linear in x, in all A, in all B and in the gate; each term is the op on the sum so far."""
-    dy = torch.zeros_like(output[0]) if tangents[1] is None else tangents[1]
-    for place in (0, 2, 3, 4):
-        tangent, value = tangents[place], arguments[place]
-        if place in (2, 3):
-            known = any(part is not None for part in tangent)
-            tangent = [torch.zeros_like(v) if t is None else t for t, v in zip(tangent, value, strict=True)]
-        else:
-            known = tangent is not None
-        if known:
-            changed = list(arguments)
-            changed[1], changed[place] = dy, tangent
-            dy, _ = _FORWARD_OP(*changed)
-    return dy, None
+_APPLY = super(torch.autograd.Function, _MultiLora).apply
+
+
+# The registered op: the same call spelled out, as torch.library wants it.
+
+
+def _op_forward(
+    x: Tensor, base: Tensor | None, lora_a: list[Tensor], lora_b: list[Tensor], gate: Tensor, scale: list[float],
+    dropout: float, per_expert: bool, seed: Tensor | None, backend: str, every_column: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    call = LoraCall(
+        x, base, lora_a, lora_b, gate.reshape(-1, len(scale)), scale, dropout, per_expert, seed, every_column
+    )
+    return _forward(call, backend)
+
+
+def _op_backward(
+    grad: Tensor, x: Tensor | None, shrunk: Tensor | None, lora_a: list[Tensor], lora_b: list[Tensor], gate: Tensor,
+    scale: list[float], dropout: float, per_expert: bool, seed: Tensor | None, need_x: bool, need_gate: bool,
+    trainable: list[bool], backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    gate_GE = gate.reshape(-1, len(scale))
+    call = LoraCall(x, None, lora_a, lora_b, gate_GE, scale, dropout, per_expert, seed, need_gate)
+    return _backward(call, grad, shrunk, Wanted(need_x, need_gate, trainable), backend)
+
+
+def _fake_forward(
+    x: Tensor, base: Tensor | None, lora_a: list[Tensor], lora_b: list[Tensor], gate: Tensor, scale: list[float],
+    dropout: float, per_expert: bool, seed: Tensor | None, backend: str, every_column: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dtype = x.dtype if base is None else base.dtype
+    # math.prod, not Size.numel(): that one makes a constant of a symbolic length, and every length a new graph.
+    y = x.new_empty((*x.shape[:-1], lora_b[0].shape[0]), dtype=dtype)
+    return y, x.new_empty((math.prod(x.shape[:-1]), sum(a.shape[0] for a in lora_a)), dtype=dtype)
+
+
+def _fake_backward(
+    grad: Tensor, x: Tensor | None, shrunk: Tensor | None, lora_a: list[Tensor], lora_b: list[Tensor], gate: Tensor,
+    scale: list[float], dropout: float, per_expert: bool, seed: Tensor | None, need_x: bool, need_gate: bool,
+    trainable: list[bool], backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    features, outputs = lora_a[0].shape[1], lora_b[0].shape[0]
+    columns = sum(a.shape[0] for a, flag in zip(lora_a, trainable, strict=True) if flag)
+    return (
+        grad.new_empty((*grad.shape[:-1], features) if need_x else 0),
+        grad.new_empty((columns, features) if any(trainable) else 0),
+        grad.new_empty((columns, outputs) if any(trainable) else 0),
+        gate.new_empty((math.prod(gate.shape[:-1]), gate.shape[-1])) if need_gate else grad.new_empty(0),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *operands, backend, every_column = inputs
+    call = LoraCall(*operands, every_column)  # type: ignore[call-arg, unused-ignore]
+    if call.gate.requires_grad and not every_column:
+        raise ValueError(
+            "the gate requires grad and every_column is False; expected True, because a gate of zero needs its "
+            "gradient. Pass every_column=True or a detached gate."
+        )
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.gate_shape = call.gate.shape
+    ctx.saved = Saved(ctx, call, output[1], backend)
+
+
+def _autograd(ctx: Any, grad: Tensor | None, _grad_shrunk: None) -> tuple[Any, ...]:
+    saved: Saved = ctx.saved
+    count = len(saved.wanted.experts)
+    nothing: list[Tensor | None] = [None] * count
+    if grad is None:
+        return None, None, nothing, list(nothing), None, None, None, None, None, None, None
+    dx, dgate, found = saved.gradients(ctx, grad)
+    if dgate is not None:
+        dgate = dgate.view(ctx.gate_shape)
+    dbase = grad if saved.base_requires_grad else None
+    return dx, dbase, found[:count], found[count:], dgate, None, None, None, None, None, None
 
 
 _FORWARD_OP = register_op(
     "multi_lora(Tensor x, Tensor? base, Tensor[] lora_a, Tensor[] lora_b, Tensor gate, float[] scale, float dropout, "
     "bool per_expert, Tensor? seed, str backend, bool every_column) -> (Tensor, Tensor)",
-    kernel=_forward,
-    fake=_forward_fake,
-    backward=multi_lora_derivative,
-    setup_context=save_for_derivative,
-    jvp=_jvp,
+    kernel=_op_forward,
+    fake=_fake_forward,
+    backward=_autograd,
+    setup_context=_setup_context,
 )
 _BACKWARD_OP = register_op(
     "multi_lora_backward(Tensor grad, Tensor? x, Tensor? shrunk, Tensor[] lora_a, Tensor[] lora_b, Tensor gate, "
     "float[] scale, float dropout, bool per_expert, Tensor? seed, bool need_x, bool need_gate, bool[] trainable, "
     "str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    kernel=_backward,
-    fake=_backward_fake,
+    kernel=_op_backward,
+    fake=_fake_backward,
 )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One call a torch op: its schema, kernel, fake implementation and, where it has them, its derivatives."""
+"""One call per torch op: its schema, its kernel, its fake implementation and, where it has one, its derivative."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-
-from dmole_kernels._transforms import transformable
+from torch.autograd import forward_ad
 
 _LIBRARY = torch.library.Library("dmole_kernels", "DEF")  # type: ignore[no-untyped-call]
 
@@ -20,17 +19,25 @@ def register_op(
     fake: Callable[..., Any],
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
-    jvp: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """Defines `torch.ops.dmole_kernels.<name of the schema>`; one kernel serves all devices (it picks the backend).
-
-    Returns the op as a function that works under torch.func, too; `jvp` as `transformable` takes it.
-    """
+    """Defines `torch.ops.dmole_kernels.<name of the schema>` and returns it; one kernel serves all devices."""
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)  # type: ignore[no-untyped-call]
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"dmole_kernels::{name}", fake, lib=_LIBRARY)
     if backward is not None:
         torch.library.register_autograd(f"dmole_kernels::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
-    overload = getattr(torch.ops.dmole_kernels, name).default
-    return transformable(overload, backward, setup_context, jvp)
+    overload: Callable[..., Any] = getattr(torch.ops.dmole_kernels, name).default
+    return overload
+
+
+def refuse_transforms(op: str) -> None:
+    """Raises NotImplementedError under torch.func and in forward mode, which a registered op would leave without a
+    derivative or with a silent tangent of zero."""
+    if torch._C._are_functorch_transforms_active() or (
+        forward_ad._current_level >= 0 and not torch.compiler.is_compiling()
+    ):
+        raise NotImplementedError(
+            f"{op} is under a torch.func transform or in forward-mode differentiation; expected plain autograd. "
+            f"Differentiate with backward() or torch.autograd.grad, or write the formula in plain PyTorch."
+        )

@@ -18,11 +18,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dmole_kernels import cuda, reference, triton_backend
+from dmole_kernels import reference, triton_backend
 from dmole_kernels._argument_checks import check_floating, check_one_device, dtype_name
-from dmole_kernels._backend import BACKENDS, choose_backend, without_autocast
-from dmole_kernels._registration import register_op
-from dmole_kernels._transforms import values_are_hidden
+from dmole_kernels._backend import BACKENDS, Op, without_autocast
+from dmole_kernels._registration import refuse_transforms, register_op
 
 
 def router_score(
@@ -48,7 +47,8 @@ def router_score(
     if decoder not in ("sigmoid", "linear"):
         raise ValueError(f"decoder={decoder!r}; expected 'sigmoid' or 'linear'. Use 'sigmoid' for the paper's.")
     tensors = (features, encoder_weight, encoder_bias, decoder_weight, decoder_bias)
-    name = choose_backend(backend, features.device.type, features.dtype).name
+    refuse_transforms("router_score")
+    name = ROUTER_SCORE.pick(backend, features.device.type, features.dtype)
     error: Tensor = _SCORE_OP(*tensors, decoder == "sigmoid", name)
     return error
 
@@ -56,8 +56,8 @@ def router_score(
 def router_select(error: Tensor, threshold: Tensor, *, top_k: int = 2, backend: str = "auto") -> Tensor:
     """Gate [N, T] of 0 and 1 in error's dtype: tasks at or under their threshold, lowest errors first, at most `top_k`.
 
-    Equal errors: the earlier task. A row of zeros means that no task knows the sample: the base model serves it. A NaN
-    error is never selected.
+    Equal errors: the earlier task. A row of zeros means that no task knows the sample, which gets the base model. An
+    infinite error is selected under an infinite threshold, a NaN error never.
 
         error     = [[0.1, 0.3, 0.2],    threshold = [0.25, 0.4, 0.25], top_k = 2:    gate = [[1, 0, 1],
                      [0.5, 0.3, 0.6]]                                                         [0, 1, 0]]
@@ -71,13 +71,14 @@ def router_select(error: Tensor, threshold: Tensor, *, top_k: int = 2, backend: 
     check_one_device(error=error, threshold=threshold)
     if top_k < 1:
         raise ValueError(f"top_k={top_k}; expected at least 1. The paper's is 2.")
-    if not values_are_hidden() and bool(threshold.isnan().any()):
+    if not torch.compiler.is_compiling() and bool(threshold.isnan().any()):
         tasks = threshold.isnan().nonzero().flatten().tolist()
         raise ValueError(
             f"threshold is NaN for tasks {tasks}; expected numbers, or -inf for a task that is never to be chosen. "
             f"Calibrate those tasks again."
         )
-    name = choose_backend(backend, error.device.type, torch.promote_types(error.dtype, threshold.dtype)).name
+    refuse_transforms("router_select")
+    name = ROUTER_SELECT.pick(backend, error.device.type, torch.promote_types(error.dtype, threshold.dtype))
     gate: Tensor = _SELECT_OP(error, threshold, top_k, name)
     return gate
 
@@ -131,9 +132,8 @@ if "cpu" in BACKENDS:
 if "triton" in BACKENDS:
     SCORE["triton"] = triton_backend.kernel("router_score", "router_score_forward")
     SCORE_BACKWARD["triton"] = reference.router_score_backward
-    SELECT["triton"] = reference.router_select
-if "cuda" in BACKENDS:
-    SCORE["cuda"] = SCORE_BACKWARD["cuda"] = SELECT["cuda"] = cuda.absent("router")
+ROUTER_SCORE = Op("router_score", SCORE)
+ROUTER_SELECT = Op("router_select", SELECT)
 
 
 def _score(
@@ -188,13 +188,6 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*grads, None, None)
 
 
-def _jvp(arguments: tuple[Any, ...], tangents: tuple[Any, ...], error: Tensor) -> Tensor:
-    """The reference's on every backend, as backward is."""
-    *tensors, sigmoid, _ = arguments
-    filled = [torch.zeros_like(v) if t is None else t for t, v in zip(tangents, tensors, strict=False)]
-    return reference.router_score_jvp(tensors, filled, sigmoid)
-
-
 def _select_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     # A step function: flat wherever it has a derivative.
     ctx.mark_non_differentiable(output)
@@ -204,10 +197,6 @@ def _select_backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
     return None, None, None, None
 
 
-def _select_jvp(arguments: tuple[Any, ...], tangents: tuple[Any, ...], gate: Tensor) -> None:
-    return None
-
-
 _TENSORS = "Tensor features, Tensor encoder_weight, Tensor encoder_bias, Tensor decoder_weight, Tensor decoder_bias"
 _SCORE_OP = register_op(
     f"router_score({_TENSORS}, bool sigmoid, str backend) -> Tensor",
@@ -215,7 +204,6 @@ _SCORE_OP = register_op(
     fake=_score_fake,
     backward=_autograd,
     setup_context=_setup_context,
-    jvp=_jvp,
 )
 _SCORE_BACKWARD_OP = register_op(
     f"router_score_backward(Tensor grad, {_TENSORS}, bool sigmoid, str backend) "
@@ -229,5 +217,4 @@ _SELECT_OP = register_op(
     fake=_select_fake,
     backward=_select_backward,
     setup_context=_select_context,
-    jvp=_select_jvp,
 )

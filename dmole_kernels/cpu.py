@@ -15,13 +15,15 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from dmole_kernels._lora_call import LoraCall, Wanted
+
 DTYPES = (torch.float32, torch.bfloat16)
 
 
 # What the extension must bring: one built from older sources is not used.
 OPS = (
     "cpu_gemm",
-    "cpu_linear",
+    "cpu_frozen_linear",
     "cpu_multi_lora",
     "cpu_multi_lora_backward",
     "cpu_squared_norm",
@@ -90,26 +92,23 @@ def takes_linear(rows: int, features: int, dtype: torch.dtype, *, transposed: bo
     """
     if LINEAR != "auto":
         return LINEAR == "own"
-    if not _beats_vendor():
+    level = EXTENSION.isa() if EXTENSION is not None else ""
+    if CPU_MAKER != "amd" or not _MKL or not level.startswith("avx512"):
         return False
     if dtype == torch.float32:
         return rows >= 8 or not transposed
-    if isa() != "avx512_bf16":
+    if level != "avx512_bf16":
         return False
     if transposed:
         return features < 1024 and rows <= 64
     return rows <= (64 if features <= 1024 else 16 if features <= 2048 else 8)
 
 
-def _beats_vendor() -> bool:
-    return CPU_MAKER == "amd" and isa().startswith("avx512") and torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
-
-
 def explain_linear() -> str:
     """Who multiplies with the base's weight, in a line."""
     if LINEAR != "auto":
         return f"{'own kernels' if LINEAR == 'own' else 'PyTorch'} (DMOLE_KERNELS_LINEAR={LINEAR})"
-    if _beats_vendor():
+    if takes_linear(2048, 2048, torch.float32):
         return "own kernels for float32 and for few rows of bfloat16, else PyTorch (measured on AMD's AVX-512)"
     return "PyTorch (own kernels were measured faster on AMD's CPUs with AVX-512 only)"
 
@@ -123,54 +122,51 @@ def _asked_linear() -> str:
 
 LINEAR = _asked_linear()
 CPU_MAKER = "" if EXTENSION is None else str(EXTENSION.cpu_maker())
+_MKL: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
 
 
-class Plan:
-    """Which rows each expert of a gate serves, found once and shared by all layers that see this gate.
+class RowMap:
+    """Which rows use each expert of a gate, found once and shared by all layers that see this gate.
 
     Args:
         gate: [gates, experts], each gate covering `rows / gates` consecutive rows.
         rows: rows of x, all leading dimensions together.
-        every_column: give all rows to all experts, as a gate that is trained wants.
     """
 
-    def __init__(self, gate: Tensor, rows: int, *, every_column: bool = False) -> None:
-        self.table = extension().Plan(gate.detach(), rows, every_column)
-        self.words: Tensor = self.table.words
+    def __init__(self, gate: Tensor, rows: int) -> None:
+        self._map = extension().RowMap(gate.detach(), rows)
+        self.table: Tensor = self._map.table  # int32, what the kernels read
         self.rows = rows
-        self.every_column = every_column
 
     @property
     def pairs(self) -> int:
-        """How many pairs of row and expert there are to compute."""
-        return int(self.table.pairs)
+        """How many pairs of row and expert have a gate that is not zero."""
+        return int(self._map.pairs)
 
     def rows_of(self, expert: int) -> list[int]:
-        return list(self.table.rows_of(expert))
+        """The rows whose gate for this expert is not zero."""
+        return list(self._map.rows_of(expert))
 
     def experts_of(self, begin: int, end: int) -> list[int]:
-        """The experts that rows [begin, end) need."""
-        return list(self.table.experts_of(begin, end))
+        """The experts that rows [begin, end) use."""
+        return list(self._map.experts_of(begin, end))
 
 
-def multi_lora_forward(
-    x: Tensor, base: Tensor | None, lora_a: list[Tensor], lora_b: list[Tensor], gate_GE: Tensor, scale: list[float],
-    dropout: float, per_expert: bool, seed: Tensor | None, every_column: bool = True, plan: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def multi_lora_forward(call: LoraCall) -> tuple[Tensor, Tensor]:
     """As `reference.multi_lora_forward`; without `every_column`, S is zero where the gate is."""
     y, shrunk = torch.ops.dmole_kernels.cpu_multi_lora.default(
-        x, base, lora_a, lora_b, gate_GE, scale, dropout, per_expert, seed, every_column, plan
-    )
+        call.x, call.base, call.lora_a, call.lora_b, call.gate, call.scale, call.dropout, call.per_expert, call.seed,
+        call.every_column, call.row_map,
+    )  # fmt: skip
     return y, shrunk
 
 
 def multi_lora_backward(
-    grad: Tensor, x: Tensor | None, s_NR: Tensor | None, lora_a: list[Tensor], lora_b: list[Tensor], gate_GE: Tensor,
-    scale: list[float], dropout: float, per_expert: bool, seed: Tensor | None, need_x: bool, need_gate: bool,
-    trainable: list[bool], plan: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    call: LoraCall, grad: Tensor, s_NR: Tensor | None, wanted: Wanted
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `reference.multi_lora_backward`."""
     dx, da, db, dgate = torch.ops.dmole_kernels.cpu_multi_lora_backward.default(
-        grad, x, s_NR, lora_a, lora_b, gate_GE, scale, dropout, per_expert, seed, need_x, need_gate, trainable, plan
-    )
+        grad, call.x, s_NR, call.lora_a, call.lora_b, call.gate, call.scale, call.dropout, call.per_expert, call.seed,
+        wanted.x, wanted.gate, wanted.experts, call.row_map,
+    )  # fmt: skip
     return dx, da, db, dgate

@@ -3,7 +3,7 @@
     available  <=>  the compiled extension `dmole_kernels._C` was built with CUDA
 
 The "cuda" backend: CUDA C++ (csrc/cuda/) for what a decode step needs, the forward of multi_lora for 1 to 16 rows, and
-the plan of a gate made on the device. Whatever else is asked of it is refused, with the reason and the remedy.
+the row map of a gate made on the device. Whatever else is asked of it is refused, with the reason and the remedy.
 
 Nothing is packed: the kernels read the experts where they lie, by the Triton backend's table of columns, and only those
 whose gate is not zero. Strided features of x or of an expert cost a copy, as do experts of several dtypes and gates of
@@ -12,18 +12,19 @@ another dtype than float32. For CUDA graphs, run the step once before the captur
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from dmole_kernels import cpu
+from dmole_kernels._lora_call import LoraCall
 from dmole_kernels.triton_backend.columns import expert_columns, one_dtype, rows_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MOST_ROWS = 16
-OPS = ("cuda_decode", "cuda_plan")
+OPS = ("cuda_decode", "cuda_row_map")
 _LOAD_BYTES = 16
 _REMEDY = "Pass backend='triton' or backend='reference' for this call."
 
@@ -42,31 +43,30 @@ def _missing() -> str:
 MISSING = _missing()
 
 
-def multi_lora_forward(
-    x: Tensor, base: Tensor | None, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], gate_GE: Tensor,
-    scale: Sequence[float], dropout: float, per_expert: bool, seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def multi_lora_forward(call: LoraCall) -> tuple[Tensor, Tensor]:
     """y and S as `reference.multi_lora_forward`, but S is zero where the gate is.
 
     Raises:
         ValueError: for more than 16 rows, or dropout.
     """
-    rows = x.shape[:-1].numel()
-    if rows > MOST_ROWS:
-        raise ValueError(f"backend='cuda' got {rows} rows of x; expected at most {MOST_ROWS}, a decode step. {_REMEDY}")
-    if seed is not None:
+    x, base = call.x, call.base
+    assert x is not None
+    if call.rows > MOST_ROWS:
         raise ValueError(
-            f"backend='cuda' got dropout={dropout}; expected 0, since its kernels are for inference and draw no masks. "
-            f"Put the layer in eval() or pass backend='triton' or backend='reference'."
+            f"backend='cuda' got {call.rows} rows of x; expected at most {MOST_ROWS}, a decode step. {_REMEDY}"
         )
-    dtype = x.dtype if base is None else base.dtype
-    outputs = lora_b[0].shape[0]
-    a, b = _experts(lora_a, lora_b, dtype)
-    columns = expert_columns(a, b, scale, block=MOST_ROWS, per_expert=False)
+    if call.seed is not None:
+        raise ValueError(
+            f"backend='cuda' got dropout={call.dropout}; expected 0, since its kernels are for inference and draw no "
+            f"masks. Put the layer in eval() or pass backend='triton' or backend='reference'."
+        )
+    dtype, outputs = call.dtype, call.outputs
+    a, b = _experts(call.lora_a, call.lora_b, dtype)
+    columns = expert_columns(a, b, call.scale, block=MOST_ROWS, per_expert=False)
     y_NP, s_NR = torch.ops.dmole_kernels.cuda_decode(
         rows_of(x.to(dtype)),
         None if base is None else rows_of(base.to(dtype)),
-        gate_GE.to(torch.float32).contiguous(),
+        call.gate.to(torch.float32).contiguous(),
         columns.table,
         columns.experts,
         outputs,
@@ -77,24 +77,20 @@ def multi_lora_forward(
     return y_NP.view(*x.shape[:-1], outputs), s_NR
 
 
-def plan(gate_GE: Tensor, rows: int, *, every_column: bool = False) -> tuple[Tensor, Tensor]:
-    """Which rows each expert serves, made on the gate's device with no host synchronisation.
+def multi_lora_backward(*_arguments: object) -> NoReturn:
+    """Raises ValueError: decoding has no backward."""
+    raise ValueError(f"backend='cuda' has no backward of multi_lora; expected a decode step. {_REMEDY}")
 
-    Returns int32 words laid out as `Plan.words`, {rows, experts, slots}, start, row, flags, in a tensor with room for
-    every pair (what is behind the plan's own words is not written), and int32 [tiles, ceil(experts / 32)]: bit e of a
-    tile says that one of its 32 rows needs expert e.
+
+def row_map(gate_GE: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Which rows use each expert, made on the gate's device with no host synchronisation.
+
+    Returns the int32 numbers of `RowMap.table`, {rows, experts, pairs}, start, row, flags, in a tensor with room for
+    every pair (what is behind the table is not written), and int32 [tiles, ceil(experts / 32)]: bit e of a tile says
+    that one of its 32 rows needs expert e.
     """
-    words, needed = torch.ops.dmole_kernels.cuda_plan(gate_GE.to(torch.float32).contiguous(), rows, every_column)
-    return words, needed
-
-
-def absent(what: str) -> Callable[..., NoReturn]:
-    """In the tables of kernels where this backend has none: says so when it is asked for."""
-
-    def refuse(*_arguments: object, **_keywords: object) -> NoReturn:
-        raise ValueError(f"backend='cuda' has no {what}; expected a decode step of multi_lora. {_REMEDY}")
-
-    return refuse
+    table, needed = torch.ops.dmole_kernels.cuda_row_map(gate_GE.to(torch.float32).contiguous(), rows)
+    return table, needed
 
 
 def _experts(lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], ...]:

@@ -15,15 +15,12 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from dmole_kernels._lora_call import LoraCall, PackedExperts, Wanted
 from dmole_kernels._philox import dropout_keep_mask
 
 
 def _joined(pieces: Sequence[Tensor], dimension: int) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces), dimension)
-
-
-def _packed(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    return _joined(tensors, 0).to(dtype)
 
 
 def _packed_b(lora_b: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -32,12 +29,22 @@ def _packed_b(lora_b: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return _joined([b.t() for b in lora_b], 0).to(dtype, memory_format=torch.contiguous_format).contiguous()
 
 
+def pack_experts(lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], dtype: torch.dtype) -> PackedExperts:
+    """The experts side by side, for `LoraCall.packed`: A [R, D] and B^T [R, P]."""
+    return PackedExperts(_joined(lora_a, 0).to(dtype), _packed_b(lora_b, dtype))
+
+
 def column_gate(gate_GE: Tensor, scale: Sequence[float], ranks: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """C[g, j] = gate[g, e(j)] s[e(j)] as [G, 1, R], or [G, 1, 1] for a single expert (it broadcasts)."""
+    """C[g, j] = gate[g, e(j)] s[e(j)] as [G, 1, R], or [G, 1, 1] for a single expert (it broadcasts).
+
+    In float32 at least, whatever the dtypes of gate and call: a scale of 1e5 is inf in float16, and a product rounded
+    to bfloat16 is off by 2e-3.
+    """
+    wide_GE = gate_GE.to(torch.promote_types(torch.promote_types(dtype, gate_GE.dtype), torch.float32))
     if len(ranks) == 1:
-        return (gate_GE * scale[0]).to(dtype).unsqueeze(1)
-    pieces = [(gate_GE[:, e, None] * scale[e]).expand(-1, rank) for e, rank in enumerate(ranks)]
-    return torch.cat(pieces, 1).to(dtype).unsqueeze(1)
+        return (wide_GE * scale[0]).unsqueeze(1)
+    pieces = [(wide_GE[:, e, None] * scale[e]).expand(-1, rank) for e, rank in enumerate(ranks)]
+    return torch.cat(pieces, 1).unsqueeze(1)
 
 
 def keep_mask(rows: int, features: int, dropout: float, seed: Tensor, stream: int, device: torch.device) -> Tensor:
@@ -50,96 +57,139 @@ def mask_streams(experts: int, per_expert: bool) -> list[tuple[int, list[int]]]:
     return [(e, [e]) for e in range(experts)] if per_expert else [(0, list(range(experts)))]
 
 
-def multi_lora_forward(
-    x: Tensor, base: Tensor | None, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], gate_GE: Tensor,
-    scale: Sequence[float], dropout: float, per_expert: bool, seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """S = x^ A^T, y = base + (S * C) B^T. Returns y in base's shape and S [N, R]; computes in base's dtype."""
-    dtype = x.dtype if base is None else base.dtype
-    ranks = [a.shape[0] for a in lora_a]
-    x_ND = x.reshape(-1, x.shape[-1]).to(dtype)
-    b_RP = _packed_b(lora_b, dtype)
+def multi_lora_forward(call: LoraCall) -> tuple[Tensor, Tensor]:
+    """S = x^ A^T, y = base + (S * C) B^T, where a gate of zero leaves the expert out whatever its values are.
+
+    Returns y in base's shape and S [N, R] (unmasked: the gate's gradient needs it); computes in base's dtype.
+    """
+    assert call.x is not None
+    dtype, ranks = call.dtype, call.ranks
+    packed = pack_experts(call.lora_a, call.lora_b, dtype) if call.packed is None else call.packed
+    x_ND = call.x.reshape(-1, call.x.shape[-1]).to(dtype)
+    parts = _parts(ranks)
     pieces = []
-    for stream, members in mask_streams(len(ranks), per_expert):
-        dropped_ND = (
-            x_ND if seed is None else x_ND * keep_mask(x_ND.shape[0], x_ND.shape[1], dropout, seed, stream, x_ND.device)
-        )
-        pieces.append(dropped_ND @ _packed([lora_a[e] for e in members], dtype).t())
+    for stream, members in mask_streams(len(ranks), call.per_expert):
+        keep_ND = _keep(call, x_ND.shape[0], x_ND.shape[1], stream, x_ND.device)
+        dropped_ND = x_ND if keep_ND is None else x_ND * keep_ND
+        pieces.append(dropped_ND @ packed.a_RD[parts[members[0]].start : parts[members[-1]].stop].t())
     s_NR = _joined(pieces, 1)
-    if seed is not None:
+    if call.seed is not None:
         # On S, which is small, rather than on x^.
-        s_NR.mul_(1.0 / (1.0 - dropout))
-    gated_NR = _gated(s_NR, column_gate(gate_GE, scale, ranks, dtype))
-    if base is None:
-        return (gated_NR @ b_RP).view(*x.shape[:-1], b_RP.shape[1]), s_NR
-    y_NP = torch.addmm(base.reshape(-1, base.shape[-1]), gated_NR, b_RP)
-    return y_NP.view(base.shape), s_NR
+        s_NR.mul_(1.0 / (1.0 - call.dropout))
+    gated_NR = _gated(s_NR, column_gate(call.gate, call.scale, ranks, dtype))
+    shape = (*call.x.shape[:-1], packed.b_RP.shape[1])
+    if call.base is None:
+        y_NP = gated_NR @ packed.b_RP
+    else:
+        y_NP = torch.addmm(call.base.reshape(-1, shape[-1]), gated_NR, packed.b_RP)
+    if not _all_finite(y_NP):
+        # 0 * inf inside the product: each expert alone, so that rows without it can be masked.
+        y_NP = torch.zeros_like(y_NP) if call.base is None else call.base.reshape(-1, shape[-1]).clone()
+        for e, part in enumerate(parts):
+            y_NP += _where_used(call.gate[:, e], gated_NR[:, part] @ packed.b_RP[part])
+    return y_NP.view(shape), s_NR
+
+
+def _parts(ranks: Sequence[int]) -> list[slice]:
+    """The packed columns of each expert."""
+    return [slice(stop - rank, stop) for stop, rank in zip(accumulate(ranks), ranks, strict=True)]
+
+
+def _keep(call: LoraCall, rows: int, features: int, stream: int, device: torch.device) -> Tensor | None:
+    return None if call.seed is None else keep_mask(rows, features, call.dropout, call.seed, stream, device)
 
 
 def _gated(columns_NR: Tensor, column_gate_G1R: Tensor) -> Tensor:
-    gates = column_gate_G1R.shape[0]
+    """columns * C, and zero where C is, even beside inf and NaN."""
     if columns_NR.numel() == 0:
         return columns_NR.clone()
-    return (columns_NR.view(gates, -1, columns_NR.shape[1]) * column_gate_G1R).view(columns_NR.shape)
+    gates = column_gate_G1R.shape[0]
+    product = columns_NR.view(gates, -1, columns_NR.shape[1]) * column_gate_G1R
+    return product.masked_fill_(column_gate_G1R == 0, 0.0).to(columns_NR.dtype).view(columns_NR.shape)
+
+
+def _where_used(gate_G: Tensor, rows_NX: Tensor) -> Tensor:
+    """The rows whose gate is not zero, and zeros elsewhere."""
+    if rows_NX.numel() == 0:
+        return rows_NX
+    used_N1 = (gate_G != 0).repeat_interleave(rows_NX.shape[0] // gate_G.shape[0])[:, None]
+    return torch.where(used_N1, rows_NX, torch.zeros((), dtype=rows_NX.dtype, device=rows_NX.device))
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False  # A captured graph cannot look at values; the masked form is right for all of them.
+    return bool(torch.isfinite(tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))))
 
 
 def multi_lora_backward(
-    grad: Tensor, x: Tensor | None, s_NR: Tensor | None, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor],
-    gate_GE: Tensor, scale: Sequence[float], dropout: float, per_expert: bool, seed: Tensor | None,
-    need_x: bool, need_gate: bool, trainable: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    call: LoraCall, grad: Tensor, s_NR: Tensor | None, wanted: Wanted
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """P = dY B, dS = P * C; dB = dY^T (S * C), dA = dS^T x^, dx = keep/(1-q) (dS A), dg = s sum_{j in e} P S.
 
-    `trainable[e]` names the experts whose dA [R_t, D] and dB^T [R_t, P] are wanted, packed in order. What is not wanted
-    comes back with zero elements and is never computed. x is read only for dA, S only for dB and dg; else both may be
-    None.
+    dA [R_t, D] and dB^T [R_t, P] of the wanted experts are packed in order. What is not wanted comes back with zero
+    elements and is never computed. As in the forward, a gate of zero leaves the expert out of dA, dB and dx whatever
+    the row's and the expert's values are; dg is what it is.
     """
-    dtype = grad.dtype
-    ranks = [a.shape[0] for a in lora_a]
-    features = lora_a[0].shape[1]
-    stops = list(accumulate(ranks))
-    parts = [slice(stop - rank, stop) for stop, rank in zip(stops, ranks, strict=True)]
-    chosen = [e for e, flag in enumerate(trainable) if flag]
+    dtype, ranks = grad.dtype, call.ranks
+    features = call.lora_a[0].shape[1]
+    parts = _parts(ranks)
+    chosen = [e for e, flag in enumerate(wanted.experts) if flag]
+    packed = pack_experts(call.lora_a, call.lora_b, dtype) if call.packed is None else call.packed
     grad_NP = grad.reshape(-1, grad.shape[-1])
-    p_NR = grad_NP @ _packed_b(lora_b, dtype).t()
-    column_gate_G1R = column_gate(gate_GE, scale, ranks, dtype)
-    dx: Tensor | None = None
-    db_RP: Tensor | None = None
-    dgate_GE: Tensor | None = None
-
-    if need_gate and s_NR is not None:
-        dgate_GE = _gate_gradient(p_NR, s_NR, gate_GE.shape[0], ranks, scale).to(gate_GE.dtype)
-    if chosen and s_NR is not None:
-        db_RP = _columns(_gated(s_NR, column_gate_G1R), [parts[e] for e in chosen]).t() @ grad_NP
-
+    x_ND = call.x.reshape(-1, features).to(dtype) if chosen and call.x is not None else None
+    p_NR = grad_NP @ packed.b_RP.t()
+    column_gate_G1R = column_gate(call.gate, call.scale, ranks, dtype)
+    gated_NR = _gated(s_NR, column_gate_G1R) if chosen and s_NR is not None else None
     ds_NR = _gated(p_NR, column_gate_G1R)
-    if seed is not None:
-        ds_NR.mul_(1.0 / (1.0 - dropout))
-    x_ND = x.reshape(-1, features).to(dtype) if chosen and x is not None else None
-    da_pieces = []
-    for stream, members in mask_streams(len(ranks), per_expert):
-        learning = [e for e in members if trainable[e]]
-        if not learning and not need_x:
-            continue
-        keep_ND = None
-        if seed is not None:
-            keep_ND = keep_mask(ds_NR.shape[0], features, dropout, seed, stream, grad.device)
-        if learning and x_ND is not None:
-            dropped_ND = x_ND if keep_ND is None else x_ND * keep_ND
-            da_pieces.append(_columns(ds_NR, [parts[e] for e in learning]).t() @ dropped_ND)
-        if need_x:
-            packed_RD = _packed([lora_a[e] for e in members], dtype)
-            part_ND = _columns(ds_NR, [parts[e] for e in members]) @ packed_RD
-            part_ND = part_ND if keep_ND is None else part_ND.mul_(keep_ND)
-            dx = part_ND if dx is None else dx.add_(part_ND)
+    if call.seed is not None:
+        ds_NR.mul_(1.0 / (1.0 - call.dropout))
+    tensors = (packed.a_RD, x_ND, grad_NP, gated_NR, ds_NR)
+
+    together = [[e for e in members] for _, members in mask_streams(len(ranks), call.per_expert)]
+    dx, da, db = _products(call, together, parts, wanted, *tensors, masked=False)
+    if not all(tensor is None or _all_finite(tensor) for tensor in (dx, da, db)):
+        dx, da, db = _products(call, [[e] for e in range(len(ranks))], parts, wanted, *tensors, masked=True)
 
     nothing = grad.new_empty(0)
+    dgate = None
+    if wanted.gate and s_NR is not None:
+        dgate = _gate_gradient(p_NR, s_NR, call.gate.shape[0], ranks, call.scale).to(call.gate.dtype)
     return (
         nothing if dx is None else dx.view(*grad.shape[:-1], features),
-        _joined(da_pieces, 0) if da_pieces else nothing.clone(),
-        nothing.clone() if db_RP is None else db_RP,
-        nothing.clone() if dgate_GE is None else dgate_GE,
+        nothing.clone() if da is None else da,
+        nothing.clone() if db is None else db,
+        nothing.clone() if dgate is None else dgate,
     )
+
+
+def _products(
+    call: LoraCall, groups: Sequence[Sequence[int]], parts: Sequence[slice], wanted: Wanted, a_RD: Tensor,
+    x_ND: Tensor | None, grad_NP: Tensor, gated_NR: Tensor | None, ds_NR: Tensor, *, masked: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """dx, dA and dB^T, for groups of neighbouring experts; masked: one expert a group, over the rows that use it."""
+    dx: Tensor | None = None
+    da_pieces, db_pieces = [], []
+    for members in groups:
+        learning = [e for e in members if wanted.experts[e]]
+        if not learning and not wanted.x:
+            continue
+        span = slice(parts[members[0]].start, parts[members[-1]].stop)
+        stream = members[0] if call.per_expert else 0
+        keep_ND = _keep(call, ds_NR.shape[0], a_RD.shape[1], stream, ds_NR.device)
+
+        def used(rows_NX: Tensor, expert: int = members[0]) -> Tensor:
+            return _where_used(call.gate[:, expert], rows_NX) if masked else rows_NX
+
+        if learning and x_ND is not None and gated_NR is not None:
+            dropped_ND = x_ND if keep_ND is None else x_ND * keep_ND
+            da_pieces.append(_columns(ds_NR, [parts[e] for e in learning]).t() @ used(dropped_ND))
+            db_pieces.append(_columns(gated_NR, [parts[e] for e in learning]).t() @ used(grad_NP))
+        if wanted.x:
+            part_ND = used(ds_NR[:, span] @ a_RD[span])
+            part_ND = part_ND if keep_ND is None else part_ND.mul_(keep_ND)
+            dx = part_ND if dx is None else dx.add_(part_ND)
+    return dx, _joined(da_pieces, 0) if da_pieces else None, _joined(db_pieces, 0) if db_pieces else None
 
 
 def _gate_gradient(p_NR: Tensor, s_NR: Tensor, gates: int, ranks: Sequence[int], scale: Sequence[float]) -> Tensor:
@@ -237,40 +287,23 @@ def router_score_backward(
     )
 
 
-def router_score_jvp(tensors: Sequence[Tensor], tangents: Sequence[Tensor], sigmoid: bool) -> Tensor:
-    """The change of error [N, T] along `tangents`, one for each of router_score_forward's tensors."""
-    features_ND, encoder_weight_THD, encoder_bias_TH, decoder_weight_TDH, decoder_bias_TD = tensors
-    dfeatures_ND, dencoder_weight_THD, dencoder_bias_TH, ddecoder_weight_TDH, ddecoder_bias_TD = tangents
-    hidden_TNH = router_hidden(features_ND, encoder_weight_THD, encoder_bias_TH)
-    dhidden_TNH = (
-        dfeatures_ND @ encoder_weight_THD.transpose(1, 2)
-        + features_ND @ dencoder_weight_THD.transpose(1, 2)
-        + dencoder_bias_TH[:, None]
-    ) * (hidden_TNH > 0)
-    output_TND = hidden_TNH @ decoder_weight_TDH.transpose(1, 2) + decoder_bias_TD[:, None]
-    doutput_TND = (
-        dhidden_TNH @ decoder_weight_TDH.transpose(1, 2)
-        + hidden_TNH @ ddecoder_weight_TDH.transpose(1, 2)
-        + ddecoder_bias_TD[:, None]
-    )
-    if sigmoid:
-        output_TND = output_TND.sigmoid()
-        doutput_TND = doutput_TND * output_TND * (1.0 - output_TND)
-    return (2.0 * (output_TND - features_ND) * (doutput_TND - dfeatures_ND)).mean(2).t()
-
-
 def router_select(error_NT: Tensor, threshold_T: Tensor, top_k: int) -> Tensor:
     """gate[n, t] = 1 where error <= threshold_t and fewer than top_k tasks under their threshold are nearer."""
     admitted_NT = error_NT <= threshold_T
-    ranked_NT = error_NT.masked_fill(~admitted_NT, float("inf")).sort(dim=1, stable=True).indices
-    place_NT = torch.empty_like(ranked_NT).scatter_(
-        1, ranked_NT, torch.arange(ranked_NT.shape[1], device=ranked_NT.device).expand_as(ranked_NT).contiguous()
-    )
+    # By error, then the admitted ones first, both stable: an admitted error of inf comes before all that are not.
+    by_error_NT = error_NT.argsort(dim=1, stable=True)
+    passed_NT = (~admitted_NT).gather(1, by_error_NT).to(torch.uint8).argsort(dim=1, stable=True)
+    ranked_NT = by_error_NT.gather(1, passed_NT)
+    places = torch.arange(ranked_NT.shape[1], device=ranked_NT.device)
+    place_NT = torch.empty_like(ranked_NT).scatter_(1, ranked_NT, places.expand_as(ranked_NT).contiguous())
     return (admitted_NT & (place_NT < top_k)).to(error_NT.dtype)
 
 
 def masked_max_pool(hidden_BTD: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
     """max over the tokens with mask True, and the token each maximum came from (the first of equals)."""
+    if hidden_BTD.shape[1] == 0:  # No samples either, or there would be one whose tokens are all masked.
+        empty = hidden_BTD.new_empty((hidden_BTD.shape[0], hidden_BTD.shape[2]))
+        return empty, empty.to(torch.int64)
     masked_BTD = hidden_BTD.masked_fill(~mask_BT[:, :, None], float("-inf"))
     values_BD, token_BD = masked_BTD.max(1)
     return values_BD, token_BD

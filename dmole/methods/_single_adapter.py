@@ -10,8 +10,7 @@ as many weights as an adapter of rank r / 2 on all of them, exactly so when the 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
@@ -27,6 +26,7 @@ from dmole.models.adapters import (
     add_experts,
     attach,
     expert_parameters,
+    experts_on,
     load_adapter_state,
     remove_expert,
 )
@@ -104,13 +104,8 @@ class SingleAdapter(Method):
     def evaluation_gates(self, batch: Batch) -> AbstractContextManager[RoutingRecord | None]:
         return self._always_on(len(batch.samples))
 
-    @contextlib.contextmanager
-    def _always_on(self, rows: int) -> Iterator[None]:
-        gate = torch.ones(rows, 1)
-        with contextlib.ExitStack() as stack:
-            for gates in self.gates.values():
-                stack.enter_context(gates.use(gate, (ADAPTER,)))
-            yield
+    def _always_on(self, rows: int) -> AbstractContextManager[None]:
+        return experts_on(self.gates, torch.ones(rows, 1), (ADAPTER,))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, JSON]]:
         tensors, description = adapter_state(self.layers)

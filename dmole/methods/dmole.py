@@ -45,6 +45,7 @@ from dmole.models.adapters import (
     add_experts,
     attach,
     expert_parameters,
+    experts_on,
     freeze_expert,
     load_adapter_state,
 )
@@ -194,8 +195,7 @@ class DMoLE(Method):
         return dataclasses.replace(placement, neighbours=dict(sorted(names.items())))
 
     def _fresh_features(self, samples: Sequence[Sample]) -> Tensor:
-        # Not through the store: what is in it already would change the batches, and with them the last bits. A resumed
-        # run has to train on the very same features.
+        # Not through the store: each set is asked for once.
         return router_features(self.mm, samples, batch_size=self.options.router.feature_batch_size)
 
     # Training
@@ -215,7 +215,7 @@ class DMoLE(Method):
             # Column k is 1 where old task k is the sample's neighbour; the last one, the new expert, serves everyone.
             old_SE = neighbour_S[:, None] == torch.arange(len(old))
             gate_SE = torch.cat([old_SE.float(), torch.ones(len(batch.samples), 1)], dim=1)
-        return self._using(gate_SE, tuple(placement.expert for placement in (*old, new)))
+        return experts_on(self.gates, gate_SE, tuple(placement.expert for placement in (*old, new)))
 
     def _rows(self, batch: Batch) -> Tensor:
         assert self._stage is not None
@@ -227,13 +227,6 @@ class DMoLE(Method):
                 f"{self.pool.tasks[-1]!r}. Call begin_stage with the task that is trained."
             )
         return torch.tensor([row[sample.id] for sample in batch.samples])
-
-    @contextlib.contextmanager
-    def _using(self, gate_SE: Tensor, experts: Sequence[str]) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            for gates in self.gates.values():
-                stack.enter_context(gates.use(gate_SE, experts))
-            yield
 
     # After training
 
@@ -259,14 +252,14 @@ class DMoLE(Method):
     def _evaluating(self, batch: Batch) -> Iterator[RoutingRecord | None]:
         experts = tuple(placement.expert for placement in self.pool)
         if self.options.routing == "none":
-            with self._using(torch.ones(len(batch.samples), len(experts)), experts):
+            with experts_on(self.gates, torch.ones(len(batch.samples), len(experts)), experts):
                 yield None
             return
         with self.timed("router_seconds"):
             features_ND = self._features.features(batch.samples)
             routes = self.router.select(features_ND, mode=self.options.routing)
         # During a stage the pool is one task ahead of the router, which is trained at its end.
-        with self._using(routes.gate_NT, experts[: len(self.router.tasks)]):
+        with experts_on(self.gates, routes.gate_NT, experts[: len(self.router.tasks)]):
             yield RoutingRecord(chosen=routes.chosen)
 
     # Resume and report
@@ -290,7 +283,10 @@ class DMoLE(Method):
         self.pool = ExpertPool.from_json(meta["pool"])
         self.router.load_state(_under(tensors, "router."), meta["router"])
         stage, memory = meta["stage"], _under(tensors, "stage.")
-        self._stage = _StageMemory.of(stage["ids"], memory["features_ND"], memory["neighbour_N"]) if stage else None
+        self._stage = None
+        if stage:
+            # Cloned into torch's aligned memory: the bits of a product may depend on where its operands lie.
+            self._stage = _StageMemory.of(stage["ids"], memory["features_ND"].clone(), memory["neighbour_N"].clone())
 
     def report(self) -> dict[str, JSON]:
         counts = {

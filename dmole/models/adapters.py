@@ -9,7 +9,7 @@ exactly its base layer. The functions here work on what `attach` returns, ``{qua
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -67,6 +67,7 @@ def attach(
         wrapped = MultiLoRALinear(
             linear, gates=gates[tower], dropout=dropout, dropout_mode=dropout_mode, backend=backend
         )
+        wrapped.place = name
         wrapped.train(linear.training)
         _replace(model, name, wrapped)
         adapters[name] = wrapped
@@ -125,6 +126,20 @@ def expert_parameters(adapters: Mapping[str, MultiLoRALinear], expert: str | Non
         for inner, parameter in adapter.bank.named_parameters()
         if expert is None or inner.startswith(f"experts.{expert}.")
     }
+
+
+@contextmanager
+def experts_on(gates: Mapping[str, ExpertGates], gate: Tensor, experts: Sequence[str]) -> Iterator[None]:
+    """Opens the gate [samples, experts] on every tower, with the columns of the experts that the tower holds.
+
+    An expert may have its linears in one tower only; a tower that holds none of the experts stays the base model.
+    """
+    with ExitStack() as stack:
+        for tower in gates.values():
+            held = [e for e, name in enumerate(experts) if name in tower.names]
+            if held:
+                stack.enter_context(tower.use(gate[:, held], [experts[e] for e in held]))
+        yield
 
 
 def adapter_state(adapters: Mapping[str, MultiLoRALinear]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dmole_kernels._lora_call import LoraCall, Wanted
 from dmole_kernels.triton_backend.configs import Target
 from dmole_kernels.triton_backend.fused_base import fused_base_forward
 from dmole_kernels.triton_backend.grad_norm import (
@@ -91,20 +92,22 @@ Arguments = tuple[Tensor, Tensor, Switches]
 
 
 def launches(case: Case, target: Target, tensors: Arguments | None = None) -> tuple[list[Launch], list[Launch]]:
-    """The launches of forward and of backward, in order; not run.
-
-    To run them later, hold on to the tensors: launches know experts by their addresses alone.
-    """
+    """The launches of forward and of backward, in order; not run."""
     forward: list[Launch] = []
     backward: list[Launch] = []
     x, y, switches = call_arguments(case) if tensors is None else tensors
     _, shrunk = multi_lora_forward(
-        x, y, *switches, every_column=case.every_column, target=target, runner=forward.append
+        LoraCall(x, y, *switches, every_column=case.every_column), target=target, runner=forward.append
     )
     trainable = [e not in case.frozen for e in range(len(case.ranks))]
     multi_lora_backward(
-        y, x, shrunk, *switches, True, case.need_gate, trainable, target=target, runner=backward.append
-    )  # fmt: skip
+        LoraCall(x, None, *switches),
+        y,
+        shrunk,
+        Wanted(True, case.need_gate, trainable),
+        target=target,
+        runner=backward.append,
+    )
     return forward, backward
 
 
@@ -113,7 +116,9 @@ def fused_launches(case: Case, target: Target, tensors: Arguments | None = None)
     found: list[Launch] = []
     x, y, switches = call_arguments(case) if tensors is None else tensors
     weight = _drawn(y.shape[1], x.shape[1], dtype=x.dtype, device=x.device.type)
-    fused_base_forward(x, weight, None, *switches, case.every_column, target=target, runner=found.append)
+    fused_base_forward(
+        LoraCall(x, None, *switches, case.every_column), weight, None, target=target, runner=found.append
+    )
     return found
 
 

@@ -9,18 +9,18 @@ N = d = p = 4096, R = 64 in 16 bits: base + 36 MB instead of base + 103.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
 from torch import Tensor
 
+from dmole_kernels._lora_call import LoraCall
 from dmole_kernels.triton_backend.columns import rows_of
 from dmole_kernels.triton_backend.configs import Target, configuration
 from dmole_kernels.triton_backend.expand import expanded_blocks
 from dmole_kernels.triton_backend.launch import Launch, Runner, run, size, target_of
 from dmole_kernels.triton_backend.multi_lora import plan_bytes, row_tile, shrink_rows
-from dmole_kernels.triton_backend.tiles import store_tile, summed_products
+from dmole_kernels.triton_backend.recompute import recompute_fused
+from dmole_kernels.triton_backend.tiles import any_nan, store_tile, summed_products
 
 NEIGHBOURS = 8  # row tiles that take turns on one tile of W, so that both stay in the cache
 
@@ -50,21 +50,25 @@ def fused_base(  # type: ignore[no-untyped-def]
         total, shrunk, table, blocks, gate, flags, tile, rows, row_mask, outputs, output_mask, R, E, rows_per_gate,
         block_count, flag_rows, BLOCK_R, TYPE, ACC, B_TYPE, B_RUN, PER_EXPERT, ONE_BLOCK, RATIO, UPCAST,
     )  # fmt: skip
+    bad = any_nan(total)
     if HAS_BIAS:
         total += tl.load(bias + outputs, mask=output_mask, other=0.0).to(ACC)[None, :]
     store_tile(y, rows, row_mask, P, outputs, output_mask, total, UPCAST)
+    if bad:
+        recompute_fused(
+            x, weight, bias, shrunk, table, gate, y, tile * ROWS, outputs, output_mask, N, D, P, R, E, rows_per_gate,
+            x_step, weight_step, ROWS, WIDTH, TYPE, ACC, B_TYPE, HAS_BIAS, UPCAST,
+        )  # fmt: skip
 
 
 def fused_base_forward(
-    x: Tensor, weight_PD: Tensor, bias_P: Tensor | None, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor],
-    gate_GE: Tensor, scale: Sequence[float], dropout: float, per_expert: bool, seed: Tensor | None,
-    every_column: bool = True, *, target: Target | None = None, runner: Runner = run,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    call: LoraCall, weight_PD: Tensor, bias_P: Tensor | None, *, target: Target | None = None, runner: Runner = run
+) -> tuple[Tensor, Tensor]:
     """y and S in x's dtype, to which W and the bias are rounded in passing; otherwise as `multi_lora_forward`."""
+    x = call.x
+    assert x is not None
     target = target_of(x.device) if target is None else target
-    columns, facts = shrink_rows(
-        x, lora_a, lora_b, gate_GE, scale, dropout, per_expert, seed, every_column, x.dtype, target, runner
-    )
+    columns, facts = shrink_rows(call, x.dtype, target, runner)
     s_NR, outputs = facts["shrunk"], facts["P"]
     y = x.new_empty((*x.shape[:-1], outputs))
     if y.numel() == 0:

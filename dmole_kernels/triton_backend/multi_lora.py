@@ -6,8 +6,8 @@
     backward   shrink_gradient, weight_gradient, finish, input_gradient            base + 4, whatever the experts
 
 Nothing is packed, sorted or copied: experts are read where they lie (`columns`), and which column blocks a row tile
-needs is found by the first launch of each direction (`shrink`). Strided features of x cost a copy, as does a list of
-experts of several dtypes. `runner` receives each launch in order: it runs them, or counts or compiles them.
+needs is found by the first launch of each direction (`shrink`). Strided features of x or A cost a copy, as does a list
+of experts of several dtypes. `runner` receives each launch in order: it runs them, or counts or compiles them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmole_kernels._lora_call import LoraCall, Wanted
 from dmole_kernels.triton_backend.columns import Columns, expert_columns, one_dtype, rows_of
 from dmole_kernels.triton_backend.configs import Config, Target, column_block, configuration
 from dmole_kernels.triton_backend.dropout import mask_arguments
@@ -33,21 +34,16 @@ ENOUGH_PROGRAMS, MOST_SHARES = 256, 8
 FINISH = Config(rows=64, width=1024, warps=4, stages=1)
 
 
-def multi_lora_forward(
-    x: Tensor, base: Tensor | None, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], gate_GE: Tensor,
-    scale: Sequence[float], dropout: float, per_expert: bool, seed: Tensor | None,
-    every_column: bool = True, _plan: Tensor | None = None, *, target: Target | None = None, runner: Runner = run,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def multi_lora_forward(call: LoraCall, *, target: Target | None = None, runner: Runner = run) -> tuple[Tensor, Tensor]:
     """y and S as `reference.multi_lora_forward`.
 
     With every_column False, S is zero instead of computed where a column block has no gate on in a row tile; True where
-    backward will be asked for dg, since a gate of zero is owed its gradient. A plan made on the host is not looked at.
+    backward will be asked for dg, because a gate of zero needs its gradient. `row_map` is not read.
     """
+    x, base, dtype = call.x, call.base, call.dtype
+    assert x is not None
     target = target_of(x.device) if target is None else target
-    dtype = x.dtype if base is None else base.dtype
-    columns, facts = shrink_rows(
-        x, lora_a, lora_b, gate_GE, scale, dropout, per_expert, seed, every_column, dtype, target, runner
-    )
+    columns, facts = shrink_rows(call, dtype, target, runner)
     s_NR, outputs = facts["shrunk"], facts["P"]
     y = x.new_empty((*x.shape[:-1], outputs), dtype=dtype)
     if y.numel() == 0:
@@ -75,20 +71,18 @@ def multi_lora_forward(
     return y, s_NR
 
 
-def shrink_rows(
-    x: Tensor, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], gate_GE: Tensor, scale: Sequence[float],
-    dropout: float, per_expert: bool, seed: Tensor | None, every_column: bool, dtype: torch.dtype, target: Target,
-    runner: Runner,
-) -> tuple[Columns, dict[str, Any]]:  # fmt: skip
+def shrink_rows(call: LoraCall, dtype: torch.dtype, target: Target, runner: Runner) -> tuple[Columns, dict[str, Any]]:
     """The first launch of a forward, and the facts that the second needs: S, the flags, and what both share."""
-    x_ND, outputs = rows_of(x), lora_b[0].shape[0]
-    columns = _columns(lora_a, lora_b, scale, dtype, per_expert and seed is not None)
+    x, outputs = call.x, call.outputs
+    assert x is not None
+    x_ND = rows_of(x)
+    columns, owners = _columns(call, dtype)
     s_NR = x.new_empty((x_ND.shape[0], columns.count), dtype=dtype)
     config = configuration("shrink", target, dtype.itemsize * 8)
     flags = _flags(x_ND, columns, config)
-    facts = _facts(dtype, columns, gate_GE.contiguous(), flags, x_ND.shape[0], config) | {
-        **mask_arguments(dropout, seed, x.device),
-        "LOOK": "none" if flags.shape[1] == 1 else "flag" if every_column else "skip",
+    facts = _facts(dtype, columns, owners, call.gate.contiguous(), flags, x_ND.shape[0], config) | {
+        **mask_arguments(call.dropout, call.seed, x.device),
+        "LOOK": "none" if flags.shape[1] == 1 else "flag" if call.every_column else "skip",
         "x": x_ND,
         "shrunk": s_NR,
         "D": x_ND.shape[1],
@@ -113,25 +107,24 @@ def shrink_rows(
 
 
 def multi_lora_backward(
-    grad: Tensor, x: Tensor | None, s_NR: Tensor | None, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor],
-    gate_GE: Tensor, scale: Sequence[float], dropout: float, per_expert: bool, seed: Tensor | None,
-    need_x: bool, need_gate: bool, trainable: Sequence[bool], _plan: Tensor | None = None, *,
-    target: Target | None = None, runner: Runner = run,
+    call: LoraCall, grad: Tensor, s_NR: Tensor | None, wanted: Wanted, *, target: Target | None = None,
+    runner: Runner = run,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, dA, dB^T and dg as `reference.multi_lora_backward`; what is not wanted is empty and not computed."""
     target = target_of(grad.device) if target is None else target
     dtype, bits = grad.dtype, grad.dtype.itemsize * 8
     wide = torch.promote_types(dtype, torch.float32)
-    grad_NP, gate_GE = rows_of(grad), gate_GE.contiguous()
+    grad_NP, gate_GE = rows_of(grad), call.gate.contiguous()
     rows, outputs = grad_NP.shape
-    features = lora_a[0].shape[1]
-    columns = _columns(lora_a, lora_b, scale, dtype, per_expert and seed is not None, trainable)
-    x_ND = None if x is None or columns.gradient_rows == 0 else rows_of(x)
-    need_weights = x_ND is not None and s_NR is not None
-    need_gate = need_gate and s_NR is not None
-    dx = grad.new_empty((*grad.shape[:-1], features) if need_x else 0)
-    da = grad.new_empty((columns.gradient_rows, features) if need_weights else 0)
-    db = grad.new_empty((columns.gradient_rows, outputs) if need_weights else 0)
+    features = call.lora_a[0].shape[1]
+    columns, owners = _columns(call, dtype, wanted.experts)
+    x_ND = None if call.x is None or columns.gradient_rows == 0 else rows_of(call.x)
+    trains = any(wanted.experts) and call.x is not None and s_NR is not None
+    need_weights = trains and columns.gradient_rows > 0  # none where all trainable experts have rank 0
+    need_gate = wanted.gate and s_NR is not None
+    dx = grad.new_empty((*grad.shape[:-1], features) if wanted.x else 0)
+    da = grad.new_empty((columns.gradient_rows, features) if trains else 0)
+    db = grad.new_empty((columns.gradient_rows, outputs) if trains else 0)
     dgate = gate_GE.new_empty(gate_GE.shape if need_gate else 0)
     if grad_NP.numel() == 0:
         return dx.zero_(), da.zero_(), db.zero_(), dgate.zero_()
@@ -147,8 +140,8 @@ def multi_lora_backward(
     partial_a, partial_b = (
         torch.empty((shares, *t.shape), dtype=wide, device=grad.device) if shares > 1 else t for t in (da, db)
     )
-    facts = _facts(dtype, columns, gate_GE, flags, rows, config) | {
-        **mask_arguments(dropout, seed, grad.device),
+    facts = _facts(dtype, columns, owners, gate_GE, flags, rows, config) | {
+        **mask_arguments(call.dropout, call.seed, grad.device),
         "NEED_GATE": need_gate,
         "WEIGHTS": shares > 1,
         "TOKEN_GATES": gate_GE.shape[0] == rows,
@@ -230,7 +223,7 @@ def multi_lora_backward(
                 writes={"dA, dB": size(da, db) if shares > 1 else 0, "dg": size(dgate)},
             )
         )
-    if need_x:
+    if wanted.x:
         config = configuration("input_gradient", target, bits)
         runner(
             Launch.bound(
@@ -239,7 +232,7 @@ def multi_lora_backward(
                 grid=-(-rows // config.rows) * -(-features // config.width),
                 config=config,
                 dots=[(config.rows, config.width, columns.block)],
-                reads={"dS": size(ds_NR), "A": columns.bytes_a, "plan": size(columns.table, columns.blocks, flags)},
+                reads={"dS": size(ds_NR), "A": columns.bytes_a, "plan": plan_bytes(facts)},
                 writes={"dx": size(dx)},
             )
         )
@@ -247,12 +240,15 @@ def multi_lora_backward(
 
 
 def _columns(
-    lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scale: Sequence[float], dtype: torch.dtype, per_expert: bool,
-    trainable: Sequence[bool] | None = None,
-) -> Columns:  # fmt: skip
-    ranks = [a.shape[0] for a in lora_a]
-    block = column_block(max(ranks) if per_expert else sum(ranks))
-    return expert_columns(one_dtype(lora_a, dtype), one_dtype(lora_b, dtype), scale, block, per_expert, trainable)
+    call: LoraCall, dtype: torch.dtype, trainable: Sequence[bool] | None = None
+) -> tuple[Columns, list[Tensor]]:
+    """The table of the experts, and the tensors whose addresses it holds: the experts, or copies in one dtype."""
+    per_expert = call.per_expert and call.seed is not None
+    block = column_block(max(call.ranks) if per_expert else sum(call.ranks))
+    a, b = one_dtype(call.lora_a, dtype), one_dtype(call.lora_b, dtype, any_strides=True)
+    owners = [*a, *b]
+    keep = all(owner is expert for owner, expert in zip(owners, (*call.lora_a, *call.lora_b), strict=True))
+    return expert_columns(a, b, call.scale, block, per_expert, trainable, keep=keep), owners
 
 
 def _flags(rows_NX: Tensor, columns: Columns, config: Config) -> Tensor:
@@ -262,7 +258,13 @@ def _flags(rows_NX: Tensor, columns: Columns, config: Config) -> Tensor:
 
 
 def _facts(
-    dtype: torch.dtype, columns: Columns, gate_GE: Tensor, flags: Tensor, rows: int, flagged: Config
+    dtype: torch.dtype,
+    columns: Columns,
+    owners: Sequence[Tensor],
+    gate_GE: Tensor,
+    flags: Tensor,
+    rows: int,
+    flagged: Config,
 ) -> dict[str, Any]:
     """What all launches of a call share, by the names of the kernels' parameters."""
     return computing(dtype) | {
@@ -274,6 +276,7 @@ def _facts(
         "A_ALIGNED": columns.a_aligned,
         "B_RUN": columns.b_run,
         "table": columns.table,
+        "owners": owners,
         "blocks": columns.blocks,
         "gate": gate_GE,
         "flags": flags,

@@ -15,6 +15,7 @@ from dmole.models.adapters import (
     attach,
     detach,
     expert_parameters,
+    experts_on,
     freeze_expert,
     linears_of,
     load_adapter_state,
@@ -57,7 +58,7 @@ def with_values(adapters: Adapters, expert: str, seed: int) -> None:
 
 def answers(model: nn.Module, gates: dict[str, ExpertGates], x: Tensor, expert: str) -> Tensor:
     gate = torch.ones(len(x), 1)
-    with torch.no_grad(), gates["vision"].use(gate, (expert,)), gates["language"].use(gate, (expert,)):
+    with torch.no_grad(), experts_on(gates, gate, (expert,)):
         return model(x)
 
 

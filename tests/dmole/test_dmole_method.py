@@ -84,9 +84,9 @@ def watching(method: DMoLE, record: Callable[[str, tuple[str, ...], Tensor], Non
     for tower, names in method.candidates.items():
 
         def hook(module: Any, inputs: Any, tower: str = tower) -> None:
-            plan = module.gates.plan
-            if plan is not None:
-                record(tower, plan.names, plan.gate)
+            block = module.gates.block
+            if block is not None:
+                record(tower, block.names, block.gate)
 
         handles.append(method.adapters[names[0]].register_forward_pre_hook(hook))
     try:

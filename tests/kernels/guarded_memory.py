@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from dmole_kernels import cpu
+from dmole_kernels._lora_call import LoraCall, Wanted
 
 PAGE = mmap.PAGESIZE
 PROT_NONE = 0
@@ -58,10 +59,10 @@ def lora(place: Place, dtype: torch.dtype, width: int, outputs: int, dropout: fl
         seed = torch.tensor(11) if dropout else None
         switches = ([1.0, 0.5, 2.0, -1.0], dropout, True, seed)
         for every_column in (False, True):
-            yield from cpu.multi_lora_forward(x, base, a, b, gate, *switches, every_column)
-        _, shrunk = cpu.multi_lora_forward(x, None, a, b, gate, *switches)
-        arguments = (grad, x, place(shrunk), a, b, gate, *switches)
-        yield from cpu.multi_lora_backward(*arguments, True, True, [True, False, True, True])
+            yield from cpu.multi_lora_forward(LoraCall(x, base, a, b, gate, *switches, every_column))
+        _, shrunk = cpu.multi_lora_forward(LoraCall(x, None, a, b, gate, *switches))
+        call = LoraCall(x, None, a, b, gate, *switches)
+        yield from cpu.multi_lora_backward(call, grad, place(shrunk), Wanted(True, True, [True, False, True, True]))
 
 
 def norms(place: Place, dtype: torch.dtype, width: int, outputs: int) -> Iterator[Tensor]:
@@ -84,8 +85,8 @@ def linear(place: Place, dtype: torch.dtype, width: int, outputs: int) -> Iterat
         x = place(draw(rows, width, dtype=dtype))
         for weights in {dtype, torch.float32}:
             weight, bias = place(draw(outputs, width, dtype=weights)), place(draw(outputs, dtype=weights))
-            yield torch.ops.dmole_kernels.cpu_linear(x, weight, bias)
-            yield torch.ops.dmole_kernels.cpu_linear(x, place(draw(width, outputs, dtype=weights)).t(), None)
+            yield torch.ops.dmole_kernels.cpu_frozen_linear(x, weight, bias)
+            yield torch.ops.dmole_kernels.cpu_frozen_linear(x, place(draw(width, outputs, dtype=weights)).t(), None)
 
 
 def router(place: Place, dtype: torch.dtype, width: int, hidden: int) -> Iterator[Tensor]:

@@ -28,7 +28,7 @@ def printed(**environment: str) -> str:
 @NEEDS_EXTENSION
 def test_auto_takes_the_compiled_kernels_where_they_serve() -> None:
     choice = choose_backend("auto", "cpu")
-    assert (choice.name, choice.reason) == ("cpu", f"the first of {tuple(BACKENDS)} that serves cpu")
+    assert (choice.name, choice.reason) == ("cpu", f"the first of {tuple(BACKENDS)} with a kernel for cpu")
     assert choose_backend("auto", "cuda").name == ("triton" if "triton" in BACKENDS else "reference")
     for dtype in (torch.float64, torch.float16):
         name = str(dtype).removeprefix("torch.")
@@ -44,7 +44,7 @@ def test_without_the_extension_auto_says_what_is_missing(monkeypatch: pytest.Mon
     choice = choose_backend()
     assert choice.name == "reference"
     assert choice.reason == (
-        "the first of ('reference',) that serves cpu; 'cpu' is not built: No module named 'dmole_kernels._C'"
+        "the first of ('reference',) with a kernel for cpu; 'cpu' is not built: No module named 'dmole_kernels._C'"
     )
     with pytest.raises(
         ValueError, match=r"backend='cpu' is not in this build of dmole_kernels \(No module named 'dmole_kernels._C'\)"
@@ -112,15 +112,19 @@ def test_use_backend_chooses_the_kernel_that_runs(monkeypatch: pytest.MonkeyPatc
 
 
 def test_every_backend_has_every_kernel() -> None:
-    for table in (FORWARD, BACKWARD, ACCUMULATE, SKETCH, SCORE, SCORE_BACKWARD, SELECT, POOL):
-        assert set(table) == set(BACKENDS)
-    assert {name for name, _ in NORM} == set(BACKENDS)
+    everywhere = set(BACKENDS) - {"cuda"}
+    for table in (ACCUMULATE, SKETCH, SCORE, SCORE_BACKWARD, POOL):
+        assert set(table) == everywhere
+    assert {name for name, _ in NORM} == everywhere
+    assert set(FORWARD) == set(BACKWARD) == set(BACKENDS)
+    # Choosing tasks is a sort of a few numbers: nothing to win, so the reference's is the only one beside the CPU's.
+    assert set(SELECT) == everywhere - {"triton"}
 
 
 def test_the_module_prints_backend_and_torch() -> None:
     text = printed()
     choice = choose_backend()
-    assert f"backend   {choice.name} ({choice.reason})" in text
+    assert any("multi_lora" in line and line.endswith(f": {choice.reason}") for line in text.splitlines())
     assert torch.__version__ in text
     assert torch.backends.cpu.get_cpu_capability() in text
 

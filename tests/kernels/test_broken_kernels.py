@@ -3,37 +3,41 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from dmole_kernels import BACKENDS, reference
+from dmole_kernels._lora_call import LoraCall, Wanted
 from dmole_kernels._multi_lora import BACKWARD, FORWARD
 from dmole_kernels.testing import WORKLOADS, LoraInputs, Results, judge_run, rejected, run_kernels, run_reference
 
 Pair = tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., tuple[Tensor, ...]]]
 Break = Callable[[Pair], Pair]
-FORWARD_NAMES = ("x", "base", "lora_a", "lora_b", "gate", "scale", "dropout", "per_expert", "seed")
-BACKWARD_NAMES = (
-    "grad", "x", "shrunk", "lora_a", "lora_b", "gate", "scale", "dropout", "per_expert", "seed", "need_x", "need_gate",
-    "trainable",
-)  # fmt: skip
-Arguments = dict[str, object]
+Arguments = dict[str, Any]
 
 
 def with_arguments(change: Callable[[Arguments], Arguments], *, forward: bool = True, backward: bool = True) -> Break:
     """The kernels called with changed arguments: they read the wrong thing."""
 
-    def broken(pair: Pair) -> Pair:
-        def broken_forward(*arguments: object) -> tuple[Tensor, Tensor]:
-            named = dict(zip(FORWARD_NAMES, arguments, strict=True))
-            return pair[0](*(change(named) if forward else named).values())
+    def changed(call: LoraCall, **others: object) -> Arguments:
+        fields = {field.name: getattr(call, field.name) for field in dataclasses.fields(call)}
+        return change(fields | others)
 
-        def broken_backward(*arguments: object) -> tuple[Tensor, ...]:
-            named = dict(zip(BACKWARD_NAMES, arguments, strict=True))
-            return pair[1](*(change(named) if backward else named).values())
+    def broken(pair: Pair) -> Pair:
+        def broken_forward(call: LoraCall) -> tuple[Tensor, Tensor]:
+            return pair[0](LoraCall(**changed(call)) if forward else call)
+
+        def broken_backward(call: LoraCall, grad: Tensor, shrunk: Tensor, wanted: Wanted) -> tuple[Tensor, ...]:
+            if not backward:
+                return pair[1](call, grad, shrunk, wanted)
+            named = changed(call, wanted=wanted)
+            wanted = named.pop("wanted")
+            return pair[1](LoraCall(**named), grad, shrunk, wanted)
 
         return broken_forward, broken_backward
 
@@ -44,7 +48,7 @@ def with_results(place: int, change: Callable[[Tensor], Tensor]) -> Break:
     """The kernels with one result of backward changed: they write the wrong thing."""
 
     def broken(pair: Pair) -> Pair:
-        def broken_backward(*arguments: object) -> tuple[Tensor, ...]:
+        def broken_backward(*arguments: Any) -> tuple[Tensor, ...]:
             results = list(pair[1](*arguments))
             if results[place].numel():
                 results[place] = change(results[place])
@@ -59,8 +63,8 @@ def with_output(change: Callable[[Tensor], Tensor]) -> Break:
     """The kernels with forward's y changed."""
 
     def broken(pair: Pair) -> Pair:
-        def broken_forward(*arguments: object) -> tuple[Tensor, Tensor]:
-            y, shrunk = pair[0](*arguments)
+        def broken_forward(call: LoraCall) -> tuple[Tensor, Tensor]:
+            y, shrunk = pair[0](call)
             return change(y), shrunk
 
         return broken_forward, pair[1]
@@ -127,7 +131,7 @@ BROKEN: dict[str, Break] = {
     "no_dropout_at_all": with_arguments(lambda a: a | {"dropout": 0.0}),
     "shared_mask_in_backward_only": with_arguments(lambda a: a | {"per_expert": False}, forward=False),
     "dx_without_frozen_experts": with_arguments(
-        lambda a: a | {"lora_a": [w * t for w, t in zip(a["lora_a"], a["trainable"], strict=True)]}, forward=False
+        lambda a: a | {"lora_a": [w * t for w, t in zip(a["lora_a"], a["wanted"].experts, strict=True)]}, forward=False
     ),
     "dx_last_row_missing": with_results(0, last_row_zero),
     "dx_last_column_unwritten": with_results(0, last_column_unwritten),
@@ -169,7 +173,7 @@ def test_base_and_delta_together_would_hide_a_missing_expert() -> None:
     gate = torch.ones(64, 1, dtype=torch.bfloat16)
     arguments = ([a], [b], gate, [1.0], 0.0, False, None)
     forward = reference.multi_lora_forward
-    exact = base.double() + forward(x.double(), None, [a.double()], [b.double()], *arguments[2:])[0]
-    yardstick = forward(x, base, *arguments)[0].double() - exact
+    exact = base.double() + forward(LoraCall(x.double(), None, [a.double()], [b.double()], *arguments[2:]))[0]
+    yardstick = forward(LoraCall(x, base, *arguments))[0].double() - exact
     without_expert = base.double() - exact
     assert without_expert.square().mean(1).sqrt().max() <= 2 * yardstick.square().mean(1).sqrt().max()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What PyTorch may do with an op, for every op and backend: opcheck, compile, torch.func, autocast, checkpoints."""
+"""What PyTorch may do with an op, for every op and backend: opcheck, compile, autocast, checkpoints."""
 
 from __future__ import annotations
 
@@ -14,18 +14,17 @@ from torch.utils.checkpoint import checkpoint
 
 from dmole_kernels import (
     BACKENDS,
-    ExpertGates,
     MultiLoRALinear,
     accumulate_gradient,
     accumulate_sketch,
     cpu,
     cuda,
+    frozen_linear,
     grad_norm_per_sample,
     masked_max_pool,
     multi_lora,
     router_score,
     router_select,
-    use_backend,
 )
 from dmole_kernels.testing import WORKLOADS, make_inputs
 
@@ -161,11 +160,12 @@ def test_schemas_of_the_compiled_ops_are_true() -> None:
     *lora_arguments, _, every_column = calls["multi_lora"]
     compiled = {
         "cpu_gemm": (draw(3, 4), draw(4, 5)),
-        "cpu_linear": calls["frozen_linear"],
         "cpu_multi_lora": (*lora_arguments, every_column, None),
         "cpu_multi_lora_backward": (*calls["multi_lora_backward"][:-1], None),
         "cpu_squared_norm": calls["grad_norm_per_sample"][:-1],
         **{f"cpu_{name}": calls[name][:-1] for name in calls if f"cpu_{name}" in cpu.OPS and "lora" not in name},
+        # Its call names no backend.
+        "cpu_frozen_linear": calls["frozen_linear"],
     }
     assert set(compiled) == set(cpu.OPS)
     for name, arguments in compiled.items():
@@ -199,148 +199,34 @@ def test_compile_of_selection_and_sums(backend: str) -> None:
 
 
 @EVERY_CALL
-def test_func_grad_and_vjp_equal_autograd(name: str, backend: str) -> None:
+def test_transforms_and_forward_mode_are_refused_by_name(name: str, backend: str) -> None:
+    """torch.func would find no derivative or a wrong one, forward mode a tangent of zero without a word."""
     call, tensors = CALLS[name](backend), tensors_of(name)
-    places = tuple(range(len(tensors)))
-    close(func.grad(lambda *t: call(*t).sum(), argnums=places)(*tensors), gradients(call, tensors))
-    output, pull = func.vjp(call, *tensors)
-    weight = draw(*output.shape, seed=9)
-    close(pull(weight), gradients(call, tensors, weight))
-    # Of one tensor alone: the others are constants to the op.
-    for place in places:
-        alone = func.grad(lambda t, place=place: call(*tensors[:place], t, *tensors[place + 1 :]).sum())(tensors[place])
-        close(alone, gradients(call, tensors)[place])
+    said = "is under a torch.func transform or in forward-mode differentiation; expected plain autograd. Differentiate"
+    with pytest.raises(NotImplementedError, match=said):
+        func.grad(lambda x: call(x, *tensors[1:]).sum())(tensors[0])
+    with pytest.raises(NotImplementedError, match=said):
+        func.vmap(lambda x: call(x, *tensors[1:]))(torch.stack([tensors[0]] * 2))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=said):
+        call(forward_ad.make_dual(tensors[0], torch.ones_like(tensors[0])), *tensors[1:])
 
 
-@EVERY_CALL
-def test_jvp_is_the_transpose_of_vjp(name: str, backend: str) -> None:
-    """<w, J t> = <J^T w, t>, for all tensors together and for each alone, by torch.func and by forward mode itself."""
-    call, tensors = CALLS[name](backend), tensors_of(name)
-    tangents = tensors_of(name, seed=1)
-    weight = draw(*call(*tensors).shape, seed=9)
-    products = [float((g * t).sum()) for g, t in zip(gradients(call, tensors, weight), tangents, strict=True)]
-    _, along = func.jvp(call, tensors, tangents)
-    assert float((weight * along).sum()) == pytest.approx(sum(products), rel=1e-4, abs=1e-4)
-    with forward_ad.dual_level():
-        dual = forward_ad.unpack_dual(call(*map(forward_ad.make_dual, tensors, tangents)))
-        close(dual.tangent, along)
-    for place, product in enumerate(products):
-        _, along = func.jvp(
-            lambda t, place=place: call(*tensors[:place], t, *tensors[place + 1 :]), tensors[place : place + 1],
-            tangents[place : place + 1],
-        )  # fmt: skip
-        assert float((weight * along).sum()) == pytest.approx(product, rel=1e-4, abs=1e-4)
-
-
-@EVERY_CALL
-def test_vmap_is_a_loop(name: str, backend: str) -> None:
-    call, several = CALLS[name](backend), [tensors_of(name, seed) for seed in range(3)]
-    stacked = tuple(torch.stack(parts, 1) for parts in zip(*several, strict=True))
-    assert torch.equal(func.vmap(call, in_dims=1)(*stacked), torch.stack([call(*tensors) for tensors in several]))
-    # One mapped tensor beside constants, and gradients sample by sample.
-    constants = several[0][1:]
-    expected = [call(tensors[0], *constants) for tensors in several]
-    mapped = (1, *[None] * len(constants))
-    assert torch.equal(func.vmap(call, in_dims=mapped)(stacked[0], *constants), torch.stack(expected))
-    places = tuple(range(len(stacked)))
-    each = func.vmap(func.grad(lambda *t: call(*t).sum(), argnums=places), in_dims=1)(*stacked)
-    loop = [gradients(call, tensors) for tensors in several]
-    close(each, tuple(torch.stack(parts) for parts in zip(*loop, strict=True)))
-    # And the other way round: the derivative of a mapped call.
-    whole = func.grad(lambda *t: func.vmap(call, in_dims=1)(*t).sum(), argnums=places)(*stacked)
-    close(whole, tuple(torch.stack(parts, 1) for parts in zip(*loop, strict=True)))
-
-
-def test_tangents_inside_a_compiled_function_are_never_silently_zero(backend: str) -> None:
-    call, tensors = CALLS["grad_norm_direct"](backend), tensors_of("grad_norm_direct")
-
-    def tangent(x: Tensor) -> Tensor:
-        return func.jvp(lambda x: call(x, tensors[1]), (x,), (x,))[1]
-
-    # What was learnt about this code under the other backend or flag is forgotten each time.
-    torch._dynamo.reset()
-    with pytest.raises(torch._dynamo.exc.TorchDynamoException):
-        torch.compile(tangent, fullgraph=True, backend="aot_eager")(tensors[0])
-    torch._dynamo.reset()
-    close(torch.compile(tangent, backend="aot_eager")(tensors[0]), tangent(tensors[0]))
-
-
-@EVERY_CALL
-def test_jacobians_agree(name: str, backend: str) -> None:
-    call, tensors = CALLS[name](backend), tensors_of(name)
-    close(func.jacrev(call)(*tensors), func.jacfwd(call)(*tensors))
-
-
-def test_selection_under_func_is_a_constant_step(backend: str) -> None:
-    error, threshold = draw(5, 4, 3).abs(), draw(5, 3, seed=1).abs()
-
-    def select(e: Tensor, t: Tensor) -> Tensor:
-        return router_select(e, t, backend=backend)
-
-    expected = torch.stack([select(e, t) for e, t in zip(error, threshold, strict=True)])
-    assert torch.equal(func.vmap(select)(error, threshold), expected)
-    gradient = func.grad(lambda e: (select(e, threshold[0]) * e).sum())(error[0])
-    assert torch.equal(gradient, expected[0])
-    _, tangent = func.jvp(lambda e: select(e, threshold[0]), (error[0],), (error[1],))
-    assert not tangent.any()
-    assert not select(error[0].requires_grad_(), threshold[0]).requires_grad
-
-
-@pytest.mark.parametrize("name", ["multi_lora", "router_score"])
-def test_second_derivatives_are_refused(name: str, backend: str) -> None:
-    call, tensors = CALLS[name](backend), tensors_of(name)
-
-    def slope(x: Tensor) -> Tensor:
-        return func.grad(lambda x: call(x, *tensors[1:]).square().sum())(x).sum()
-
-    expected = f"dmole_kernels.{name}_backward.default has no derivative; expected first derivatives of the public ops"
-    with pytest.raises(NotImplementedError, match=expected):
-        func.grad(slope)(tensors[0])
-    with pytest.raises(NotImplementedError, match=expected.replace("no derivative", "no forward-mode derivative")):
-        func.jvp(slope, (tensors[0],), (tensors[0],))
-
-
-def make_layer(gates: ExpertGates | None = None, dropout: float = 0.0) -> MultiLoRALinear:
-    torch.manual_seed(0)
-    layer = MultiLoRALinear(nn.Linear(6, 5), gates=gates, dropout=dropout)
-    for expert, rank in (("charts", 2), ("maps", 3)):
-        layer.bank.add(expert, rank, alpha=4.0)
-        nn.init.normal_(layer.bank.expert(expert).lora_b)
-    return layer
-
-
-def test_functional_call_of_the_layer(backend: str) -> None:
-    """Gradients as a function of the parameters, sample by sample, and of a stack of models."""
-    with use_backend(backend):
-        layer, x = make_layer(), draw(3, 4, 6)
-        gate = torch.tensor([[1.0, 0.0], [0.5, -1.0], [0.0, 0.0]])
-        parameters = {name: p.detach() for name, p in layer.named_parameters() if p.requires_grad}
-
-        def loss(parameters: dict[str, Tensor], x: Tensor, gate: Tensor) -> Tensor:
-            return func.functional_call(layer, parameters, (x, gate)).square().sum()
-
-        layer(x, gate).square().sum().backward()
-        expected = {name: layer.get_parameter(name).grad for name in parameters}
-        close(func.grad(loss)(parameters, x, gate), expected)
-        each = func.vmap(func.grad(loss), in_dims=(None, 0, 0))(parameters, x[:, None], gate[:, None])
-        close({name: grads.sum(0) for name, grads in each.items()}, expected)
-        models = {name: torch.stack([p, 2 * p]) for name, p in parameters.items()}
-        doubled = {name: 2 * p for name, p in parameters.items()}
-        close(
-            func.vmap(loss, in_dims=(0, None, None))(models, x, gate),
-            torch.stack([loss(parameters, x, gate), loss(doubled, x, gate)]),
-        )
-
-
-def test_gates_set_outside_a_transform_are_not_spoilt_by_it(backend: str) -> None:
-    gates = ExpertGates()
-    with use_backend(backend):
-        layer, x = make_layer(gates), draw(3, 4, 6)
-        with gates.use(torch.ones(3, 3), ["nowhere", "maps", "charts"]):
-            y = layer(x)
-            gradient = func.grad(lambda x: layer(x).sum())(x)
-            assert torch.equal(layer(x), y)
-            close(gradient, gradients(layer, (x,))[0])
+def test_sums_selection_and_the_layer_refuse_transforms_too(backend: str) -> None:
+    said = "is under a torch.func transform"
+    layer = MultiLoRALinear(nn.Linear(4, 3), backend=backend)
+    layer.bank.add("charts", rank=2, alpha=4.0)
+    for call in (
+        lambda x: layer(x, torch.ones(5, 1)).sum(),
+        lambda x: frozen_linear(x, torch.ones(3, 4), backend=backend).sum(),
+        lambda x: router_select(x, torch.ones(4), backend=backend).sum(),
+        lambda x: (accumulate_gradient(torch.zeros(4, 4), x, x, backend=backend), x.sum())[1],
+        lambda x: (
+            accumulate_sketch(torch.zeros(2, 2), x, x, torch.ones(4, 2), torch.ones(4, 2), backend=backend),
+            x.sum(),
+        )[1],
+    ):
+        with pytest.raises(NotImplementedError, match=said):
+            func.grad(call)(draw(5, 4))
 
 
 @EVERY_CALL

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -16,11 +15,10 @@ from dmole_kernels import (
     choose_backend,
     cuda,
     explain_backend,
-    multi_lora,
+    router_select,
     use_backend,
 )
 from dmole_kernels import _backend as backend
-from dmole_kernels import _cuda_decode as cuda_decode
 from dmole_kernels.testing import LoraInputs, Workload, make_inputs, multi_lora_op
 
 SHAPE = Workload(name="", leading=(4, 3), in_features=40, out_features=24, ranks=(8, 3), gate="token", pattern="top2")
@@ -81,7 +79,7 @@ def test_a_derivative_is_refused_with_the_remedy(inputs: LoraInputs) -> None:
     with pytest.raises(ValueError) as caught:
         delta.sum().backward()
     assert str(caught.value) == (
-        "backend='cuda' has no backward of multi_lora; expected a decode step of multi_lora. Pass backend='triton' or "
+        "backend='cuda' has no backward of multi_lora; expected a decode step. Pass backend='triton' or "
         "backend='reference' for this call."
     )
 
@@ -98,10 +96,10 @@ def test_what_is_no_decode_step_is_refused_by_the_op_too(
         multi_lora_op(replace(inputs, **change), backend="cuda")  # type: ignore[arg-type]
 
 
-def test_other_ops_have_a_refusal_in_their_tables() -> None:
-    refuse: Callable[..., object] = cuda.absent("router")
-    with pytest.raises(ValueError, match="backend='cuda' has no router; expected a decode step of multi_lora. Pass"):
-        refuse(torch.zeros(1), sigmoid=True)
+@pytest.mark.usefixtures("cuda_on_cpu")
+def test_other_ops_refuse_it_by_name() -> None:
+    with pytest.raises(ValueError, match="backend='cuda' has no kernel for router_select; expected 'auto' or one of"):
+        router_select(torch.zeros(1, 1), torch.zeros(1), backend="cuda")
 
 
 @NEEDS_NO_CUDA
@@ -131,44 +129,9 @@ def test_the_reason_why_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cuda._missing() == ""
 
 
-def test_auto_never_decodes_with_what_was_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert cuda_decode.FASTER_UP_TO == {}, "a measurement belongs in the table together with its results file"
+def test_auto_never_takes_what_was_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(backend.BACKENDS, "cuda", ("cuda",))
-    assert choose_backend("auto", "cuda", torch.bfloat16, decode_rows=1).name != "cuda"
-    assert "decode    'auto' never takes 'cuda': not measured on a GPU as of 20" in explain_backend()
-
-
-def test_auto_decodes_with_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(backend.BACKENDS, "cuda", ("cuda",))
-    monkeypatch.setattr(cuda_decode, "FASTER_UP_TO", {"sm_90": 8})
-    monkeypatch.setattr(cuda_decode, "this_target", lambda: "sm_90")
-
-    def chosen(rows: int | None, dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> str:
-        return choose_backend("auto", device, dtype, decode_rows=rows).name
-
-    assert [chosen(1), chosen(8)] == ["cuda", "cuda"]
-    others = [chosen(9), chosen(None), chosen(1, torch.float64), chosen(1, device="cpu")]
-    assert "cuda" not in others
-    reason = choose_backend("auto", "cuda", decode_rows=1).reason
-    assert reason == f"measured faster for up to 8 rows on sm_90, {cuda_decode.MEASURED_ON}"
-    assert f"'auto' takes 'cuda' for up to 8 rows on sm_90, measured {cuda_decode.MEASURED_ON}" in explain_backend()
-    monkeypatch.setattr(cuda_decode, "this_target", lambda: "sm_100")
-    assert chosen(1) != "cuda"
-
-
-def test_multi_lora_says_when_a_call_is_a_decode_step(inputs: LoraInputs, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[int | None] = []
-
-    def note(*_: object, decode_rows: int | None) -> backend.BackendChoice:
-        told.append(decode_rows)
-        return backend.BackendChoice(name="reference", reason="")
-
-    monkeypatch.setitem(multi_lora.__globals__, "choose_backend", note)
-    multi_lora_op(inputs)
-    with torch.no_grad():
-        multi_lora_op(inputs)
-        multi_lora_op(replace(inputs, dropout=0.1))
-    assert told == [None, 12, None]
+    assert choose_backend("auto", "cuda", torch.bfloat16).name != "cuda"
 
 
 def test_auto_passes_triton_over_on_a_gpu_older_than_its_table(monkeypatch: pytest.MonkeyPatch) -> None:

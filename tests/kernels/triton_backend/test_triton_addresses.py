@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from triton.runtime.interpreter import TensorHandle, interpreter_builder
 
+from dmole_kernels._lora_call import LoraCall, Wanted
 from dmole_kernels.testing import Workload, make_inputs
 from dmole_kernels.triton_backend.fused_base import fused_base_forward
 from dmole_kernels.triton_backend.grad_norm import (
@@ -141,12 +142,16 @@ def test_a_layer_touches_the_bytes_its_launches_state(workload: Workload, dtype:
 
     arguments = (inputs.lora_a, inputs.lora_b, gate, inputs.scale, inputs.dropout, inputs.per_expert, seed)
     base = torch.randn(*workload.leading, workload.out_features).to(dtype)
-    _, shrunk = multi_lora_forward(inputs.x, base, *arguments, runner=ledger)
+    _, shrunk = multi_lora_forward(LoraCall(inputs.x, base, *arguments), runner=ledger)
     multi_lora_backward(
-        inputs.grad, inputs.x, shrunk, *arguments, True, True, [True] * len(inputs.scale), runner=ledger
+        LoraCall(inputs.x, None, *arguments),
+        inputs.grad,
+        shrunk,
+        Wanted(True, True, [True] * len(inputs.scale)),
+        runner=ledger,
     )
     weight = torch.randn(workload.out_features, workload.in_features).to(dtype)
-    fused_base_forward(inputs.x, weight, weight[:, 0].contiguous(), *arguments, runner=ledger)
+    fused_base_forward(LoraCall(inputs.x, None, *arguments), weight, weight[:, 0].contiguous(), runner=ledger)
     assert ledger.names == [
         "shrink", "expand", "shrink_gradient", "weight_gradient", "finish", "input_gradient", "shrink", "fused_base",
     ]  # fmt: skip
@@ -193,7 +198,7 @@ def test_blocks_without_a_gate_touch_less_than_is_stated(touched: Touched) -> No
         assert loads[launch.name] < sum(launch.reads.values())
 
     arguments = (inputs.lora_a, inputs.lora_b, gate, inputs.scale, 0.0, False, None)
-    multi_lora_forward(inputs.x, None, *arguments, every_column=False, runner=count)
+    multi_lora_forward(LoraCall(inputs.x, None, *arguments, every_column=False), runner=count)
     assert list(loads) == ["shrink", "expand"]
 
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dmole_kernels import ExpertGates, MultiLoRALinear, multi_lora
-from dmole_kernels._modules import GatePlan
+from dmole_kernels import ExpertGates, GateBlock, MultiLoRALinear, multi_lora
+from dmole_kernels._lora_call import LoraCall
 from dmole_kernels.testing import WORKLOADS, make_inputs, multi_lora_op, poisoned_memory, run_autograd
 from dmole_kernels.triton_backend.cases import CASES, Case, fused_launches, launches
 from dmole_kernels.triton_backend.launch import Launch
@@ -71,10 +71,10 @@ def a_layer() -> tuple[MultiLoRALinear, ExpertGates]:
 def step(layer: MultiLoRALinear, x: Tensor) -> None:
     """Training, then serving with constant gates; seeds as a GPU's graph gets them, on the device."""
     experts = [layer.bank.expert(name) for name in layer.bank.names]
-    plan = layer.gates.plan if layer.gates is not None else None
-    assert plan is not None
+    block = layer.gates.block if layer.gates is not None else None
+    assert block is not None
     arguments = (
-        [e.lora_a for e in experts], [e.lora_b for e in experts], plan.columns(plan.names, x.device), [1.0, 2.0],
+        [e.lora_a for e in experts], [e.lora_b for e in experts], block.gate.to(x.device), [1.0, 2.0],
     )  # fmt: skip
     y = multi_lora(x, layer.base(x), *arguments, dropout=0.2, seed=torch.tensor(7), backend="triton")
     y.sum().backward()
@@ -132,8 +132,8 @@ def test_both_kinds_of_seed_draw_the_same_masks(seed: int) -> None:
         launch.run()
 
     arguments = (inputs.lora_a, inputs.lora_b, inputs.gate, inputs.scale, 0.3, False, torch.tensor(seed))
-    _, there = multi_lora_forward(inputs.x, None, *arguments)
-    _, here = multi_lora_forward(inputs.x, None, *arguments, runner=on_host)
+    _, there = multi_lora_forward(LoraCall(inputs.x, None, *arguments))
+    _, here = multi_lora_forward(LoraCall(inputs.x, None, *arguments), runner=on_host)
     assert torch.equal(here, there)
 
 
@@ -148,10 +148,12 @@ def test_a_seed_written_anew_draws_other_masks_as_a_replayed_graph_would() -> No
 
 
 def test_a_gate_on_the_host_goes_to_the_device_and_its_active_experts_are_known_here() -> None:
-    plan = GatePlan(torch.tensor([[1.0, 0.0, 2.0]]), ["films", "charts", "maps"])
-    assert plan.active == ("films", "maps")
-    there = plan.columns(plan.active, torch.device("meta"))
-    assert there.device.type == "meta" and there.shape == (1, 2)
-    assert plan.columns(plan.active, torch.device("meta")) is there
+    block = GateBlock(torch.tensor([[1.0, 0.0, 2.0]]), ["films", "charts", "maps"], None, "", "")
+    assert block.active == ("films", "maps")
+    held = ("maps", "films", "held by this layer alone")
+    there = block.for_layer(held, (1, 4), None, torch.device("meta"), False).gate
+    assert there is not None and there.device.type == "meta" and there.shape == (1, 2)
+    assert block.for_layer(held, (1, 4), None, torch.device("meta"), False).gate is there
     with poisoned_memory():
-        assert torch.equal(plan.columns(plan.active), torch.tensor([[1.0, 2.0]]))
+        here = block.for_layer(held, (1, 4), None, torch.device("cpu"), False).gate
+        assert here is not None and torch.equal(here, torch.tensor([[1.0, 2.0]]))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.check_gpu.correctness import SEVERAL_BLOCKS
+from dmole_kernels._lora_call import LoraCall
 from dmole_kernels.testing import WORKLOADS, LoraInputs, make_inputs, poisoned_memory, run_kernels
 from dmole_kernels.triton_backend.cases import every_launch
 from dmole_kernels.triton_backend.fused_base import fused_base_forward
@@ -40,7 +41,9 @@ def fused() -> list[Tensor]:
     weight, bias = drawn((40, 136), (40,))
     return list(
         fused_base_forward(
-            inputs.x, weight, bias, inputs.lora_a, inputs.lora_b, inputs.gate, inputs.scale, 0.0, False, None
+            LoraCall(inputs.x, None, inputs.lora_a, inputs.lora_b, inputs.gate, inputs.scale, 0.0, False, None),
+            weight,
+            bias,
         )
     )
 
