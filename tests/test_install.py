@@ -44,7 +44,7 @@ USE = """
 import sys
 import torch
 import dmole_kernels
-from dmole_kernels import ExpertGates, MultiLoRALinear
+from dmole_kernels import ExpertGates, MultiLoRALinear, cpu, cuda, reference, testing, triton_backend
 
 assert not {"numpy", "peft", "safetensors", "transformers", "triton"} & set(sys.modules)
 generator = torch.Generator().manual_seed(0)
@@ -75,6 +75,21 @@ torch.testing.assert_close(x.grad.double(), x64.grad, **close)
 for ours, truth in zip(sum(experts, ()), sum(truths, ()), strict=True):
     torch.testing.assert_close(ours.grad.double(), truth.grad, **close)
 print("as expected, from", dmole_kernels.__file__)
+"""
+
+# What a package beside torch is for, and the error that names the package where it is missing.
+SAVE = """
+from pathlib import Path
+import torch
+from dmole_kernels import convert, save_experts
+
+model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+convert(model).add("charts", rank=2)
+try:
+    save_experts(model, "experts")
+except ImportError as error:
+    print(error)
+assert not Path("experts/charts").exists()
 """
 
 # The mini benchmark's builders and the pretraining on them need the extra `data`; every other module has to import.
@@ -248,6 +263,9 @@ def test_the_kernels_need_torch_alone(pure_wheel: Path, torch_alone: Environment
     done = torch_alone.run(*warnings, "-c", USE)
     assert (done.returncode, done.stderr) == (0, "")
     assert str(torch_alone.folder) in done.stdout
+    saved = torch_alone.run(*warnings, "-c", SAVE)
+    assert (saved.returncode, saved.stderr) == (0, "")
+    assert saved.stdout.endswith("is not installed; expected it for folders of experts. Run pip install safetensors.\n")
     said = torch_alone.run(*warnings, "-m", "dmole_kernels")
     assert (said.returncode, said.stderr) == (0, "")
     first, *others = said.stdout.splitlines()
