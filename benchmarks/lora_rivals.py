@@ -20,6 +20,7 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -291,11 +292,14 @@ def module_of(backend: str, *, fuse_base: bool = False) -> Callable[[LoraProblem
             expert = layer.bank.expert(name)
             expert.lora_a = nn.Parameter(inputs.lora_a[e].clone(), requires_grad=inputs.trainable[e])
             expert.lora_b = nn.Parameter(inputs.lora_b[e].clone(), requires_grad=inputs.trainable[e])
-        # Entered for good: a block is opened once a step, and here the step does not end.
-        using = gates.use(inputs.gate, names)
-        using.__enter__()
+        # Opened for good: a block is opened once a step, and here the step does not end. At the first call, for suites
+        # build their cases in generators, and a block that a generator opens holds for calls inside it only.
+        opened: list[AbstractContextManager[object]] = []
 
-        def forward(x: Tensor, using: object = using) -> Tensor:
+        def forward(x: Tensor) -> Tensor:
+            if not opened:
+                opened.append(gates.use(inputs.gate, names))
+                opened[0].__enter__()
             y: Tensor = layer(x)
             return y
 

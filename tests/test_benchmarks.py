@@ -68,6 +68,11 @@ def test_every_rival_computes_what_it_should(case: LoraCase, dtype: torch.dtype)
             contender.run()
 
 
+def test_a_case_that_a_suite_s_generator_built_runs_outside_it() -> None:
+    suite = (lora_contest(CASE, torch.float32, "forward", 1, (name,)) for name in cpu_backends())
+    assert [complaints(contest) for contest in suite] == [{name: []} for name in cpu_backends()]
+
+
 def test_peft_serves_one_adapter_a_sample_and_only_in_inference() -> None:
     one = replace(CASE, name="top_1", top=1)
     contest = lora_contest(one, torch.float32, "forward", 1, ("peft_mixed",))
