@@ -71,13 +71,16 @@ class Ambient(Generic[Block]):
         self._running: Any = _Reader(any, zip(frames, strict=False))
         self._serials = itertools.count(1)
 
-    def enter(self, block: Block, frame: FrameType) -> None:
-        """Opens `block` for the function that `frame` runs: the frame of its `with` statement."""
+    def refuse_in_graphs(self) -> None:
+        """For what makes a block: raises ValueError inside a compiled function."""
         if torch.compiler.is_dynamo_compiling():
             raise ValueError(
                 f"{self.name} is opened inside a compiled function; expected the `with` block around the call of it. "
-                f"Move the block out, or pass the layer an explicit gate."
+                f"Move the block out of the function."
             )
+
+    def enter(self, block: Block, frame: FrameType) -> None:
+        """Opens `block` for the function that `frame` runs: the frame of its `with` statement."""
         if block.serial:
             raise ValueError(f"this block of {self.name} was entered before; expected a new one. Call it again.")
         block.owner = _owner(frame)

@@ -73,6 +73,7 @@ def use_backend(name: str) -> AbstractContextManager[None]:
     Raises:
         ValueError: for a name that is not in this build; when blocks are left in another order than the reverse one.
     """
+    _ambient.refuse_in_graphs()
     _check_name(name)
     return _BackendBlock(name)
 

@@ -16,7 +16,7 @@ import sys
 import threading
 import uuid
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Protocol
@@ -134,6 +134,7 @@ class ExpertGates:
                 when a layer's rows cannot be split by the units; when the gate is changed in place inside the block;
                 when blocks are left in another order than the reverse one.
         """
+        ambient_blocks.refuse_in_graphs()
         block = GateBlock(gate, experts, units, self.identity, self.lineage, self.names)
         known = set(self.names)
         for name in block.names:
@@ -146,15 +147,26 @@ class ExpertGates:
                 )
         return block
 
-    def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """For `torch.utils.checkpoint.checkpoint(context_fn=...)`: recomputes under the gates of the first forward."""
-        if torch.compiler.is_compiling():
-            raise ValueError(
-                "checkpoint_contexts is used inside a compiled function; expected eager mode. Keep backward inside the "
-                "`gates.use` block, where a compiled checkpoint needs no context_fn."
-            )
-        block = self.block
-        return nullcontext(), nullcontext() if block is None else _Recomputation(block)
+    @property
+    def checkpoint_contexts(self) -> Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]:
+        """For `torch.utils.checkpoint.checkpoint(context_fn=gates.checkpoint_contexts)`, of the kind that is not
+        reentrant: recomputes under the gates of the first forward, wherever backward runs."""
+
+        refusal = (
+            "checkpoint_contexts is used inside a compiled function; expected eager mode. Keep backward inside the "
+            "`gates.use` block, where a compiled checkpoint needs no context_fn."
+        )
+        if torch.compiler.is_dynamo_compiling():
+            raise ValueError(refusal)
+
+        # A function, not a method: torch.compile calls what a checkpoint is given without its `self`.
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            if torch._guards.TracingContext.try_get() is not None:
+                raise ValueError(refusal)
+            block = self.block
+            return nullcontext(), nullcontext() if block is None else _Recomputation(block)
+
+        return contexts
 
     def refuse_other_copies(self) -> None:
         """Raises ValueError where a block of the gates that these were copied from, or of a copy of these, is open."""

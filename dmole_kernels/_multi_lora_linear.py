@@ -231,6 +231,8 @@ class MultiLoRALinear(nn.Module):
     def _traced(self, x: Tensor, gate: Tensor | None, experts: Sequence[str] | None) -> Tensor:
         """forward under torch.compile, where neither values nor the set of active experts may decide anything: every
         expert that the layer holds is computed, and a gate of zero leaves it out of the sum."""
+        if x.dim() == 1:
+            return self._traced(x[None], gate, experts)[0]
         if gate is None:
             block = None if self.gates is None else ambient_blocks.innermost(self.gates.identity)
             if block is None:
@@ -249,8 +251,6 @@ class MultiLoRALinear(nn.Module):
         held = [name for name in names if name in self.bank.experts._modules]
         if not held:
             return self.base(x)  # type: ignore[no-any-return]
-        if x.dim() == 1:
-            return self._traced(x[None], gate, names)[0]
         if len(held) != len(names):
             gate = gate[..., [names.index(name) for name in held]]
         gate = traced_rows(gate.to(x.device), x, counts, rows).reshape(-1, len(held))
