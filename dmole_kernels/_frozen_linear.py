@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from dmole_kernels import cpu
 from dmole_kernels._backend import BackendChoice, Op
-from dmole_kernels._registration import register_op
+from dmole_kernels._registration import refuse_transforms, register_op
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
@@ -32,7 +32,9 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, back
 
     Raises:
         ValueError: for a weight or bias that requires grad, dtypes or shapes that differ, a backend that is not there.
+        NotImplementedError: under a torch.func transform or in forward-mode differentiation.
     """
+    refuse_transforms("frozen_linear")
     autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
     _check(x, weight, bias, autocast)
     if autocast:

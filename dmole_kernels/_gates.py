@@ -26,6 +26,7 @@ from torch import Tensor
 
 from dmole_kernels._ambient import Ambient, AmbientBlock
 from dmole_kernels._expert_bank import ExpertBank
+from dmole_kernels._registration import refuse_transforms
 from dmole_kernels.cpu import RowMap
 
 # What a layer's rows are: None takes the leading dimension for samples, unless the block has units.
@@ -133,8 +134,10 @@ class ExpertGates:
             ValueError: for a gate, names or units that do not fit together; a name that no layer of these gates holds;
                 when a layer's rows cannot be split by the units; when the gate is changed in place inside the block;
                 when blocks are left in another order than the reverse one.
+            NotImplementedError: inside a torch.func transform or forward-mode differentiation.
         """
         ambient_blocks.refuse_in_graphs()
+        refuse_transforms("gates.use")
         block = GateBlock(gate, experts, units, self.identity, self.lineage, self.names)
         known = set(self.names)
         for name in block.names:

@@ -30,7 +30,7 @@ from torch import Tensor
 from dmole_kernels import cpu, reference, triton_backend
 from dmole_kernels._argument_checks import check_floating, check_one_device
 from dmole_kernels._backend import BACKENDS, choose_backend, without_autocast
-from dmole_kernels._registration import register_op
+from dmole_kernels._registration import refuse_transforms, register_op
 
 NormMethod = Literal["auto", "direct", "ghost"]
 
@@ -51,7 +51,9 @@ def grad_norm_per_sample(x: Tensor, grad: Tensor, *, method: NormMethod = "auto"
 
     Raises:
         ValueError: for shapes that do not belong together or an unknown method.
+        NotImplementedError: under a torch.func transform or in forward-mode differentiation.
     """
+    refuse_transforms("grad_norm_per_sample")
     _check(x, grad, "[samples, tokens, features]")
     if method not in ("auto", "direct", "ghost"):
         raise ValueError(
@@ -88,6 +90,7 @@ def cheaper_method(
 
 def accumulate_gradient(buffer: Tensor, x: Tensor, grad: Tensor, *, backend: str = "auto") -> None:
     """Adds this batch's weight gradient: `buffer += grad.T @ x`; buffer [out_features, in_features] is changed."""
+    refuse_transforms("accumulate_gradient")
     _check(x, grad, "[rows, features]")
     _check_buffer("buffer", buffer, (grad.shape[-1], x.shape[-1]), x)
     dtype = reduce(torch.promote_types, (x.dtype, grad.dtype, buffer.dtype))
@@ -104,6 +107,7 @@ def accumulate_sketch(
     squared norm when left [p, k] and right [d, l] are drawn from N(0, 1/k) and N(0, 1/l); sketches made with the same
     left and right add up over batches and processes.
     """
+    refuse_transforms("accumulate_sketch")
     _check(x, grad, "[rows, features]")
     sides = ((left, grad), (right, x))
     if any(side.dim() != 2 or side.shape[0] != tensor.shape[1] for side, tensor in sides):

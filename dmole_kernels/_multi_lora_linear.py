@@ -118,6 +118,7 @@ class MultiLoRALinear(nn.Module):
         if block is None or not block.active:
             y: Tensor = modules["base"](x)  # type: ignore[misc]
             return y
+        refuse_transforms("MultiLoRALinear")
         # Dictionaries, not attributes: a Module takes microseconds to look up each of its children.
         bank: ExpertBank = modules["bank"]  # type: ignore[assignment]
         held: dict[str, Expert] = bank._modules["experts"]._modules  # type: ignore[assignment, union-attr]
@@ -150,7 +151,6 @@ class MultiLoRALinear(nn.Module):
             backend = MULTI_LORA.pick(self.backend, device_type, y.dtype)
         if backend == "cpu" and found.row_map is not None:
             call.row_map = found.row_map.table
-        refuse_transforms("MultiLoRALinear")
         return (run if _dispatch._is_in_torch_dispatch_mode else run_eager)(call, backend)
 
     def _explicit_block(self, gate: Tensor, experts: Sequence[str] | None) -> GateBlock:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What PyTorch may do with an op, for every op and backend: opcheck, compile, torch.func, autocast, checkpoints."""
+"""What PyTorch does with an op, for every op and backend: opcheck, compile, autocast, checkpoints; no torch.func."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from dmole_kernels import (
     accumulate_sketch,
     cpu,
     cuda,
+    frozen_linear,
     grad_norm_per_sample,
     masked_max_pool,
     multi_lora,
@@ -198,108 +199,6 @@ def test_compile_of_selection_and_sums(backend: str) -> None:
     assert all(map(torch.equal, eager, traced))
 
 
-@EVERY_CALL
-def test_func_grad_and_vjp_equal_autograd(name: str, backend: str) -> None:
-    call, tensors = CALLS[name](backend), tensors_of(name)
-    places = tuple(range(len(tensors)))
-    close(func.grad(lambda *t: call(*t).sum(), argnums=places)(*tensors), gradients(call, tensors))
-    output, pull = func.vjp(call, *tensors)
-    weight = draw(*output.shape, seed=9)
-    close(pull(weight), gradients(call, tensors, weight))
-    # Of one tensor alone: the others are constants to the op.
-    for place in places:
-        alone = func.grad(lambda t, place=place: call(*tensors[:place], t, *tensors[place + 1 :]).sum())(tensors[place])
-        close(alone, gradients(call, tensors)[place])
-
-
-@EVERY_CALL
-def test_jvp_is_the_transpose_of_vjp(name: str, backend: str) -> None:
-    """<w, J t> = <J^T w, t>, for all tensors together and for each alone, by torch.func and by forward mode itself."""
-    call, tensors = CALLS[name](backend), tensors_of(name)
-    tangents = tensors_of(name, seed=1)
-    weight = draw(*call(*tensors).shape, seed=9)
-    products = [float((g * t).sum()) for g, t in zip(gradients(call, tensors, weight), tangents, strict=True)]
-    _, along = func.jvp(call, tensors, tangents)
-    assert float((weight * along).sum()) == pytest.approx(sum(products), rel=1e-4, abs=1e-4)
-    with forward_ad.dual_level():
-        dual = forward_ad.unpack_dual(call(*map(forward_ad.make_dual, tensors, tangents)))
-        close(dual.tangent, along)
-    for place, product in enumerate(products):
-        _, along = func.jvp(
-            lambda t, place=place: call(*tensors[:place], t, *tensors[place + 1 :]), tensors[place : place + 1],
-            tangents[place : place + 1],
-        )  # fmt: skip
-        assert float((weight * along).sum()) == pytest.approx(product, rel=1e-4, abs=1e-4)
-
-
-@EVERY_CALL
-def test_vmap_is_a_loop(name: str, backend: str) -> None:
-    call, several = CALLS[name](backend), [tensors_of(name, seed) for seed in range(3)]
-    stacked = tuple(torch.stack(parts, 1) for parts in zip(*several, strict=True))
-    assert torch.equal(func.vmap(call, in_dims=1)(*stacked), torch.stack([call(*tensors) for tensors in several]))
-    # One mapped tensor beside constants, and gradients sample by sample.
-    constants = several[0][1:]
-    expected = [call(tensors[0], *constants) for tensors in several]
-    mapped = (1, *[None] * len(constants))
-    assert torch.equal(func.vmap(call, in_dims=mapped)(stacked[0], *constants), torch.stack(expected))
-    places = tuple(range(len(stacked)))
-    each = func.vmap(func.grad(lambda *t: call(*t).sum(), argnums=places), in_dims=1)(*stacked)
-    loop = [gradients(call, tensors) for tensors in several]
-    close(each, tuple(torch.stack(parts) for parts in zip(*loop, strict=True)))
-    # And the other way round: the derivative of a mapped call.
-    whole = func.grad(lambda *t: func.vmap(call, in_dims=1)(*t).sum(), argnums=places)(*stacked)
-    close(whole, tuple(torch.stack(parts, 1) for parts in zip(*loop, strict=True)))
-
-
-def test_tangents_inside_a_compiled_function_are_never_silently_zero(backend: str) -> None:
-    call, tensors = CALLS["grad_norm_direct"](backend), tensors_of("grad_norm_direct")
-
-    def tangent(x: Tensor) -> Tensor:
-        return func.jvp(lambda x: call(x, tensors[1]), (x,), (x,))[1]
-
-    # What was learnt about this code under the other backend or flag is forgotten each time.
-    torch._dynamo.reset()
-    with pytest.raises(torch._dynamo.exc.TorchDynamoException):
-        torch.compile(tangent, fullgraph=True, backend="aot_eager")(tensors[0])
-    torch._dynamo.reset()
-    close(torch.compile(tangent, backend="aot_eager")(tensors[0]), tangent(tensors[0]))
-
-
-@EVERY_CALL
-def test_jacobians_agree(name: str, backend: str) -> None:
-    call, tensors = CALLS[name](backend), tensors_of(name)
-    close(func.jacrev(call)(*tensors), func.jacfwd(call)(*tensors))
-
-
-def test_selection_under_func_is_a_constant_step(backend: str) -> None:
-    error, threshold = draw(5, 4, 3).abs(), draw(5, 3, seed=1).abs()
-
-    def select(e: Tensor, t: Tensor) -> Tensor:
-        return router_select(e, t, backend=backend)
-
-    expected = torch.stack([select(e, t) for e, t in zip(error, threshold, strict=True)])
-    assert torch.equal(func.vmap(select)(error, threshold), expected)
-    gradient = func.grad(lambda e: (select(e, threshold[0]) * e).sum())(error[0])
-    assert torch.equal(gradient, expected[0])
-    _, tangent = func.jvp(lambda e: select(e, threshold[0]), (error[0],), (error[1],))
-    assert not tangent.any()
-    assert not select(error[0].requires_grad_(), threshold[0]).requires_grad
-
-
-@pytest.mark.parametrize("name", ["multi_lora", "router_score"])
-def test_second_derivatives_are_refused(name: str, backend: str) -> None:
-    call, tensors = CALLS[name](backend), tensors_of(name)
-
-    def slope(x: Tensor) -> Tensor:
-        return func.grad(lambda x: call(x, *tensors[1:]).square().sum())(x).sum()
-
-    expected = f"dmole_kernels.{name}_backward.default has no derivative; expected first derivatives of the public ops"
-    with pytest.raises(NotImplementedError, match=expected):
-        func.grad(slope)(tensors[0])
-    with pytest.raises(NotImplementedError, match=expected.replace("no derivative", "no forward-mode derivative")):
-        func.jvp(slope, (tensors[0],), (tensors[0],))
-
-
 def make_layer(gates: ExpertGates | None = None, dropout: float = 0.0) -> MultiLoRALinear:
     torch.manual_seed(0)
     layer = MultiLoRALinear(nn.Linear(6, 5), gates=gates, dropout=dropout)
@@ -309,38 +208,111 @@ def make_layer(gates: ExpertGates | None = None, dropout: float = 0.0) -> MultiL
     return layer
 
 
-def test_functional_call_of_the_layer(backend: str) -> None:
-    """Gradients as a function of the parameters, sample by sample, and of a stack of models."""
-    with use_backend(backend):
-        layer, x = make_layer(), draw(3, 4, 6)
-        gate = torch.tensor([[1.0, 0.0], [0.5, -1.0], [0.0, 0.0]])
-        parameters = {name: p.detach() for name, p in layer.named_parameters() if p.requires_grad}
-
-        def loss(parameters: dict[str, Tensor], x: Tensor, gate: Tensor) -> Tensor:
-            return func.functional_call(layer, parameters, (x, gate)).square().sum()
-
-        layer(x, gate).square().sum().backward()
-        expected = {name: layer.get_parameter(name).grad for name in parameters}
-        close(func.grad(loss)(parameters, x, gate), expected)
-        each = func.vmap(func.grad(loss), in_dims=(None, 0, 0))(parameters, x[:, None], gate[:, None])
-        close({name: grads.sum(0) for name, grads in each.items()}, expected)
-        models = {name: torch.stack([p, 2 * p]) for name, p in parameters.items()}
-        doubled = {name: 2 * p for name, p in parameters.items()}
-        close(
-            func.vmap(loss, in_dims=(0, None, None))(models, x, gate),
-            torch.stack([loss(parameters, x, gate), loss(doubled, x, gate)]),
-        )
+REFUSAL = "is under a torch.func transform or in forward-mode differentiation; expected plain autograd. Differentiate"
+TRANSFORMS: dict[str, Callable[[Call, Tensor], Any]] = {
+    "grad": lambda call, x: func.grad(lambda t: call(t).sum())(x),
+    "vjp": lambda call, x: func.vjp(call, x),
+    "jvp": lambda call, x: func.jvp(call, (x,), (x,)),
+    "vmap": lambda call, x: func.vmap(call)(torch.stack([x, x])),
+    "jacrev": lambda call, x: func.jacrev(call)(x),
+    "jacfwd": lambda call, x: func.jacfwd(call)(x),
+    "hessian": lambda call, x: func.hessian(lambda t: call(t).sum())(x),
+    "forward_ad": lambda call, x: tangent_of(call, x),
+}
 
 
-def test_gates_set_outside_a_transform_are_not_spoilt_by_it(backend: str) -> None:
+def tangent_of(call: Call, x: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(call(forward_ad.make_dual(x, x))).tangent
+
+
+def calls_of_one_tensor(backend: str) -> dict[str, tuple[str, Call, Tensor]]:
+    """Each public op, and the layer with experts, as a function of its first tensor, with the name it goes by."""
+    calls: dict[str, tuple[str, Call, Tensor]] = {}
+    for name, make in CALLS.items():
+        call, (first, *rest) = make(backend), tensors_of(name)
+        op = next(op for op in ("multi_lora", "grad_norm_per_sample", "router_score", "masked_max_pool")
+                  if op.startswith(name.rpartition("_")[0] or name) or name.startswith(op))  # fmt: skip
+        calls[name] = (op, lambda t, call=call, rest=rest: call(t, *rest), first)
     gates = ExpertGates()
+    layer, x, gate = make_layer(gates), draw(2, 3, 6), torch.ones(2, 2)
+    weight, left, right, threshold = draw(5, 6), draw(6, 2), draw(6, 2), draw(3)
+
+    def gated(t: Tensor) -> Tensor:
+        with gates.use(gate, ["maps", "charts"]), use_backend(backend):
+            return layer(t)
+
+    def adding(t: Tensor) -> Tensor:
+        accumulate_gradient(torch.zeros(6, 6), t, t, backend=backend)
+        return t
+
+    def sketching(t: Tensor) -> Tensor:
+        accumulate_sketch(torch.zeros(2, 2), t, t, left, right, backend=backend)
+        return t
+
+    calls |= {
+        "layer": ("MultiLoRALinear", lambda t: layer(t, gate), x),
+        "block": ("gates.use", gated, x),
+        "router_select": ("router_select", lambda t: router_select(t, threshold, backend=backend), draw(4, 3)),
+        "frozen_linear": ("frozen_linear", lambda t: frozen_linear(t, weight, backend=backend), x),
+        "accumulate_gradient": ("accumulate_gradient", adding, draw(4, 6)),
+        "accumulate_sketch": ("accumulate_sketch", sketching, draw(4, 6)),
+    }
+    return calls
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("name", calls_of_one_tensor("reference"))
+def test_torch_func_and_forward_mode_are_refused(name: str, transform: str, backend: str) -> None:
+    """A registered op would be left without a derivative, or with a tangent of zero in silence."""
+    op, call, x = calls_of_one_tensor(backend)[name]
+    call(x)
+    with pytest.raises(NotImplementedError, match=f"^{op} {REFUSAL}"):
+        TRANSFORMS[transform](call, x)
+    call(x)
+
+
+def test_a_block_around_a_transform_is_refused_and_not_spoilt_by_it(backend: str) -> None:
+    gates = ExpertGates()
+    layer, x = make_layer(gates), draw(3, 4, 6)
+    with use_backend(backend), gates.use(torch.ones(3, 2), ["maps", "charts"]):
+        with pytest.raises(NotImplementedError, match=f"^MultiLoRALinear {REFUSAL}"):
+            func.grad(lambda t: layer(t).sum())(x)
+        y = layer(x)
+        with pytest.raises(NotImplementedError, match=f"^MultiLoRALinear {REFUSAL}"):
+            func.vmap(layer)(x[:, None])
+        assert torch.equal(layer(x), y)
+
+
+def test_a_layer_without_active_experts_is_its_base_under_torch_func(backend: str) -> None:
+    gates = ExpertGates()
+    layer, x = make_layer(gates), draw(2, 3, 6)
+    expected = torch.ones(2, 3, 5) @ layer.base.weight
     with use_backend(backend):
-        layer, x = make_layer(gates), draw(3, 4, 6)
-        with gates.use(torch.ones(3, 3), ["nowhere", "maps", "charts"]):
-            y = layer(x)
-            gradient = func.grad(lambda x: layer(x).sum())(x)
-            assert torch.equal(layer(x), y)
-            close(gradient, gradients(layer, (x,))[0])
+        close(func.grad(lambda t: layer(t).sum())(x), expected)
+        with gates.use(torch.zeros(2, 1), ["maps"]):  # the block around the transform
+            close(func.grad(lambda t: layer(t).sum())(x), expected)
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_torch_func_inside_a_compiled_function_is_an_error(compiler: str, backend: str) -> None:
+    op, call, x = calls_of_one_tensor(backend)["grad_norm_direct"]
+    torch._dynamo.reset()
+    with pytest.raises((NotImplementedError, RuntimeError), match=op):
+        torch.compile(lambda t: func.jvp(call, (t,), (t,))[1], backend=compiler)(x)
+
+
+def test_second_derivatives_are_refused_or_right(backend: str) -> None:
+    """Those of multi_lora and router_score have kernels for the first derivative alone."""
+    for name in ("multi_lora", "router_score"):
+        call, (x, *rest) = CALLS[name](backend), tensors_of(name)
+        x.requires_grad_()
+        (slope,) = torch.autograd.grad(call(x, *rest).square().sum(), x, create_graph=True)
+        with pytest.raises((NotImplementedError, RuntimeError), match="has no derivative; expected first|differentiate twice"):
+            slope.sum().backward()
+    call, (x, grad) = CALLS["grad_norm"](backend), (tensor.double() for tensor in tensors_of("grad_norm"))
+    if backend == "reference":
+        assert torch.autograd.gradgradcheck(call, (x.requires_grad_(), grad.requires_grad_()))
 
 
 @EVERY_CALL
