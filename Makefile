@@ -9,7 +9,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 READY := $(VENV)/.ready
-CXX_FILES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh tests/kernels/cuda/emulator/*.cpp tests/kernels/cuda/emulator/*.h)
+PINS := $(VENV)/constraints.txt
+CXX_FILES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.cpp csrc/*/*/*.h csrc/*/*.cu csrc/*/*.cuh tests/kernels/cuda/emulator/*.cpp tests/kernels/cuda/emulator/*.h)
 
 .PHONY: demo test test-long sanitize lint aot setup data results docs clean
 
@@ -38,11 +39,14 @@ aot: setup
 setup: $(READY)
 
 # torch comes first and by itself: the plain index would bring a CUDA build of several GB as somebody's dependency. The
-# compiled kernels come last and in place; ninja compiles again only what changed.
-$(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*.cpp csrc/cpu/* csrc/cuda/*)
+# compiled kernels come last and in place; ninja compiles again only what changed. A CUDA build of torch pins the Triton
+# that it needs, and that one is kept; beside a CPU build, constraints.txt says which.
+$(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*.cpp csrc/cpu/*.* csrc/cpu/per_isa/* csrc/cuda/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "make: 'python -m venv' failed; install Python 3.10 or newer with its venv module." >&2; exit 1; }
 	if $(BIN)/python scripts/check_installed.py; then echo "setup: every pinned package is already installed; nothing is downloaded"; else \
-	  $(PIP) install -q -c constraints.txt "torch==2.13.0" && DMOLE_KERNELS_BUILD=skip $(PIP) install -q -c constraints.txt -e ".[data,dev,peft,triton]" || \
+	  grep -v '^triton==' constraints.txt > $(PINS) && $(PIP) install -q -c $(PINS) torch && \
+	  { $(PIP) freeze | grep '^triton==' || grep '^triton==' constraints.txt; } >> $(PINS) && \
+	  DMOLE_KERNELS_BUILD=skip $(PIP) install -q -c $(PINS) -e ".[data,dev,peft,triton]" || \
 	  { echo "setup: a package above could not be installed. With no network, install it from a wheel into $(VENV) and run make again." >&2; exit 1; }; fi
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python setup.py -q build_ext --inplace
 	touch $(READY)

@@ -75,7 +75,7 @@ def extension() -> dict[str, Any]:
     # No -ffast-math and no contraction across statements: results are the same on every build.
     arguments: dict[str, Any] = {
         "name": "dmole_kernels._C",
-        "sources": ["csrc/ops.cpp", *sources("cpu/*.cpp")],
+        "sources": ["csrc/ops.cpp", *sources("cpu/*.cpp"), *sources("cpu/per_isa/*.cpp")],
         "include_dirs": [str(Path(__file__).parent / "csrc")],
         "extra_link_args": sanitize,
     }

@@ -2,7 +2,7 @@
 """The product with a frozen weight, by PyTorch's BLAS and by the own kernel: what `cpu.takes_linear` decides by.
 
 pytorch    F.linear, and grad @ weight for the input's gradient
-own        the same products by `cpu_linear`, whatever the table says
+own        the same products by `cpu_frozen_linear`, whatever the table says
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.contest import Contender, Contest
 from dmole_kernels import cpu
-from dmole_kernels.testing import judge, rejected
+from dmole_kernels.testing import judge, product_error, rejected
 
 ROWS = (1, 4, 8, 16, 24, 64, 256, 2048)
 # in, out: attention and MLP of a small vision tower (ViT of the mini model), ViT-L, and LLMs of 2048 and 4096.
@@ -32,7 +32,7 @@ def linear_contest(rows: int, features: int, outputs: int, dtype: torch.dtype, d
     matrix = weight if direction == "forward" else weight.t()
     runs: dict[str, Callable[[], Tensor]] = {
         "pytorch": lambda: F.linear(x, matrix),
-        "own": lambda: torch.ops.dmole_kernels.cpu_linear(x, matrix, None),
+        "own": lambda: torch.ops.dmole_kernels.cpu_frozen_linear(x, matrix, None),
     }
     flops = 2.0 * rows * weight.numel()
     exact = F.linear(x.double(), matrix.double())
@@ -42,7 +42,7 @@ def linear_contest(rows: int, features: int, outputs: int, dtype: torch.dtype, d
         direction=direction,
         threads=threads,
         contenders=[
-            Contender(provider=name, run=run, judge=_judge(run, runs["pytorch"], exact), flops=flops)
+            Contender(provider=name, run=run, judge=_judge(run, product_error(x, matrix, dtype), exact), flops=flops)
             for name, run in runs.items()
         ],
         added_flops=flops,
@@ -50,8 +50,8 @@ def linear_contest(rows: int, features: int, outputs: int, dtype: torch.dtype, d
     )
 
 
-def _judge(run: Callable[[], Tensor], yardstick: Callable[[], Tensor], exact: Tensor) -> Callable[[], Sequence[str]]:
-    return lambda: rejected(judge({"y": run()}, {"y": yardstick()}, {"y": exact}))
+def _judge(run: Callable[[], Tensor], expected: float, exact: Tensor) -> Callable[[], Sequence[str]]:
+    return lambda: rejected(judge({"y": run()}, {"y": expected}, {"y": exact}))
 
 
 def contests(only: str = "*") -> Iterator[Contest]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks.contest import CannotTake, Contender, Contest
 from benchmarks.lora_case import Direction, LoraCase, LoraProblem, make_problem
 from benchmarks.lora_rivals import Built, backends, builders
-from dmole_kernels.testing import Results, judge, multi_lora_loop, rejected, run_autograd, run_reference
+from dmole_kernels.testing import Results, expected_errors, judge, multi_lora_loop, rejected, run_autograd
 
 JUDGED_FLOPS = 1e10  # of the float64 oracle, which runs every expert on every row
 OWN_FACTOR, RIVAL_FACTOR = 2.0, 8.0
@@ -124,11 +124,9 @@ class _Judging:
     def problem(self) -> LoraProblem:
         return _judged_problem(self.case, self.dtype, self.device)
 
-    def truth_and_yardstick(self) -> tuple[Results, Results]:
-        truth, yardstick = _oracle(self.case, self.dtype, self.device)
-        if self.direction == "forward":
-            return {"delta": truth["delta"]}, {"delta": yardstick["delta"]}
-        return truth, yardstick
+    def truth_and_expected(self) -> tuple[Results, dict[str, float]]:
+        truth, expected = _oracle(self.case, self.dtype, self.device)
+        return ({"delta": truth["delta"]} if self.direction == "forward" else truth), expected
 
 
 @cache
@@ -141,18 +139,17 @@ def _judged_problem(case: LoraCase, dtype: torch.dtype, device: str) -> LoraProb
 
 
 @cache
-def _oracle(case: LoraCase, dtype: torch.dtype, device: str) -> tuple[Results, Results]:
+def _oracle(case: LoraCase, dtype: torch.dtype, device: str) -> tuple[Results, dict[str, float]]:
     inputs = _judged_problem(case, dtype, device).inputs
     truth = run_autograd(multi_lora_loop, inputs.to(torch.float64))
-    yardstick = run_reference(inputs)
-    return tuple({k: v for k, v in r.items() if k != "dgate"} for r in (truth, yardstick))  # type: ignore[return-value]
+    return {name: tensor for name, tensor in truth.items() if name != "dgate"}, expected_errors(inputs)
 
 
 def _expert_judge(judging: _Judging, built: Built, factor: float) -> Callable[[], Sequence[str]]:
     def complaints() -> Sequence[str]:
-        truth, yardstick = judging.truth_and_yardstick()
+        truth, expected = judging.truth_and_expected()
         actual = results_of(built, judging.problem, judging.direction)
-        return rejected(judge(actual, yardstick, truth, factor=factor))
+        return rejected(judge(actual, expected, truth, factor=factor))
 
     return complaints
 

@@ -10,21 +10,18 @@
 #include <torch/library.h>
 #include <torch/version.h>
 
-#include <algorithm>
 #include <map>
-#include <stdexcept>
 #include <string>
-#include <vector>
 
 #include "cpu/brgemm.h"
+#include "cpu/frozen_linear_op.h"
 #include "cpu/gemm_op.h"
 #include "cpu/grad_norm_op.h"
 #include "cpu/isa.h"
-#include "cpu/linear_op.h"
+#include "cpu/masked_pool_op.h"
 #include "cpu/multi_lora_op.h"
-#include "cpu/plan.h"
-#include "cpu/pool_op.h"
-#include "cpu/router_op.h"
+#include "cpu/router_score_op.h"
+#include "cpu/row_map_op.h"
 #include "cpu/scratch.h"
 #ifdef DMOLE_WITH_CUDA
 #include "cuda/multi_lora_op.h"
@@ -35,14 +32,14 @@
 
 TORCH_LIBRARY_FRAGMENT(dmole_kernels, library) {
   library.def("cpu_gemm(Tensor a, Tensor b) -> Tensor");
-  library.def("cpu_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  library.def("cpu_frozen_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   library.def(
       "cpu_multi_lora(Tensor x, Tensor? base, Tensor[] lora_a, Tensor[] lora_b, Tensor gate, float[] scale, "
-      "float dropout, bool per_expert, Tensor? seed, bool every_column, Tensor? plan) -> (Tensor, Tensor)");
+      "float dropout, bool per_expert, Tensor? seed, bool every_column, Tensor? row_map) -> (Tensor, Tensor)");
   library.def(
       "cpu_multi_lora_backward(Tensor grad, Tensor? x, Tensor? shrunk, Tensor[] lora_a, Tensor[] lora_b, Tensor gate, "
       "float[] scale, float dropout, bool per_expert, Tensor? seed, bool need_x, bool need_gate, bool[] trainable, "
-      "Tensor? plan) -> (Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? row_map) -> (Tensor, Tensor, Tensor, Tensor)");
   library.def("cpu_squared_norm(Tensor x, Tensor grad, str method) -> Tensor");
   library.def("cpu_accumulate_gradient(Tensor(a!) buffer, Tensor x, Tensor grad) -> ()");
   library.def("cpu_accumulate_sketch(Tensor(a!) sketch, Tensor x, Tensor grad, Tensor left, Tensor right) -> ()");
@@ -55,7 +52,7 @@ TORCH_LIBRARY_FRAGMENT(dmole_kernels, library) {
 
 TORCH_LIBRARY_IMPL(dmole_kernels, CPU, library) {
   library.impl("cpu_gemm", &dmole::cpu::gemm_op);
-  library.impl("cpu_linear", &dmole::cpu::linear_op);
+  library.impl("cpu_frozen_linear", &dmole::cpu::frozen_linear_op);
   library.impl("cpu_multi_lora", &dmole::cpu::multi_lora_forward_op);
   library.impl("cpu_multi_lora_backward", &dmole::cpu::multi_lora_backward_op);
   library.impl("cpu_squared_norm", &dmole::cpu::squared_norm_op);
@@ -71,47 +68,14 @@ TORCH_LIBRARY_FRAGMENT(dmole_kernels, library) {
   library.def(
       "cuda_decode(Tensor x, Tensor? base, Tensor gate, Tensor columns, Tensor spans, int outputs, "
       "ScalarType expert_dtype, bool a_aligned, bool b_aligned) -> (Tensor, Tensor)");
-  library.def("cuda_plan(Tensor gate, int rows, bool every_column) -> (Tensor, Tensor)");
+  library.def("cuda_row_map(Tensor gate, int rows) -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(dmole_kernels, CUDA, library) {
   library.impl("cuda_decode", &dmole::cuda::decode_op);
-  library.impl("cuda_plan", &dmole::cuda::plan_op);
+  library.impl("cuda_row_map", &dmole::cuda::row_map_op);
 }
 #endif
-
-namespace {
-
-// Which rows each expert of a gate serves; `words` is what the ops take.
-struct Plan {
-  at::Tensor words;
-  dmole::cpu::PlanView view;
-
-  Plan(const at::Tensor& gate, int64_t rows, bool every_column)
-      : words(dmole::cpu::plan_op(gate, rows, every_column)),
-        view(dmole::cpu::view_plan(words.data_ptr<int32_t>(), words.numel(), rows, gate.size(1))) {}
-
-  std::vector<int32_t> rows_of(int64_t expert) const {
-    if (expert < 0 || expert >= view.experts) {
-      throw std::out_of_range("expert is " + std::to_string(expert) + "; expected a column of the gate, 0 to " +
-                              std::to_string(view.experts - 1) + ".");
-    }
-    return {view.row + view.start[expert], view.row + view.start[expert + 1]};
-  }
-
-  // The experts that rows [begin, end) need.
-  std::vector<int64_t> experts_of(int64_t begin, int64_t end) const {
-    std::vector<int64_t> experts;
-    for (int64_t e = 0; e < view.experts; ++e) {
-      const int32_t* last = view.row + view.start[e + 1];
-      const int32_t* found = std::lower_bound(view.row + view.start[e], last, begin);
-      if (found != last && *found < end) experts.push_back(e);
-    }
-    return experts;
-  }
-};
-
-}  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   using namespace dmole::cpu;
@@ -125,15 +89,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
       "set_threads", [](int count) { at::set_num_threads(count); }, pybind11::arg("count"),
       "Threads of the kernels: torch's own pool, so the same as torch.set_num_threads.");
   module.def("threads", [] { return at::get_num_threads(); }, "Threads of the kernels.");
-  pybind11::class_<Plan>(module, "Plan", "Which rows each expert serves; built once per step and shared by layers.")
-      .def(pybind11::init<const at::Tensor&, int64_t, bool>(), pybind11::arg("gate"), pybind11::arg("rows"),
-           pybind11::arg("every_column") = false)
-      .def_readonly("words", &Plan::words)
-      .def_property_readonly("rows", [](const Plan& plan) { return plan.view.rows; })
-      .def_property_readonly("experts", [](const Plan& plan) { return plan.view.experts; })
-      .def_property_readonly("pairs", [](const Plan& plan) { return plan.view.slots; })
-      .def("rows_of", &Plan::rows_of, pybind11::arg("expert"))
-      .def("experts_of", &Plan::experts_of, pybind11::arg("begin"), pybind11::arg("end"));
+  pybind11::class_<GateRows>(module, "RowMap", "Which rows use each expert; built once per step and shared by layers.")
+      .def(pybind11::init<const at::Tensor&, int64_t>(), pybind11::arg("gate"), pybind11::arg("rows"))
+      .def_readonly("table", &GateRows::table)
+      .def_property_readonly("rows", [](const GateRows& rows) { return rows.map.rows; })
+      .def_property_readonly("experts", [](const GateRows& rows) { return rows.map.experts; })
+      .def_property_readonly("pairs", [](const GateRows& rows) { return rows.map.pairs; })
+      .def("rows_of", &GateRows::rows_of, pybind11::arg("expert"))
+      .def("experts_of", &GateRows::experts_of, pybind11::arg("begin"), pybind11::arg("end"));
   module.def("grad_norm_method", &grad_norm_method, pybind11::arg("tokens"), pybind11::arg("in_features"),
              pybind11::arg("out_features"), "'direct' or 'ghost': what 'auto' does for a sample of this shape.");
   module.def("poison_scratch", &poison_scratch, pybind11::arg("on"), "Tests: fills work memory with NaN.");

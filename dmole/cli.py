@@ -263,7 +263,7 @@ def _show_tables(
     markdown: Path | None = None,
     matrices: bool = False,
 ) -> None:
-    from dmole.checkpoint import write_atomically
+    from dmole.files import write_atomically
     from dmole.reports import tables
     from dmole.reports.comparison import compare as compared
     from dmole.reports.comparison import comparison_table

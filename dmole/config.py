@@ -150,8 +150,9 @@ class RunConfig:
     output: str = "runs"
     # A checkpoint inside a stage every so many optimizer steps; 0 keeps stage boundaries only.
     checkpoint_every_steps: int = 200
-    # Threads of torch; 0 leaves torch's own choice. Results are bit-identical only at equal thread counts.
-    threads: int = 0
+    # Threads of torch. A setting, not the machine's number of cores, because results depend on it: losses with one and
+    # with two threads differ in their last bits at first, and later in more.
+    threads: int = 1
 
     def __post_init__(self) -> None:
         from dmole.methods import method_names
@@ -173,7 +174,7 @@ class RunConfig:
             value = getattr(self, name)
             require(value is None or value >= least, name, value, f"none (all samples) or an integer from {least} on")
         require(self.checkpoint_every_steps >= 0, "checkpoint_every_steps", self.checkpoint_every_steps, "0 or more")
-        require(self.threads >= 0, "threads", self.threads, "0 (torch's choice) or a number of threads")
+        require(self.threads >= 1, "threads", self.threads, "a number of threads, at least 1: results depend on it")
         try:
             re.compile(self.candidates)
         except re.error as error:

@@ -53,7 +53,12 @@ def examine() -> list[Finding]:
     findings = [_python()]
     if not needed:
         findings.append(
-            Finding(what="dmole", found="not installed as a package", ok=False, fix='pip install -e ".[data,peft]"')
+            Finding(
+                what="dmole",
+                found="not installed as a package",
+                ok=False,
+                fix='pip install --no-build-isolation -e ".[data,peft]"',
+            )
         )
     findings += [package_finding(item) for item in needed if item.extra == "" or item.name in SHOWN_PACKAGES]
     findings += [_backend(), *_machine(), _cache(), _benchmark(needed), base_model(model_folder())]
@@ -202,7 +207,7 @@ def _benchmark(needed: Sequence[Requirement]) -> Finding:
         found, ok = f"lacks {', '.join(lacking)}", False
     else:
         found, ok = f"all {len(data)} packages", True
-    return Finding(what="mini benchmark", found=found, ok=ok, fix='pip install -e ".[data]"')
+    return Finding(what="mini benchmark", found=found, ok=ok, fix='pip install --no-build-isolation -e ".[data]"')
 
 
 def model_folder() -> Path:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import resource
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from dmole.arithmetic import arithmetic, usable_cores
 from dmole.methods.base import JSON
 
 PACKAGES = ("dmole", "torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy", "pillow", "pycocoevalcap")
@@ -24,14 +24,20 @@ def describe_environment() -> dict[str, JSON]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": usable_cores(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "device": "cpu",
         "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "arithmetic": arithmetic(),
+        "packages": package_versions(),
         "commit": _commit(),
     }
+
+
+def package_versions() -> dict[str, str | None]:
+    """The versions of the packages that results depend on."""
+    return {name: _version(name) for name in PACKAGES}
 
 
 def peak_memory_gib() -> float:

@@ -54,7 +54,7 @@ def plan_runs(config: RunConfig, stream: Stream, model: MultimodalModel) -> list
     base, data, inputs = checkpoint.weights_digest(model.model), stream_digest(stream), model.inputs_digest()
     plain = config.to_dict()
     # Where results go and how often state is saved changes no number.
-    shared = {key: value for key, value in plain.items() if key in ("training", "evaluation", "lora", "candidates")}
+    shared = {key: plain[key] for key in ("training", "evaluation", "lora", "candidates", "threads")}
     plans: list[RunPlan] = []
     for order in config.orders:
         ordered = stream.reorder(order_names(order, stream.task_names))

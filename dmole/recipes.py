@@ -45,6 +45,7 @@ def mini_small() -> RunConfig:
         seeds=(0,),
         train_samples=500,
         test_samples=60,
+        threads=2,
         output="results/demo",
     )
 

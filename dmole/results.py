@@ -22,9 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dmole.checkpoint import write_atomically
 from dmole.data.sample import Stream
 from dmole.evaluation import Prediction
+from dmole.files import write_atomically
 from dmole.methods.base import JSON
 from dmole.metrics.continual import aggregates
 

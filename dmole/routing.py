@@ -8,8 +8,9 @@
     activate    the best two; none kept means the base model          Eq. 12
     tau_t     = margin * quantile of task t's own errors
 
-z depends on the frozen pretrained model alone (all experts off), so it is computed once per sample and kept. Pooling
-respects the padding mask: a sample's feature does not depend on its batch mates.
+z depends on the frozen pretrained model alone (all experts off), so it is computed once and kept. Pooling respects the
+padding mask: a sample's batch mates change no more of its feature than the last bits, which float sums in another order
+do (2.4e-7 on the mini model; each sample alone would be equal to the bit and takes five times as long).
 
 Legend: N samples, D feature width, H hidden width, T tasks. Source: D-MoLE, ICML 2025, arXiv 2506.11672, Eq. 9-12. The
 authors' public code never computes tau; "slightly above the 95th percentile" is their answer to reviewers.
@@ -81,27 +82,29 @@ def _instructions(mm: MultimodalModel, samples: Sequence[Sample]) -> tuple[Tenso
 
 
 class FeatureStore:
-    """``features(samples)`` -> z_ND, each sample computed once: what is asked for again is read from memory.
+    """``features(samples)`` -> z_ND, each batch computed once: a batch that is asked for again is read from memory.
 
-    Entries are kept by image and instruction, which decide z: ids may repeat between tasks.
+    Entries are whole batches, kept by their samples' images and instructions (ids may repeat between tasks) and by the
+    number of threads, because these decide the last bits of z. A store of single samples would give a sample the bits
+    of the batch in which it came first. Every stage tests the same batches, so each is computed once a run.
     """
 
     def __init__(self, mm: MultimodalModel, *, batch_size: int = 32) -> None:
         self._mm = mm
         self._batch_size = batch_size
-        self._kept: dict[tuple[str, str], Tensor] = {}
+        self._kept: dict[tuple[int, tuple[tuple[str, str], ...]], Tensor] = {}
 
     def __len__(self) -> int:
+        """How many batches are kept."""
         return len(self._kept)
 
     def features(self, samples: Sequence[Sample]) -> Tensor:
         """z_ND of the samples, in their order."""
-        keys = [(str(sample.image), sample.instruction) for sample in samples]
-        missing = {key: sample for key, sample in zip(keys, samples, strict=True) if key not in self._kept}
-        if missing:
-            fresh_ND = router_features(self._mm, tuple(missing.values()), batch_size=self._batch_size)
-            self._kept.update(zip(missing, fresh_ND.unbind(), strict=True))
-        return torch.stack([self._kept[key] for key in keys])
+        key = (torch.get_num_threads(), tuple((str(sample.image), sample.instruction) for sample in samples))
+        if key not in self._kept:
+            self._kept[key] = router_features(self._mm, samples, batch_size=self._batch_size)
+        # A copy: the caller may write into it.
+        return self._kept[key].clone()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,9 @@
         results                   see `dmole.results`
 
 A process killed anywhere goes on from the last checkpoint and meets the same numbers, because everything random is
-seeded by name (`dmole.seeding`) or saved (AdamW, dropout's random state).
+seeded by name (`dmole.seeding`) or saved (AdamW, dropout's random state). The number of threads is a setting, and what
+is cached does not depend on who computed it (`dmole.arithmetic`): the same configuration gives the same bytes on one
+machine, whatever the caches hold, however many cores there are and however busy they are.
 """
 
 from __future__ import annotations
@@ -25,11 +27,13 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from dmole.arithmetic import usable_cores
 from dmole.config import RunConfig
-from dmole.plan import check_folder, check_lengths, check_plan, fresh_copy, plan_runs, work_units
+from dmole.plan import check_folder, check_lengths, check_plan, plan_runs, work_units
 from dmole.progress import RunProgress
 from dmole.results import write_summary
-from dmole.single_run import ZERO_SHOT, SingleRun
+from dmole.rows import ZERO_SHOT
+from dmole.single_run import SingleRun
 from dmole.sources import open_model, open_stream
 
 
@@ -55,6 +59,11 @@ def run(config: RunConfig, *, console: Console | None = None, fresh: bool = Fals
             shutil.rmtree(output / ZERO_SHOT, ignore_errors=True)
         for plan in plans:
             check_folder(plan)
+        if config.threads < (cores := usable_cores()):
+            console.print(
+                f"threads={config.threads} on {cores} cores; more may be faster, and the numbers depend on it",
+                highlight=False,
+            )
         units = {plan.folder: work_units(stages[plan.folder], plan.stream, config) for plan in plans}
         with RunProgress(console, sum(units.values())) as progress:
             for plan in plans:
@@ -62,7 +71,7 @@ def run(config: RunConfig, *, console: Console | None = None, fresh: bool = Fals
                     progress.skip(units[plan.folder])
                     progress.note(f"{plan.folder.name}: finished earlier, kept")
                     continue
-                SingleRun(plan, config, fresh_copy(model), progress).run()
+                SingleRun(plan, config, model, progress).run()
                 write_summary(output)
         write_summary(output)
     return output
@@ -75,8 +84,7 @@ def _torch_settings(config: RunConfig) -> Iterator[None]:
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     rng = torch.get_rng_state()
     try:
-        if config.threads:
-            torch.set_num_threads(config.threads)
+        torch.set_num_threads(config.threads)
         torch.use_deterministic_algorithms(True)
         # Filling every torch.empty costs time and hides nothing here: no result reads memory that was not written.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import shutil
 import statistics
 import time
@@ -20,10 +19,12 @@ import numpy as np
 import torch
 
 from dmole import checkpoint
-from dmole.checkpoint import CheckpointError, write_atomically
-from dmole.config import RunConfig, fingerprint
+from dmole.arithmetic import arithmetic
+from dmole.checkpoint import CheckpointError
+from dmole.config import RunConfig
 from dmole.environment import describe_environment, peak_memory_gib
-from dmole.evaluation import Evaluation, Prediction, evaluate, generation_queue
+from dmole.evaluation import Evaluation, evaluate, generation_queue
+from dmole.files import write_atomically
 from dmole.methods import method_class
 from dmole.methods.base import JSON, Method, Stage
 from dmole.models.multimodal import MultimodalModel
@@ -43,12 +44,12 @@ from dmole.results import (
     write_matrix,
     write_references,
 )
+from dmole.rows import read_row, row_bytes, zero_shot_row
 from dmole.seeding import derived_seed
 from dmole.training import Profile, StageTraining
 
 CHECKPOINTS = "checkpoints"
 STAGES = "stages"
-ZERO_SHOT = "zero_shot"
 
 
 @dataclass
@@ -65,12 +66,13 @@ class Position:
 
 
 class SingleRun:
-    """One plan, from wherever its folder stands to its results."""
+    """One plan, from wherever its folder stands to its results. `base` is copied, not changed."""
 
-    def __init__(self, plan: RunPlan, config: RunConfig, model: MultimodalModel, progress: RunProgress) -> None:
+    def __init__(self, plan: RunPlan, config: RunConfig, base: MultimodalModel, progress: RunProgress) -> None:
         self.plan = plan
         self.config = config
-        self.model = model
+        self.base = base
+        self.model = model = fresh_copy(base)
         self.progress = progress
         self.profile = Profile()
         self.position = Position()
@@ -80,6 +82,8 @@ class SingleRun:
     def run(self) -> None:
         folder, label = self.plan.folder, self.plan.folder.name
         folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob("*.partial"):
+            leftover.unlink()  # of a process killed while it wrote; a run's folder has one writer
         self._write_config()
         self.method.check(self.plan.stream)
         training = self._resume()
@@ -158,29 +162,15 @@ class SingleRun:
         )
 
     def _zero_shot_row(self) -> None:
-        """Row 0, shared by every run with this base, stream and evaluation through a file named by their hash."""
         if "0" in self.position.rows:
             return
-        identity = self.plan.identity
-        key = fingerprint({name: identity[name] for name in ("stream", "base_weights", "inputs", "evaluation")})
-        cached = Path(self.config.output) / ZERO_SHOT / f"{key}.json"
-        count = sum(len(task.test) for task in self.plan.stream.tasks)
-        if cached.exists():
-            result = _read_row(cached, None)
-            self.progress.skip(EVALUATED_SAMPLE * count)
-        else:
-            self.progress.describe(f"{self.plan.folder.name}: zero-shot")
-            method = method_class(ZERO_SHOT)(fresh_copy(self.model), self.config.method_settings(ZERO_SHOT), seed=0)
-            tasks = sorted(self.plan.stream.tasks, key=lambda task: task.name)
-            result = evaluate(
-                method,
-                tasks,
-                generation_queue(self.model, tasks, self.config.evaluation.batch_size),
-                self.config.evaluation,
-                profile=Profile(),  # nobody's time: later runs read this row from its file
-                after_batch=lambda samples: self.progress.advance(EVALUATED_SAMPLE * samples),
-            )
-            write_atomically(cached, _row_bytes(result))
+        self.progress.describe(f"{self.plan.folder.name}: zero-shot")
+        result = zero_shot_row(
+            self.plan,
+            self.config,
+            self.base,
+            after_batch=lambda samples: self.progress.advance(EVALUATED_SAMPLE * samples),
+        )
         self.position.rows["0"] = self._write_row(0, result)
 
     # -- state ---------------------------------------------------------------------------------------------------------
@@ -220,7 +210,7 @@ class SingleRun:
         self.profile.seconds = dict(self.position.profile)
         self.method.seconds.update(self.position.method_seconds)
         for row, digest in self.position.rows.items():
-            _read_row(self._row_path(row), digest)
+            read_row(self._row_path(row), digest)
         self.method.load_state(loaded.tensors["method"], loaded.documents["method"])
         training = None
         if self.position.phase == "train":
@@ -232,7 +222,7 @@ class SingleRun:
             "stage": self.position.stage,
             "step": training.step if training else None,
         }
-        self.position.resumes.append({**where, "threads": torch.get_num_threads()})
+        self.position.resumes.append({**where, "threads": torch.get_num_threads(), "arithmetic": arithmetic()})
         self.progress.note(f"{self.plan.folder.name}: resumed at {where}")
         return training
 
@@ -249,7 +239,7 @@ class SingleRun:
         return self.plan.folder / STAGES / f"{row}.json"
 
     def _write_row(self, row: int, result: Evaluation) -> str:
-        data = _row_bytes(result)
+        data = row_bytes(result)
         write_atomically(self._row_path(row), data)
         return hashlib.sha256(data).hexdigest()
 
@@ -275,7 +265,7 @@ class SingleRun:
     def _write_results(self) -> None:
         plan, folder = self.plan, self.plan.folder
         tasks = list(plan.stream.task_names)
-        rows = {int(row): _read_row(self._row_path(row), digest) for row, digest in self.position.rows.items()}
+        rows = {int(row): read_row(self._row_path(row), digest) for row, digest in self.position.rows.items()}
         rows = dict(sorted(rows.items()))
         matrix = matrix_of({row: result.points for row, result in rows.items()}, tasks)
         write_matrix(folder / "matrix.csv", matrix, tasks)
@@ -344,31 +334,3 @@ class SingleRun:
             "resumes": self.position.resumes,
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
-
-
-def _row_bytes(result: Evaluation) -> bytes:
-    return json.dumps(dataclasses.asdict(result), ensure_ascii=False).encode()
-
-
-def _read_row(path: Path, digest: str | None) -> Evaluation:
-    """An evaluation from its file, refused by name if it is not the one whose sha256 is `digest`."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing. Delete {path.parent.parent} to start the run over.")
-    data = path.read_bytes()
-    if digest is not None and hashlib.sha256(data).hexdigest() != digest:
-        raise CheckpointError(
-            f"{path} was truncated or edited: its sha256 is not the checkpoint's. "
-            f"Delete {path.parent.parent} to start the run over."
-        )
-    try:
-        plain = json.loads(data)
-        predictions = tuple(
-            Prediction(**{**said, "route": None if said["route"] is None else tuple(said["route"])})
-            for said in plain["predictions"]
-        )
-        return Evaluation(points=plain["points"], well_formed=plain["well_formed"], predictions=predictions)
-    except (ValueError, KeyError, TypeError) as error:
-        # Only the shared row 0 comes without a digest.
-        raise CheckpointError(
-            f"{path} was truncated or edited: it is no evaluation. Delete it to test again."
-        ) from error

@@ -5,7 +5,10 @@ Knows no task, data set or model. Which implementation runs: `python -m dmole_ke
 """
 
 from dmole_kernels._backend import BACKENDS, BackendChoice, choose_backend, explain_backend, use_backend
+from dmole_kernels._convert import convert
 from dmole_kernels._expert_bank import Expert, ExpertBank, ExpertDescription
+from dmole_kernels._expert_folders import load_experts, save_experts
+from dmole_kernels._expert_handle import ExpertHandle, experts_of
 from dmole_kernels._frozen_linear import FrozenLinears, frozen_linear
 from dmole_kernels._gates import ExpertGates, GateBlock
 from dmole_kernels._grad_norm import (
@@ -30,6 +33,7 @@ __all__ = [
     "ExpertBank",
     "ExpertDescription",
     "ExpertGates",
+    "ExpertHandle",
     "FrozenLinears",
     "GateBlock",
     "GradNorm",
@@ -39,15 +43,19 @@ __all__ = [
     "accumulate_gradient",
     "accumulate_sketch",
     "choose_backend",
+    "convert",
     "dropout_keep_mask",
+    "experts_of",
     "explain_backend",
     "frozen_linear",
     "grad_norm_per_batch",
     "grad_norm_per_sample",
+    "load_experts",
     "masked_max_pool",
     "multi_lora",
     "router_score",
     "router_select",
+    "save_experts",
     "use_backend",
     "sketch_relative_std",
 ]

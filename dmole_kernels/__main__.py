@@ -48,7 +48,7 @@ def _prepare_triton() -> None:
     import torch
 
     if not triton_backend.available():
-        raise SystemExit("Triton is not installed; expected triton 3.9. Run pip install triton.")
+        raise SystemExit(triton_backend.MISSING)
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
 

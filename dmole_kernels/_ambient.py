@@ -104,7 +104,7 @@ class Ambient(Generic[Block]):
             later = blocks[blocks.index(block) + 1 :]
             self._variable.set(tuple(b for b in blocks if b is not block))
         elif block.suspendable and not was_closed:
-            # A pool of threads resumes a generator in one context after another; the garbage collector ends it anywhere.
+            # A pool of threads resumes a generator in one context after another; the collector ends it anywhere.
             later = tuple(b for b in self._of_generators if b.serial > block.serial)
         else:
             raise ValueError(
@@ -119,7 +119,7 @@ class Ambient(Generic[Block]):
 
     def innermost(self, identity: str) -> Block | None:
         """The block with this identity that applies here, or None. Raises ValueError where that has no answer."""
-        blocks = self._context.now
+        blocks: tuple[Block, ...] = self._context.now
         if self.in_generators:
             return self._traced(identity, blocks) if torch.compiler.is_dynamo_compiling() else self._by_frames(identity)
         if not blocks and not torch.compiler.is_dynamo_compiling() and _is_key_in_tls("context"):
@@ -205,8 +205,8 @@ _LEFT = (
 )
 _ELSEWHERE = (
     "a generator with a block of {} runs, perhaps around this call, in another context than it was opened in; expected "
-    "one that a compiled function can see. Run all steps of a generator in one context, or open a block around the call "
-    "(gates of zero give the base model)."
+    "one that a compiled function can see. Run all steps of a generator in one context, or open a block around the "
+    "call (gates of zero give the base model)."
 )
 _SUSPENDED = (
     "a block of {} is open in a generator that is not running in this thread; expected the call inside that generator, "

@@ -39,11 +39,13 @@ def check_aot(arguments: Sequence[str] = ()) -> int:
     unknown = [a for a in arguments if a not in ("--quick", "--write")]
     if unknown or {"--quick", "--write"} <= set(arguments):
         raise ValueError(f"check-aot got {list(arguments)}; expected nothing, --quick or --write. Drop the others.")
-    from dmole_kernels.triton_backend import available
+    from dmole_kernels import triton_backend
 
-    if not available():
-        raise ValueError("check-aot needs triton, which is not installed; expected triton 3.9. Run pip install triton.")
+    if not triton_backend.available():
+        raise ValueError(triton_backend.MISSING)
     import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
+
+    _check_version(triton.__version__)
 
     from dmole_kernels.triton_backend.configs import TARGETS
 
@@ -52,22 +54,33 @@ def check_aot(arguments: Sequence[str] = ()) -> int:
     for target in targets:
         entries.update(compile_target(target))
         print(f"{target}: {sum(key.startswith(target + ' ') for key in entries)} kernels compiled", flush=True)
-    problems = [problem for key, entry in entries.items() for problem in broken_limits(key, entry)]
+    recorded = json.loads(RECORD.read_text(encoding="utf-8"))
+    # How many registers a compiler keeps in memory changes with its version, by a few bytes for some float32 kernels.
+    spills = "--write" in arguments or recorded["triton"] == triton.__version__
+    problems = [problem for key, entry in entries.items() for problem in broken_limits(key, entry, spills=spills)]
     if "--write" in arguments:
         record = {"triton": triton.__version__, "kernels": entries}
         RECORD.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     else:
-        problems += differences(entries, json.loads(RECORD.read_text(encoding="utf-8")), triton.__version__, targets)
+        problems += differences(entries, recorded, triton.__version__, targets)
     for problem in problems:
         print(problem, file=sys.stderr)
     print(f"check-aot: {len(entries)} kernels, {len(problems)} problems")
     return 1 if problems else 0
 
 
+def _check_version(version: str) -> None:
+    """Raises ValueError for a Triton without the functions of its compiler that `_bound` calls."""
+    if tuple(map(int, version.split(".")[:2])) < (3, 5):
+        raise ValueError(
+            f"check-aot got triton {version}; expected 3.5 or newer. Install a newer torch, which pins a newer triton."
+        )
+
+
 def differences(entries: dict[str, Entry], record: Entry, version: str, targets: Sequence[str]) -> list[str]:
     """Readable lines where the compiled kernels are not the recorded ones."""
     if record["triton"] != version:
-        print(f"the record is of triton {record['triton']}, this is {version}: only the limits are checked")
+        print(f"the record is of triton {record['triton']}, this is {version}: only hard limits count, not spills")
         return []
     recorded = {key: entry for key, entry in record["kernels"].items() if key.split(" ")[0] in targets}
     again = "Run check-aot --write if the change is meant."
@@ -79,12 +92,13 @@ def differences(entries: dict[str, Entry], record: Entry, version: str, targets:
     return lines
 
 
-def broken_limits(key: str, entry: Entry) -> Iterator[str]:
+def broken_limits(key: str, entry: Entry, *, spills: bool = True) -> Iterator[str]:
+    """Readable lines: limits that a compiled kernel breaks; `spills` says whether spilled registers are one."""
     from dmole_kernels.triton_backend.configs import SHARED_MEMORY
 
     limit = SHARED_MEMORY[key.split(" ")[0]]
     remedy = "Take smaller tiles or fewer stages in triton_backend/configs.py."
-    if entry["spills"]:
+    if spills and entry["spills"]:
         yield f"{key}: {entry['spills']} bytes or registers spilled; expected none. {remedy}"
     if entry["shared"] > limit:
         yield f"{key}: {entry['shared']} bytes of shared memory; expected at most {limit}. {remedy}"

@@ -117,7 +117,7 @@ class Op:
         elif self.asked(requested) != "auto":
             reason = "asked for by use_backend"
         else:
-            reason = f"the first of {tuple(BACKENDS)} that has {self.name} for {device_type}"
+            reason = f"the first of {tuple(BACKENDS)} with a kernel for {device_type}"
             reason += "".join(f"; {text}" for other in BACKENDS if (text := self._unfit(other, device_type, dtype)))
             if cpu.EXTENSION is None:
                 reason += f"; 'cpu' is not built: {cpu.MISSING}"

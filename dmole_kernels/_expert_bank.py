@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 
 class ExpertDescription(TypedDict):
+    """What a state_dict cannot say about an expert; JSON-able."""
+
     rank: int
     alpha: float
     trainable: bool
@@ -91,6 +93,7 @@ class ExpertBank(nn.Module):
         self._like = (like,)
         self.experts = nn.ModuleDict()
         self._names: tuple[str, ...] = ()
+        self.merged: dict[str, float] = {}  # experts that are in the base's weight now, and how much of each
 
     def add(
         self,
@@ -110,7 +113,7 @@ class ExpertBank(nn.Module):
             ValueError: for a name in use, empty, with a dot or already an attribute of modules, a rank below 1, an
                 alpha that is not a finite number.
         """
-        self._check_new(name)
+        self.check_new(name)
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
             raise ValueError(f"rank={rank!r} for expert {name!r}; expected an integer of at least 1. Use 8 to start.")
         alpha = check_alpha(alpha, f"expert {name!r}")
@@ -126,7 +129,13 @@ class ExpertBank(nn.Module):
         expert.requires_grad_(trainable)
         self._put(name, expert)
 
-    def _check_new(self, name: str) -> None:
+    def check_unmerged(self, name: str) -> None:
+        if name in self.merged:
+            raise ValueError(
+                f"expert {name!r} is merged into the base; expected one that is not. Call unmerge({name!r}) first."
+            )
+
+    def check_new(self, name: str) -> None:
         if (
             not isinstance(name, str) or not name or "." in name or name in self.experts._modules
             or hasattr(_EMPTY, name)
@@ -146,7 +155,11 @@ class ExpertBank(nn.Module):
             return self.device, self.dtype
         weight = like.weight
         assert isinstance(weight, Tensor)
-        return weight.device, torch.float64 if weight.dtype == torch.float64 else torch.float32
+        device = weight.device
+        if weight.is_meta:
+            # accelerate leaves an offloaded weight on meta between calls; its hook knows where the layer computes.
+            device = getattr(getattr(like, "_hf_hook", None), "execution_device", device)
+        return device, torch.float64 if weight.dtype == torch.float64 else torch.float32
 
     def _put(self, name: str, expert: Expert) -> None:
         expert.train(self.training)
@@ -175,6 +188,7 @@ class ExpertBank(nn.Module):
 
     def remove(self, name: str) -> None:
         self.expert(name)
+        self.check_unmerged(name)
         del self.experts[name]
         self._changed()
 
@@ -185,7 +199,8 @@ class ExpertBank(nn.Module):
             ValueError: for a name that is not there, or a new one that `add` would refuse.
         """
         self.expert(name)
-        self._check_new(new)
+        self.check_unmerged(name)
+        self.check_new(new)
         renamed = {new if key == name else key: expert for key, expert in self.experts.items()}
         self.experts.clear()
         self.experts.update(renamed)

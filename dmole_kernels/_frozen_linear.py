@@ -4,7 +4,7 @@
 
 The product beside the experts. PyTorch's BLAS makes it, except where the "cpu" backend was measured faster
 (`cpu.takes_linear`); there sums are float32 and rounded once, a row of y has the same bits with any number of threads,
-and beside any other rows while their number leaves the kernel's form alone (`csrc/cpu/linear.inl`).
+and beside any other rows while their number leaves the kernel's form alone (`csrc/cpu/per_isa/frozen_linear.h`).
 
 Shape letters: N rows (all leading dimensions), D in_features, P out_features.
 """
@@ -52,7 +52,7 @@ def own_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if torch.is_grad_enabled() and x.requires_grad:
         y = torch.ops.dmole_kernels.frozen_linear(x, weight, bias)
     else:
-        y = torch.ops.dmole_kernels.cpu_linear.default(x, weight, bias)
+        y = torch.ops.dmole_kernels.cpu_frozen_linear.default(x, weight, bias)
     return y
 
 
@@ -121,7 +121,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, autocast: bool) -> No
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    y: Tensor = torch.ops.dmole_kernels.cpu_linear(x, weight, bias)
+    y: Tensor = torch.ops.dmole_kernels.cpu_frozen_linear(x, weight, bias)
     return y
 
 

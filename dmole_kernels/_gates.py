@@ -23,6 +23,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from dmole_kernels._ambient import Ambient, AmbientBlock
 from dmole_kernels._expert_bank import ExpertBank
@@ -31,6 +32,13 @@ from dmole_kernels.cpu import RowMap
 
 # What a layer's rows are: None takes the leading dimension for samples, unless the block has units.
 Rows = Literal["samples", "units"] | None
+
+Units = Sequence[int] | Tensor | int | None
+
+_NO_CHECKPOINT_CONTEXTS = (
+    "checkpoint_contexts is used inside a compiled function; expected eager mode. Keep backward inside the `gates.use` "
+    "block, where a compiled checkpoint needs no context_fn."
+)
 
 KEPT_BYTES = 64 * 2**20
 KEPT_ENTRIES = 1024
@@ -44,8 +52,14 @@ class LayerGate(NamedTuple):
     row_map: RowMap | None
 
 
+class _Named(Protocol):
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+
 class _HoldsExperts(Protocol):
-    bank: ExpertBank
+    @property
+    def bank(self) -> _Named: ...
 
 
 class ExpertGates:
@@ -71,7 +85,8 @@ class ExpertGates:
         self.identity = uuid.uuid4().hex
         self.lineage = self.identity
         self._layers: list[weakref.ref[_HoldsExperts]] = []
-        self._names: tuple[int, tuple[str, ...]] = (-1, ())
+        # Of which state of the banks, the names that the layers hold, and those that some layer has merged.
+        self._held: tuple[int, tuple[str, ...], frozenset[str]] = (-1, (), frozenset())
 
     def __deepcopy__(self, memo: dict[int, object]) -> ExpertGates:
         copy = ExpertGates()
@@ -89,18 +104,22 @@ class ExpertGates:
     def register(self, layer: _HoldsExperts) -> None:
         """Called by each layer that is made with these gates."""
         self._layers.append(weakref.ref(layer))
-        self._names = (-1, ())
+        self._held = (-1, (), frozenset())
 
     @property
     def names(self) -> tuple[str, ...]:
         """The experts that the layers of these gates hold, in the order in which layers and experts were added."""
-        version, names = self._names
-        if version != ExpertBank.changes:
+        return self._look()[1]
+
+    def _look(self) -> tuple[int, tuple[str, ...], frozenset[str]]:
+        if self._held[0] != ExpertBank.changes:
             self._layers = [ref for ref in self._layers if ref() is not None]
-            layers = (layer for ref in self._layers if (layer := ref()) is not None)
-            names = tuple(dict.fromkeys(name for layer in layers for name in layer.bank.names))
-            self._names = (ExpertBank.changes, names)
-        return names
+            banks = [layer.bank for ref in self._layers if (layer := ref()) is not None]
+            names = tuple(dict.fromkeys(name for bank in banks for name in bank.names))
+            # PEFT's adapters (dmole_kernels.peft) are merged by PEFT, which says so itself.
+            merged = frozenset(name for bank in banks for name in getattr(bank, "merged", ()))
+            self._held = (ExpertBank.changes, names, merged)
+        return self._held
 
     @property
     def block(self) -> GateBlock | None:
@@ -113,7 +132,7 @@ class ExpertGates:
         block = self.block
         return block is not None and len(block.active) > 0
 
-    def use(self, gate: Tensor, experts: Sequence[str], *, units: Sequence[int] | Tensor | int | None = None) -> GateBlock:
+    def use(self, gate: Tensor, experts: Sequence[str], *, units: Units = None) -> GateBlock:
         """A `with` block in which the layers add these experts; inner blocks replace outer ones.
 
         Args:
@@ -131,41 +150,61 @@ class ExpertGates:
             units = [1, 1], x [6, ...]:       rows 0 to 2 use gate[0], rows 3 to 5 gate[1]         three beams
 
         Raises:
-            ValueError: for a gate, names or units that do not fit together; a name that no layer of these gates holds;
+            ValueError: for a gate, names or units that do not fit together; a name that no layer of these gates holds,
+                or that is merged into the base;
                 when a layer's rows cannot be split by the units; when the gate is changed in place inside the block;
                 when blocks are left in another order than the reverse one.
             NotImplementedError: inside a torch.func transform or forward-mode differentiation.
         """
         ambient_blocks.refuse_in_graphs()
         refuse_transforms("gates.use")
-        block = GateBlock(gate, experts, units, self.identity, self.lineage, self.names)
-        known = set(self.names)
+        _, held, merged = self._look()
+        block = GateBlock(gate, experts, units, self.identity, self.lineage, held)
+        known = set(held)
         for name in block.names:
+            if name in merged:
+                raise merged_error(name)
             if name not in known:
-                near = difflib.get_close_matches(name, self.names, 1)
+                near = difflib.get_close_matches(name, held, 1)
                 meant = f"Did you mean {near[0]!r}?" if near else "Add it to a layer first."
                 raise ValueError(
-                    f"experts: got {name!r}, which no layer of these gates holds; expected some of {list(self.names)}. "
+                    f"experts: got {name!r}, which no layer of these gates holds; expected some of {list(held)}. "
                     f"{meant}"
                 )
+        if torch.is_grad_enabled():
+            self._refuse_sharded(block.names)
         return block
+
+    def _refuse_sharded(self, names: tuple[str, ...]) -> None:
+        """FSDP2 reduces gradients by position: processes whose samples use different experts would get each other's.
+
+        Outside of forward a sharded parameter is a DTensor; inside, where layers could look, it is a plain one.
+        """
+        for ref in self._layers:
+            layer = ref()
+            held = getattr(None if layer is None else layer.bank, "experts", None)
+            if held is None:
+                continue
+            for name in names:
+                expert = held._modules.get(name)
+                if expert is not None and type(expert._parameters["lora_a"]) is DTensor and expert.lora_a.requires_grad:
+                    raise ValueError(
+                        f"expert {name!r} is sharded (a DTensor); expected plain parameters, since processes that use "
+                        f"different experts would get each other's gradients. Call fully_shard(..., "
+                        f"ignored_params=set(experts.parameters())) and experts.reduce_gradients() after backward."
+                    )
 
     @property
     def checkpoint_contexts(self) -> Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]:
         """For `torch.utils.checkpoint.checkpoint(context_fn=gates.checkpoint_contexts)`, of the kind that is not
         reentrant: recomputes under the gates of the first forward, wherever backward runs."""
-
-        refusal = (
-            "checkpoint_contexts is used inside a compiled function; expected eager mode. Keep backward inside the "
-            "`gates.use` block, where a compiled checkpoint needs no context_fn."
-        )
         if torch.compiler.is_dynamo_compiling():
-            raise ValueError(refusal)
+            raise ValueError(_NO_CHECKPOINT_CONTEXTS)
 
         # A function, not a method: torch.compile calls what a checkpoint is given without its `self`.
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-            if torch._guards.TracingContext.try_get() is not None:
-                raise ValueError(refusal)
+            if torch.compiler.is_dynamo_compiling() or torch._guards.TracingContext.try_get() is not None:
+                raise ValueError(_NO_CHECKPOINT_CONTEXTS)
             block = self.block
             return nullcontext(), nullcontext() if block is None else _Recomputation(block)
 
@@ -207,7 +246,7 @@ class GateBlock(AmbientBlock):
     )
 
     def __init__(
-        self, gate: Tensor, experts: Sequence[str], units: Sequence[int] | Tensor | int | None, identity: str, lineage: str,
+        self, gate: Tensor, experts: Sequence[str], units: Units, identity: str, lineage: str,
         canonical_names: tuple[str, ...] | None = None,
     ) -> None:  # fmt: skip
         super().__init__(identity)
@@ -283,7 +322,7 @@ class GateBlock(AmbientBlock):
             with torch.inference_mode(False), torch.set_grad_enabled(self.trained and torch.is_grad_enabled()):
                 gate = self._layer_gate(names, leading, rows, device)
             if with_row_map:
-                row_map = RowMap(gate, math.prod(leading), every_column=self.trained)
+                row_map = RowMap(gate, math.prod(leading))
         found = LayerGate(names, gate, row_map)
         self._keep(key, found._replace(gate=None) if self.trained else found)
         return found
@@ -346,6 +385,13 @@ class GateBlock(AmbientBlock):
         return [length * unit // total if total else 0 for unit in units]
 
 
+def merged_error(name: str) -> ValueError:
+    return ValueError(
+        f"experts: got {name!r}, which is merged into the base and so acts on every sample already; expected experts "
+        f"that are not merged. Call unmerge({name!r}) first, or leave it out with its column of the gate."
+    )
+
+
 def check_gate(gate: Tensor, experts: Sequence[str]) -> tuple[str, ...]:
     """The names of the gate's columns. Raises ValueError when they do not fit."""
     if not isinstance(gate, Tensor):
@@ -363,7 +409,7 @@ def check_gate(gate: Tensor, experts: Sequence[str]) -> tuple[str, ...]:
     return names
 
 
-def _check_units(units: Sequence[int] | Tensor | int | None, samples: int) -> tuple[int, ...] | None:
+def _check_units(units: Units, samples: int) -> tuple[int, ...] | None:
     if units is None:
         return None
     if isinstance(units, Tensor):

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from dmole_kernels import cpu, reference, triton_backend
 from dmole_kernels._argument_checks import check_floating, check_one_device
-from dmole_kernels._backend import BACKENDS, choose_backend, without_autocast
+from dmole_kernels._backend import BACKENDS, Op, without_autocast
 from dmole_kernels._registration import refuse_transforms, register_op
 
 NormMethod = Literal["auto", "direct", "ghost"]
@@ -51,15 +51,14 @@ def grad_norm_per_sample(x: Tensor, grad: Tensor, *, method: NormMethod = "auto"
 
     Raises:
         ValueError: for shapes that do not belong together or an unknown method.
-        NotImplementedError: under a torch.func transform or in forward-mode differentiation.
     """
-    refuse_transforms("grad_norm_per_sample")
     _check(x, grad, "[samples, tokens, features]")
     if method not in ("auto", "direct", "ghost"):
         raise ValueError(
             f"method={method!r}; expected 'auto', 'direct' or 'ghost'. Use 'auto' unless you compare them."
         )
-    name = choose_backend(backend, x.device.type, torch.promote_types(x.dtype, grad.dtype)).name
+    refuse_transforms("grad_norm_per_sample")
+    name = GRAD_NORM.pick(backend, x.device.type, torch.promote_types(x.dtype, grad.dtype))
     chosen: str = method
     if method == "auto" and (name, "auto") not in NORM:
         chosen = cheaper_method(x.shape[1], x.shape[2], grad.shape[2], backend=name)
@@ -79,7 +78,7 @@ def cheaper_method(
 ) -> Literal["direct", "ghost"]:
     """What "auto" does for a sample of these shapes, by flops: about ghost for T < d p / (d + p), up to twice that
     where symmetry saves half. The backends differ in their tiles, so in how much symmetry saves."""
-    if (choose_backend().name if backend == "auto" else backend) == "cpu":
+    if (GRAD_NORM.pick(backend, "cpu", None) if backend == "auto" else backend) == "cpu":
         name = cpu.extension().grad_norm_method(tokens, in_features, out_features)
         return "ghost" if name == "ghost" else "direct"
     tiles = -(-tokens // reference.GHOST_TILE)
@@ -90,11 +89,11 @@ def cheaper_method(
 
 def accumulate_gradient(buffer: Tensor, x: Tensor, grad: Tensor, *, backend: str = "auto") -> None:
     """Adds this batch's weight gradient: `buffer += grad.T @ x`; buffer [out_features, in_features] is changed."""
-    refuse_transforms("accumulate_gradient")
     _check(x, grad, "[rows, features]")
     _check_buffer("buffer", buffer, (grad.shape[-1], x.shape[-1]), x)
-    dtype = reduce(torch.promote_types, (x.dtype, grad.dtype, buffer.dtype))
-    name = choose_backend(backend, x.device.type, dtype).name
+    refuse_transforms("accumulate_gradient")
+    dtype = _asked_dtype(x, grad, buffer)
+    name = ACCUMULATE_GRADIENT.pick(backend, x.device.type, dtype)
     torch.ops.dmole_kernels.accumulate_gradient(buffer, x, grad, name)
 
 
@@ -107,7 +106,6 @@ def accumulate_sketch(
     squared norm when left [p, k] and right [d, l] are drawn from N(0, 1/k) and N(0, 1/l); sketches made with the same
     left and right add up over batches and processes.
     """
-    refuse_transforms("accumulate_sketch")
     _check(x, grad, "[rows, features]")
     sides = ((left, grad), (right, x))
     if any(side.dim() != 2 or side.shape[0] != tensor.shape[1] for side, tensor in sides):
@@ -117,8 +115,9 @@ def accumulate_sketch(
         )
     check_one_device(x=x, left=left, right=right)
     _check_buffer("sketch", sketch, (left.shape[1], right.shape[1]), x)
-    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in (x, grad, sketch, left, right)))
-    name = choose_backend(backend, x.device.type, dtype).name
+    refuse_transforms("accumulate_sketch")
+    dtype = _asked_dtype(x, grad, sketch, left, right)
+    name = ACCUMULATE_SKETCH.pick(backend, x.device.type, dtype)
     torch.ops.dmole_kernels.accumulate_sketch(sketch, x, grad, left, right, name)
 
 
@@ -175,6 +174,17 @@ if "triton" in BACKENDS:
     NORM["triton", "ghost"] = triton_backend.kernel("grad_norm", "squared_norm_ghost")
     ACCUMULATE["triton"] = triton_backend.kernel("grad_norm", "accumulate_gradient")
     SKETCH["triton"] = triton_backend.kernel("grad_norm", "accumulate_sketch")
+
+
+GRAD_NORM = Op("grad_norm_per_sample", dict(NORM.keys()))
+ACCUMULATE_GRADIENT = Op("accumulate_gradient", ACCUMULATE)
+ACCUMULATE_SKETCH = Op("accumulate_sketch", SKETCH)
+
+
+def _asked_dtype(*tensors: Tensor) -> torch.dtype:
+    """What a backend has to take: float16 where a tensor is that, whatever the sums are; else the widest."""
+    dtypes = [tensor.dtype for tensor in tensors]
+    return torch.float16 if torch.float16 in dtypes else reduce(torch.promote_types, dtypes)
 
 
 def _widened(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:

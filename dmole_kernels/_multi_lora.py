@@ -63,7 +63,7 @@ def multi_lora(
             from the device's, so that every replay draws anew).
         backend: see `choose_backend`.
         row_map: which rows use each expert, for this gate and as many rows as x has; the cpu backend makes its own when
-            None. Not for a gate that requires grad.
+            None.
 
     Computes in base's dtype (x's when base is None); x and experts are cast to it, their gradients cast back, so
     experts may stay float32 beside a bfloat16 model. gate * scale is a float32 product at least. A new tensor is
@@ -92,7 +92,7 @@ def multi_lora(
     check_seed(seed)
     trained_gate = gate.requires_grad and torch.is_grad_enabled()
     if row_map is not None:
-        _check_row_map(row_map, x, trained_gate)
+        _check_row_map(row_map, x)
     call = LoraCall(
         x, base, lora_a, lora_b, gate.reshape(-1, len(scale)), scale, dropout, dropout_mode == "per_expert",
         seed_for(x.device, dropout, seed), trained_gate, None if row_map is None else row_map.table,
@@ -190,13 +190,12 @@ def check_seed(seed: Tensor | None) -> None:
         )
 
 
-def _check_row_map(row_map: RowMap, x: Tensor, trained_gate: bool) -> None:
+def _check_row_map(row_map: RowMap, x: Tensor) -> None:
     rows = math.prod(x.shape[:-1])
-    if row_map.rows != rows or (trained_gate and not row_map.every_column):
+    if row_map.rows != rows:
         raise ValueError(
-            f"row_map is for {row_map.rows} rows and {'every' if row_map.every_column else 'not every'} column, x has "
-            f"{rows} rows and the gate {'requires' if trained_gate else 'does not require'} grad; expected as many "
-            f"rows, and every column for such a gate. Build the row map from this gate, or pass none."
+            f"row_map is for {row_map.rows} rows and x has {rows}; expected as many. Build the row map from this gate, "
+            f"or pass none."
         )
 
 
@@ -269,7 +268,10 @@ class Saved:
                 wanted.experts, self.backend,
             )  # fmt: skip
         else:
-            call = LoraCall(x, None, lora_a, lora_b, gate, scale, dropout, per_expert, seed, wanted.gate, self.row_map)
+            gate_GE = gate.reshape(-1, count)
+            call = LoraCall(
+                x, None, lora_a, lora_b, gate_GE, scale, dropout, per_expert, seed, wanted.gate, self.row_map
+            )
             dx, da, db, dgate = _backward(call, grad, shrunk, wanted, self.backend)
         chosen = [e for e, flag in enumerate(wanted.experts) if flag]
         if chosen:

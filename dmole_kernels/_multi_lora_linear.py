@@ -19,9 +19,10 @@ from torch.utils import _python_dispatch as _dispatch
 from dmole_kernels._expert_bank import Expert, ExpertBank
 from dmole_kernels._frozen_linear import own_is_faster, own_linear
 from dmole_kernels._fused_linear import run_fused
-from dmole_kernels._gates import ExpertGates, GateBlock, Rows, ambient_blocks, check_gate, traced_rows
+from dmole_kernels._gates import ExpertGates, GateBlock, Rows, ambient_blocks, check_gate, merged_error, traced_rows
 from dmole_kernels._lora_call import LoraCall
 from dmole_kernels._multi_lora import MULTI_LORA, DropoutMode, check_dropout, run, run_eager, seed_for
+from dmole_kernels._plain_names import use_plain_names
 from dmole_kernels._registration import refuse_transforms
 
 _LINEAR_FORWARD = nn.Linear.forward
@@ -47,6 +48,9 @@ class MultiLoRALinear(nn.Module):
     frozen `nn.Linear` (exactly this class, plain Parameters, no hooks, no patched forward) is `frozen_linear`'s; any
     other base is called. Experts are float32 (float64 beside a float64 base): small updates vanish in bfloat16.
 
+    In a `state_dict` the base has the names that it has in the plain model (`q_proj.weight`), so states of the plain
+    and the converted model load into each other; experts are `q_proj.bank.experts.<name>.lora_a` and `lora_b`.
+
     Raises:
         ValueError: for a base without a 2-D weight, a subclass of `nn.Linear` without `any_forward`, gates that are no
             `ExpertGates`, or a dropout, rows or backend that does not exist.
@@ -67,8 +71,7 @@ class MultiLoRALinear(nn.Module):
         super().__init__()
         weight = check_base(base, any_forward=any_forward)
         check_dropout(dropout, dropout_mode)
-        if gates is not None and not isinstance(gates, ExpertGates):
-            raise ValueError(f"gates is a {type(gates).__name__}; expected ExpertGates or None. Pass ExpertGates().")
+        check_gates(gates)
         if rows not in (None, "samples", "units"):
             raise ValueError(f"rows={rows!r}; expected 'samples', 'units' or None. Leave it out for samples.")
         MULTI_LORA.pick(backend, weight.device.type, None)
@@ -83,6 +86,11 @@ class MultiLoRALinear(nn.Module):
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         self.bank = ExpertBank(self.in_features, self.out_features, dtype=dtype, like=base)
         self.gated = False  # whether some forward that can be trained had a block
+        self.place = ""  # the layer's name in the model, for errors; set by `convert`
+        # The base's weight as it was, while experts are merged into it.
+        self.unmerged_weight: Tensor | None
+        self.register_buffer("unmerged_weight", None, persistent=False)
+        use_plain_names(self)
         if gates is not None:
             gates.register(self)
 
@@ -127,7 +135,10 @@ class MultiLoRALinear(nn.Module):
         dtype = torch.get_autocast_dtype(device_type) if autocast else x.dtype
         backend = MULTI_LORA.pick(self.backend, device_type, dtype)
         rows = self.rows if gate is None else None
-        found = block.for_layer(bank._names, x.shape[:-1] or (1,), rows, x.device, backend == "cpu")
+        try:
+            found = block.for_layer(bank._names, x.shape[:-1] or (1,), rows, x.device, backend == "cpu")
+        except ValueError as error:
+            raise ValueError(f"{self.place}: {error}" if self.place else str(error)) from None
         if found.gate is None:
             return self._base_output(x, backend)
         # Autocast would cast x in the base, the op cast it again, and once more in backward, and each cast its dx back.
@@ -162,9 +173,11 @@ class MultiLoRALinear(nn.Module):
         for name in names:
             if name not in self.bank:
                 raise ValueError(
-                    f"experts: got {name!r}, which this layer does not hold; expected some of {list(self.bank.names)}. "
-                    f"Add it to the layer's bank, or leave it out with its column of the gate."
+                    f"experts: got {name!r}, which {self.place or 'this layer'} does not hold; expected some of "
+                    f"{list(self.bank.names)}. Add it to the layer's bank, or leave it out with its column of the gate."
                 )
+            if name in self.bank.merged:
+                raise merged_error(name)
 
     def _ambient_block(self) -> GateBlock | None:
         """The open block of this layer's gates. Raises where their absence is a mistake."""
@@ -231,6 +244,11 @@ class MultiLoRALinear(nn.Module):
     def _traced(self, x: Tensor, gate: Tensor | None, experts: Sequence[str] | None) -> Tensor:
         """forward under torch.compile, where neither values nor the set of active experts may decide anything: every
         expert that the layer holds is computed, and a gate of zero leaves it out of the sum."""
+        if self.fuse_base:
+            raise ValueError(
+                "a layer with fuse_base is being compiled; expected eager mode, it is no registered op. Leave "
+                "fuse_base off."
+            )
         if x.dim() == 1:
             return self._traced(x[None], gate, experts)[0]
         if gate is None:
@@ -267,9 +285,18 @@ class MultiLoRALinear(nn.Module):
         )  # fmt: skip
         return run(call, MULTI_LORA.pick(self.backend, x.device.type, y.dtype))
 
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """For torch.distributed.checkpoint: which attributes are below `base`, whose name is in no state_dict."""
+        return dict.fromkeys(("weight", "bias"), "base")
+
     def extra_repr(self) -> str:
         rows = "" if self.rows is None else f", rows={self.rows}"
         return f"dropout={self.dropout:g}, dropout_mode={self.dropout_mode}{rows}, backend={self.backend}"
+
+
+def check_gates(gates: ExpertGates | None) -> None:
+    if gates is not None and not isinstance(gates, ExpertGates):
+        raise ValueError(f"gates is a {type(gates).__name__}; expected ExpertGates or None. Pass ExpertGates().")
 
 
 def check_base(base: nn.Module, *, any_forward: bool = False) -> Tensor:

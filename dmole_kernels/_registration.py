@@ -39,8 +39,8 @@ def register_op(
 def _no_derivative(name: str) -> Callable[..., Any]:
     def refuse(ctx: Any, *grads: Any) -> Any:
         raise NotImplementedError(
-            f"dmole_kernels.{name} has no derivative; expected first derivatives of the public ops. Write the formula in "
-            f"plain PyTorch where you need second ones."
+            f"dmole_kernels.{name} has no derivative; expected first derivatives of the public ops. Write the formula "
+            f"in plain PyTorch where you need second ones."
         )
 
     return refuse

@@ -23,7 +23,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 # What the extension must bring: one built from older sources is not used.
 OPS = (
     "cpu_gemm",
-    "cpu_linear",
+    "cpu_frozen_linear",
     "cpu_multi_lora",
     "cpu_multi_lora_backward",
     "cpu_squared_norm",
@@ -126,31 +126,30 @@ _MKL: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
 
 
 class RowMap:
-    """Which rows each expert of a gate serves, found once and shared by all layers that see this gate.
+    """Which rows use each expert of a gate, found once and shared by all layers that see this gate.
 
     Args:
         gate: [gates, experts], each gate covering `rows / gates` consecutive rows.
         rows: rows of x, all leading dimensions together.
-        every_column: give all rows to all experts, as a gate that is trained wants.
     """
 
-    def __init__(self, gate: Tensor, rows: int, *, every_column: bool = False) -> None:
-        self._made = extension().Plan(gate.detach(), rows, every_column)
-        self.table: Tensor = self._made.words  # int32, what the kernels read
+    def __init__(self, gate: Tensor, rows: int) -> None:
+        self._map = extension().RowMap(gate.detach(), rows)
+        self.table: Tensor = self._map.table  # int32, what the kernels read
         self.rows = rows
-        self.every_column = every_column
 
     @property
     def pairs(self) -> int:
-        """How many pairs of row and expert there are to compute."""
-        return int(self._made.pairs)
+        """How many pairs of row and expert have a gate that is not zero."""
+        return int(self._map.pairs)
 
     def rows_of(self, expert: int) -> list[int]:
-        return list(self._made.rows_of(expert))
+        """The rows whose gate for this expert is not zero."""
+        return list(self._map.rows_of(expert))
 
     def experts_of(self, begin: int, end: int) -> list[int]:
-        """The experts that rows [begin, end) need."""
-        return list(self._made.experts_of(begin, end))
+        """The experts that rows [begin, end) use."""
+        return list(self._map.experts_of(begin, end))
 
 
 def multi_lora_forward(call: LoraCall) -> tuple[Tensor, Tensor]:

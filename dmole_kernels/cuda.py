@@ -3,7 +3,7 @@
     available  <=>  the compiled extension `dmole_kernels._C` was built with CUDA
 
 The "cuda" backend: CUDA C++ (csrc/cuda/) for what a decode step needs, the forward of multi_lora for 1 to 16 rows, and
-the plan of a gate made on the device. Whatever else is asked of it is refused, with the reason and the remedy.
+the row map of a gate made on the device. Whatever else is asked of it is refused, with the reason and the remedy.
 
 Nothing is packed: the kernels read the experts where they lie, by the Triton backend's table of columns, and only those
 whose gate is not zero. Strided features of x or of an expert cost a copy, as do experts of several dtypes and gates of
@@ -24,7 +24,7 @@ from dmole_kernels.triton_backend.columns import expert_columns, one_dtype, rows
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MOST_ROWS = 16
-OPS = ("cuda_decode", "cuda_plan")
+OPS = ("cuda_decode", "cuda_row_map")
 _LOAD_BYTES = 16
 _REMEDY = "Pass backend='triton' or backend='reference' for this call."
 
@@ -82,15 +82,15 @@ def multi_lora_backward(*_arguments: object) -> NoReturn:
     raise ValueError(f"backend='cuda' has no backward of multi_lora; expected a decode step. {_REMEDY}")
 
 
-def plan(gate_GE: Tensor, rows: int, *, every_column: bool = False) -> tuple[Tensor, Tensor]:
-    """Which rows each expert serves, made on the gate's device with no host synchronisation.
+def row_map(gate_GE: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Which rows use each expert, made on the gate's device with no host synchronisation.
 
-    Returns int32 words laid out as `Plan.words`, {rows, experts, slots}, start, row, flags, in a tensor with room for
-    every pair (what is behind the plan's own words is not written), and int32 [tiles, ceil(experts / 32)]: bit e of a
-    tile says that one of its 32 rows needs expert e.
+    Returns the int32 numbers of `RowMap.table`, {rows, experts, pairs}, start, row, flags, in a tensor with room for
+    every pair (what is behind the table is not written), and int32 [tiles, ceil(experts / 32)]: bit e of a tile says
+    that one of its 32 rows needs expert e.
     """
-    words, needed = torch.ops.dmole_kernels.cuda_plan(gate_GE.to(torch.float32).contiguous(), rows, every_column)
-    return words, needed
+    table, needed = torch.ops.dmole_kernels.cuda_row_map(gate_GE.to(torch.float32).contiguous(), rows)
+    return table, needed
 
 
 def _experts(lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], ...]:

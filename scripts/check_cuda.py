@@ -24,7 +24,7 @@ TARGETS = ("sm_80", "sm_90a", "sm_100a")
 STRICT = ("-std=c++17", "-O3", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror", "-Xptxas", "-v")
 # Of every target: a block's registers, and the shared memory that it may have without asking.
 MOST_REGISTERS, MOST_SHARED = 65536, 49152
-THREADS = {"shrink": 128, "expand": 64, "count_rows": 128, "place_experts": 1024, "fill_slots": 128}
+THREADS = {"shrink": 128, "expand": 64, "count_rows": 128, "place_experts": 1024, "fill_pairs": 128}
 Entry = dict[str, int]
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from benchmarks import headline as headline_module
 from benchmarks import run, tables
-from benchmarks.contest import CannotTake, Contender, Contest, hold, report
+from benchmarks.contest import CannotTake, Contender, Contest, Outcome, hold, report
 from benchmarks.grad_norm_suite import NormCase, accumulate_contest, norm_contest, opacus_einsum
 from benchmarks.lora_case import LoraCase, LoraProblem, make_problem
 from benchmarks.lora_contest import lora_contest
@@ -210,11 +211,28 @@ def test_run_writes_the_columns_of_the_issue(tmp_path: Path, machine: Machine) -
     rows = {row["provider"]: row for row in read_rows(output)}
     assert set(rows) == {"fastest_linear", "copy_", "base_only", "packed_eager", *cpu_backends()}
     assert rows["base_only"]["overhead_over_floor"] == ""
-    assert float(rows["packed_eager"]["overhead_over_floor"]) != 0
-    assert 0 < float(rows["packed_eager"]["peak_fraction"])
+    assert math.isfinite(float(rows["packed_eager"]["overhead_over_floor"]))
+    assert math.isfinite(float(rows["packed_eager"]["peak_fraction"]))
     assert 0 < float(rows["packed_eager"]["peak_memory_mib"]) < 1
     assert {row["commit"] for row in rows.values()} == {"0123456789ab"}
     assert said[0] == "tiny  float32  forward_backward  1 thread(s)"
+
+
+def test_peak_fraction_and_overhead_by_hand(machine: Machine) -> None:
+    def contender(provider: str) -> Contender:
+        return Contender(provider=provider, run=lambda: None, judge=lambda: [], flops=1e9)
+
+    contest = Contest(
+        case="c", dtype=torch.float32, direction="forward", threads=1, base="base_only",
+        contenders=[contender("base_only"), contender("ours")], added_flops=2e8, added_bytes=1e6,
+    )  # fmt: skip
+    machine._peak[torch.float32, 1] = 1e11  # 2 ms for the added products
+    machine._bandwidth[1] = 1e9  # 1 ms for the added bytes
+    outcome = Outcome(contest=contest, samples={"base_only": [0.010] * 3, "ours": [0.015, 0.016, 0.017]}, wrong={})
+    base, ours = outcome.rows(machine)
+    assert (base.peak_fraction, base.overhead_over_floor) == (pytest.approx(1.0), "")
+    assert (ours.peak_fraction, ours.overhead_over_floor) == (pytest.approx(0.625), pytest.approx(3.0))
+    assert ours.p50_ms == pytest.approx(16.0)
 
 
 def test_our_own_wrong_result_fails_the_run(tmp_path: Path, machine: Machine) -> None:

@@ -5,10 +5,14 @@
 // order, in fixed blocks. An element of C depends on its row of A and column of B alone, not on M, N or the rest of the
 // call. One thread: callers cut the work into tiles.
 //
-// Inside a level's namespace (*.inl) call `gemm` unqualified and get that level's own; elsewhere this one goes through
-// the table of the level in use.
+// In per_isa an unqualified `gemm` is the one of that instruction set; elsewhere this one goes through the table of the
+// instruction set in use.
 #pragma once
 
+#include <cstdint>
+#include <type_traits>
+
+#include "bfloat16.h"
 #include "kernels.h"
 
 namespace dmole::cpu {

@@ -24,11 +24,11 @@ at::Tensor gemm_op(const at::Tensor& a, const at::Tensor& b) {
   TORCH_CHECK_VALUE(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(0), "gemm: a has shape ", a.sizes(), " and b ",
                     b.sizes(), "; expected [M, K] and [K, N]. Transpose one of them.");
   at::Tensor c = at::empty({a.size(0), b.size(1)}, a.options().dtype(at::kFloat));
-  const bool wide_a = a.scalar_type() == at::kFloat, wide_b = b.scalar_type() == at::kFloat;
-  if (wide_a && wide_b) run<float, float>(a, b, c);
-  if (wide_a && !wide_b) run<float, bfloat16>(a, b, c);
-  if (!wide_a && wide_b) run<bfloat16, float>(a, b, c);
-  if (!wide_a && !wide_b) run<bfloat16, bfloat16>(a, b, c);
+  const bool float_a = a.scalar_type() == at::kFloat, float_b = b.scalar_type() == at::kFloat;
+  if (float_a && float_b) run<float, float>(a, b, c);
+  if (float_a && !float_b) run<float, bfloat16>(a, b, c);
+  if (!float_a && float_b) run<bfloat16, float>(a, b, c);
+  if (!float_a && !float_b) run<bfloat16, bfloat16>(a, b, c);
   return c;
 }
 

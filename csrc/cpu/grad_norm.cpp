@@ -15,7 +15,7 @@ namespace {
 // A tile of G^T X fills half of a second-level cache of 1 MiB; wide, because gemm packs g's columns once a tile.
 constexpr int64_t kDirectRows = 192, kDirectColumns = 512;
 // Low, so that little below the diagonal is computed, but not lower: gemm packs the columns once for all rows. Tiles of
-// a sample are of nearly one height, a multiple of every level's register tile.
+// a sample are of nearly one height, a multiple of the register tile of every instruction set.
 constexpr int64_t kGhostRows = 96, kGhostColumns = 384, kRegisterRows = 12;
 // What an element of both Gram matrices costs beside its products, in products: from timings near the crossover (one
 // thread of an AVX-512 EPYC, 2026-11).

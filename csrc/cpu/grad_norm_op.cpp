@@ -47,7 +47,7 @@ Rows<T> rows_of(const at::Tensor& tensor) {
 }
 
 // The tensor in float32, contiguous: itself where it is so already.
-at::Tensor wide(const char* op, const char* name, const at::Tensor& tensor, at::IntArrayRef expected) {
+at::Tensor float_contiguous(const char* op, const char* name, const at::Tensor& tensor, at::IntArrayRef expected) {
   TORCH_CHECK_VALUE(tensor.sizes() == expected, op, ": ", name, " has shape ", tensor.sizes(), "; expected ", expected,
                     ". Allocate it with that shape.");
   return tensor.to(at::kFloat).contiguous();
@@ -78,7 +78,7 @@ void accumulate_gradient_op(at::Tensor& buffer, const at::Tensor& x, const at::T
   TORCH_CHECK_VALUE(x.dim() == 2, "accumulate_gradient: x has shape ", x.sizes(),
                     "; expected [rows, features]. Reshape it.");
   const Pair pair("accumulate_gradient", x, grad);
-  const at::Tensor target = wide("accumulate_gradient", "buffer", buffer, {grad.size(1), x.size(1)});
+  const at::Tensor target = float_contiguous("accumulate_gradient", "buffer", buffer, {grad.size(1), x.size(1)});
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     accumulate_gradient<T>(torch_parallel_for, x.size(0), rows_of<T>(pair.x), rows_of<T>(pair.grad),
@@ -99,9 +99,9 @@ void accumulate_sketch_op(at::Tensor& sketch, const at::Tensor& x, const at::Ten
                     "; expected two dimensions each. Reshape them.");
   const Pair pair("accumulate_sketch", x, grad);
   const int64_t k = left.size(1), l = right.size(1);
-  const at::Tensor left_PK = wide("accumulate_sketch", "left", left, {grad.size(1), k});
-  const at::Tensor right_DL = wide("accumulate_sketch", "right", right, {x.size(1), l});
-  const at::Tensor target = wide("accumulate_sketch", "sketch", sketch, {k, l});
+  const at::Tensor left_PK = float_contiguous("accumulate_sketch", "left", left, {grad.size(1), k});
+  const at::Tensor right_DL = float_contiguous("accumulate_sketch", "right", right, {x.size(1), l});
+  const at::Tensor target = float_contiguous("accumulate_sketch", "sketch", sketch, {k, l});
   const at::Tensor shrunk_grad = at::empty({x.size(0), k}, target.options());
   const at::Tensor shrunk_x = at::empty({x.size(0), l}, target.options());
   const auto run = [&](auto zero) {

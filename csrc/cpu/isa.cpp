@@ -21,7 +21,7 @@ std::string listed(const std::vector<std::string>& names) {
   return text;
 }
 
-// The last of the levels that this machine runs.
+// The last of the list that this machine runs.
 Isa widest_isa() {
   static const Isa found = [] {
 #if defined(__x86_64__) && defined(__GNUC__)

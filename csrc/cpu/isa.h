@@ -15,11 +15,11 @@ namespace dmole::cpu {
 
 enum class Isa { scalar = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, brgemm = 4 };
 
-// The level for this machine where nobody chooses: the last it runs, but brgemm with AMX only.
+// The default of this machine: the last of the list that it runs, but brgemm with AMX only.
 Isa detected_isa();
 
-// The level in use: the one set last, else DMOLE_KERNELS_ISA, else the detected one. Throws std::invalid_argument with
-// name, got, expected and remedy for an unknown name or one that this machine lacks.
+// The instruction set in use: the one set last, else DMOLE_KERNELS_ISA, else the detected one. Throws
+// std::invalid_argument with name, got, expected and remedy for an unknown name or one that this machine lacks.
 Isa current_isa();
 void set_isa(const std::string& name);  // "auto" goes back to the detected one
 

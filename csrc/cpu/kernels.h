@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The entry points that exist once per instruction set, and the table of the level in use.
+// The entry points that exist once per instruction set, and the table of the one in use.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 #include "bfloat16.h"
 #include "isa.h"
-#include "linear.h"
+#include "frozen_linear.h"
 #include "multi_lora.h"
 #include "tile_math.h"
 
@@ -17,17 +17,17 @@ using GemmKernel = void (*)(int64_t M, int64_t N, int64_t K, const void* a, int6
                             int64_t b_row, int64_t b_col, float* c, int64_t ldc, bool accumulate);
 
 struct Kernels {
-  GemmKernel gemm[2][2];                               // [A is bfloat16][B is bfloat16]
-  void (*lora_forward[2])(const LoraForward& call);    // [working type is bfloat16]
-  void (*lora_backward[2])(const LoraBackward& call);  // the same
-  void (*linear[2])(const LinearCall& call);           // the same
+  GemmKernel gemm[2][2];                                   // [A is bfloat16][B is bfloat16]
+  void (*lora_forward[2])(const LoraForward& call);        // [working type is bfloat16]
+  void (*lora_backward[2])(const LoraBackward& call);      // the same
+  void (*frozen_linear[2])(const FrozenLinearCall& call);  // the same
   TileMath tile_math;
 };
 
 // Of current_isa().
 const Kernels& kernels();
 
-// One file each: kernels_<level>.cpp.
+// One file each: per_isa/<name>.cpp.
 const Kernels& scalar_kernels();
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();

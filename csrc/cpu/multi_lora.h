@@ -6,14 +6,14 @@
 #include <cstdint>
 
 #include "parallel.h"
-#include "plan.h"
+#include "row_map.h"
 
 namespace dmole::cpu {
 
 // A (columns = in_features) or B (columns = out_features): value(j, c) = data[j * rank_stride + c * column_stride].
 struct Weight {
   const void* data;
-  bool wide;  // float; else the call's working type
+  bool is_float;  // else of the working type
   int64_t rank_stride, column_stride;
 };
 
@@ -28,19 +28,21 @@ struct LoraExpert {
 
 struct LoraCall {
   int64_t rows, features, outputs, ranks;
-  int64_t gates;      // each covers rows / gates rows
-  const float* gate;  // [gates, experts]
+  int64_t gates;        // each covers rows / gates rows
+  const float* factor;  // [gates, experts]: gate * scale
   const LoraExpert* experts;
-  PlanView plan;
+  RowMap map;         // the pairs of row and expert whose gate is not zero
+  bool every_column;  // S (forward) and P (backward) of all rows and experts, for the gate's gradient
   bool dropout;
   bool per_expert;
-  double chance;  // of zeroing an element
+  double dropout_probability;  // of zeroing an element
   uint64_t seed;
   ParallelFor parallel;
   int threads;
 };
 
-// x, base, y and s have the working type; rows x_stride (base_stride) elements apart, y and s without gaps.
+// x, base, y and s have the working type; rows x_stride (base_stride) elements apart, y and s without gaps. Without
+// every_column S is zero where the gate is.
 struct LoraForward : LoraCall {
   const void* x;
   int64_t x_stride;
@@ -60,7 +62,7 @@ struct LoraBackward : LoraCall {
   void* dx;      // [rows, features]
   void* da;      // [trainable ranks, features]
   void* db;      // [trainable ranks, outputs]
-  float* dgate;  // [gates, experts]; wants a plan of every pair
+  float* dgate;  // [gates, experts]; wants every_column
   int64_t trainable_ranks;
 };
 

@@ -11,22 +11,19 @@
 namespace dmole::cpu {
 
 // y in base's shape (x's leading dimensions without one) and S [rows, ranks], both in base's dtype (x's). With
-// `every_column` S is whole; else it is zero where the gate is, and so would be that gate's gradient.
+// `every_column` S is computed for all pairs, which the gate's gradient needs; else it is zero where the gate is.
 std::tuple<at::Tensor, at::Tensor> multi_lora_forward_op(const at::Tensor& x, const std::optional<at::Tensor>& base,
                                                          at::TensorList lora_a, at::TensorList lora_b,
                                                          const at::Tensor& gate, at::ArrayRef<double> scale,
                                                          double dropout, bool per_expert,
                                                          const std::optional<at::Tensor>& seed, bool every_column,
-                                                         const std::optional<at::Tensor>& plan);
+                                                         const std::optional<at::Tensor>& row_map);
 
 // dx, dA of the trainable experts, their dB^T, dgate; what is not wanted has no elements.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> multi_lora_backward_op(
     const at::Tensor& grad, const std::optional<at::Tensor>& x, const std::optional<at::Tensor>& s,
     at::TensorList lora_a, at::TensorList lora_b, const at::Tensor& gate, at::ArrayRef<double> scale, double dropout,
     bool per_expert, const std::optional<at::Tensor>& seed, bool need_x, bool need_gate,
-    const c10::List<bool>& trainable, const std::optional<at::Tensor>& plan);
-
-// The words of a plan (plan.h) as an int32 tensor.
-at::Tensor plan_op(const at::Tensor& gate, int64_t rows, bool every_column);
+    const c10::List<bool>& trainable, const std::optional<at::Tensor>& row_map);
 
 }  // namespace dmole::cpu

@@ -20,39 +20,39 @@ constexpr int64_t kAlignment = 64;
 std::atomic<bool> poisoned{false};
 
 struct Buffer {
-  float* words = nullptr;
+  float* memory = nullptr;
   int64_t capacity = 0;
-  ~Buffer() { std::free(words); }
+  ~Buffer() { std::free(memory); }
 };
 
 // A buffer outlives the call that made it this large: a sanitizer must be told what this call may touch.
-void show_bounds([[maybe_unused]] const Buffer& buffer, [[maybe_unused]] int64_t words) {
+void show_bounds([[maybe_unused]] const Buffer& buffer, [[maybe_unused]] int64_t floats) {
 #if defined(__SANITIZE_ADDRESS__)
-  __asan_unpoison_memory_region(buffer.words, static_cast<size_t>(words) * sizeof(float));
-  __asan_poison_memory_region(buffer.words + words, static_cast<size_t>(buffer.capacity - words) * sizeof(float));
+  __asan_unpoison_memory_region(buffer.memory, static_cast<size_t>(floats) * sizeof(float));
+  __asan_poison_memory_region(buffer.memory + floats, static_cast<size_t>(buffer.capacity - floats) * sizeof(float));
 #endif
 }
 
 }  // namespace
 
-float* scratch(Scratch slot, int64_t words) {
+float* scratch(Scratch use, int64_t floats) {
   thread_local Buffer buffers[static_cast<int>(Scratch::count)];
-  Buffer& buffer = buffers[static_cast<int>(slot)];
-  if (buffer.capacity < words || buffer.words == nullptr) {
-    std::free(buffer.words);
-    buffer.words = nullptr;
+  Buffer& buffer = buffers[static_cast<int>(use)];
+  if (buffer.capacity < floats || buffer.memory == nullptr) {
+    std::free(buffer.memory);
+    buffer.memory = nullptr;
     const int64_t line = kAlignment / static_cast<int64_t>(sizeof(float));
-    buffer.capacity = (std::max<int64_t>(words, 1) + line - 1) / line * line;
+    buffer.capacity = (std::max<int64_t>(floats, 1) + line - 1) / line * line;
     const auto bytes = static_cast<size_t>(buffer.capacity) * sizeof(float);
-    buffer.words = static_cast<float*>(std::aligned_alloc(kAlignment, bytes));
-    if (buffer.words == nullptr) {
+    buffer.memory = static_cast<float*>(std::aligned_alloc(kAlignment, bytes));
+    if (buffer.memory == nullptr) {
       buffer.capacity = 0;
       throw std::bad_alloc();
     }
   }
-  show_bounds(buffer, words);
-  if (poisoned.load(std::memory_order_relaxed)) std::fill_n(buffer.words, words, std::nanf(""));
-  return buffer.words;
+  show_bounds(buffer, floats);
+  if (poisoned.load(std::memory_order_relaxed)) std::fill_n(buffer.memory, floats, std::nanf(""));
+  return buffer.memory;
 }
 
 void poison_scratch(bool on) { poisoned.store(on, std::memory_order_relaxed); }

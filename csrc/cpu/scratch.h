@@ -6,13 +6,13 @@
 
 namespace dmole::cpu {
 
-// One buffer each, so that a kernel may call another one that uses different slots.
+// What a buffer is for. One buffer per use, so that a kernel may call another one with other uses.
 enum class Scratch {
   gemm_a,
   gemm_b,
   gemm_c,
   lora_weights,
-  lora_slots,
+  lora_pairs,
   lora_tile,
   lora_sums,
   lora_keep,
@@ -22,9 +22,9 @@ enum class Scratch {
   count
 };
 
-// At least `words` 32-bit words, aligned to 64 bytes, content undefined; valid until this thread asks for the slot
+// At least `floats` floats, aligned to 64 bytes, content undefined; valid until this thread asks for the same use
 // again.
-float* scratch(Scratch slot, int64_t words);
+float* scratch(Scratch use, int64_t floats);
 
 // Tests: fill what scratch() hands out with NaN, so that what is read unwritten shows.
 void poison_scratch(bool on);

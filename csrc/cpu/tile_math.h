@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the gradient norms, the router and the pool do beside products (gemm.h): passes over a tile while it is in
-// cache. A part of each level's table, kernels().tile_math.
+// cache. A part of the table of each instruction set, kernels().tile_math.
 #pragma once
 
 #include <cstdint>
@@ -22,9 +22,9 @@ struct TileMath {
   void (*squared_error[2])(const float* sums, const void* bias, const void* target, bool sigmoid, int64_t rows,
                            int64_t columns, int64_t stride, float* error);
 
-  // values[c] = max over t with mask[t * mask_stride] of from[t * stride + c], token[c] the first t that reaches it; a
-  // NaN is larger than any number. Without a token: -infinity and 0.
-  void (*max_pool[2])(const void* from, const bool* mask, int64_t mask_stride, int64_t tokens, int64_t columns,
+  // values[c] = max over t with mask[t * mask_stride] not 0 of from[t * stride + c], token[c] the first t that reaches
+  // it; a NaN is larger than any number. Without a token: -infinity and 0.
+  void (*max_pool[2])(const void* from, const uint8_t* mask, int64_t mask_stride, int64_t tokens, int64_t columns,
                       int64_t stride, void* values, int64_t* token);
 };
 

@@ -9,7 +9,7 @@
 #include <limits>
 
 #include "multi_lora.h"
-#include "plan.h"
+#include "row_map.h"
 
 namespace dmole::cuda {
 
@@ -93,27 +93,26 @@ std::tuple<at::Tensor, at::Tensor> decode_op(const at::Tensor& x, const std::opt
   return {y, s};
 }
 
-std::tuple<at::Tensor, at::Tensor> plan_op(const at::Tensor& gate, int64_t rows, bool every_column) {
-  check_gate("cuda_plan", gate, rows);
+std::tuple<at::Tensor, at::Tensor> row_map_op(const at::Tensor& gate, int64_t rows) {
+  check_gate("cuda_row_map", gate, rows);
   const int64_t experts = gate.size(1);
-  TORCH_CHECK_VALUE(rows <= std::numeric_limits<int32_t>::max() / experts, "cuda_plan: the gate joins ", rows,
+  TORCH_CHECK_VALUE(rows <= std::numeric_limits<int32_t>::max() / experts, "cuda_row_map: the gate joins ", rows,
                     " rows and ", experts, " experts in more than 2^31 pairs; expected fewer. Use smaller batches.");
   const c10::cuda::CUDAGuard guard(gate.device());
   const auto options = gate.options().dtype(at::kInt);
-  const at::Tensor words = at::empty({plan_capacity(rows, experts)}, options);
-  const at::Tensor needed = at::empty({plan_tiles(rows), plan_needed_words(experts)}, options);
-  const at::Tensor counts = at::empty({experts, plan_tiles(rows)}, options);
-  PlanCall call{};
+  const at::Tensor table = at::empty({row_map_capacity(rows, experts)}, options);
+  const at::Tensor needed = at::empty({row_map_tiles(rows), row_map_needed_words(experts)}, options);
+  const at::Tensor counts = at::empty({experts, row_map_tiles(rows)}, options);
+  RowMapCall call{};
   call.gate = gate.data_ptr<float>();
-  call.words = words.data_ptr<int32_t>();
+  call.table = table.data_ptr<int32_t>();
   call.needed = reinterpret_cast<uint32_t*>(needed.data_ptr<int32_t>());
   call.counts = counts.data_ptr<int32_t>();
   call.rows = rows;
   call.experts = experts;
   call.gates = gate.size(0);
-  call.every = every_column;
-  check_launch(dmole_cuda_plan(&call, stream_of(gate)));
-  return {words, needed};
+  check_launch(dmole_cuda_row_map(&call, stream_of(gate)));
+  return {table, needed};
 }
 
 }  // namespace dmole::cuda

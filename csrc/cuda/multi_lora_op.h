@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The tensor ops of the decode path and of the plan: checked and handed to the launchers. In a CUDA build only.
+// The tensor ops of the decode path and of the row map: checked and handed to the launchers. In a CUDA build only.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -16,7 +16,7 @@ std::tuple<at::Tensor, at::Tensor> decode_op(const at::Tensor& x, const std::opt
                                              int64_t outputs, at::ScalarType expert_dtype, bool a_aligned,
                                              bool b_aligned);
 
-// The words of a plan, with room for the largest one, and the experts that each tile of 32 rows needs (plan.h).
-std::tuple<at::Tensor, at::Tensor> plan_op(const at::Tensor& gate, int64_t rows, bool every_column);
+// The table of a row map, with room for the largest one, and the experts that each tile of 32 rows needs (row_map.h).
+std::tuple<at::Tensor, at::Tensor> row_map_op(const at::Tensor& gate, int64_t rows);
 
 }  // namespace dmole::cuda

@@ -195,8 +195,7 @@ class DMoLE(Method):
         return dataclasses.replace(placement, neighbours=dict(sorted(names.items())))
 
     def _fresh_features(self, samples: Sequence[Sample]) -> Tensor:
-        # Not through the store: what is in it already would change the batches, and with them the last bits. A resumed
-        # run has to train on the very same features.
+        # Not through the store: each set is asked for once.
         return router_features(self.mm, samples, batch_size=self.options.router.feature_batch_size)
 
     # Training
@@ -284,7 +283,10 @@ class DMoLE(Method):
         self.pool = ExpertPool.from_json(meta["pool"])
         self.router.load_state(_under(tensors, "router."), meta["router"])
         stage, memory = meta["stage"], _under(tensors, "stage.")
-        self._stage = _StageMemory.of(stage["ids"], memory["features_ND"], memory["neighbour_N"]) if stage else None
+        self._stage = None
+        if stage:
+            # Cloned into torch's aligned memory: the bits of a product may depend on where its operands lie.
+            self._stage = _StageMemory.of(stage["ids"], memory["features_ND"].clone(), memory["neighbour_N"].clone())
 
     def report(self) -> dict[str, JSON]:
         counts = {

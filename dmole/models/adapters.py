@@ -67,6 +67,7 @@ def attach(
         wrapped = MultiLoRALinear(
             linear, gates=gates[tower], dropout=dropout, dropout_mode=dropout_mode, backend=backend
         )
+        wrapped.place = name
         wrapped.train(linear.training)
         _replace(model, name, wrapped)
         adapters[name] = wrapped

@@ -8,6 +8,7 @@ Prompt of a sample, with the image's tokens first:  ``<bos> <image> x n  <user> 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import numpy as np
+import PIL
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -28,7 +30,7 @@ from transformers import (
 )
 
 from dmole.cache import ImageFeatureCache, cache_folder
-from dmole.models.stem import EfficientNetLite0
+from dmole.models.stem import EfficientNetLite0, stem_digest
 
 WEIGHTS_FILE = "model.safetensors"
 STEM_FILE = "stem.safetensors"
@@ -65,20 +67,23 @@ class StemProcessor:
         self._stem: EfficientNetLite0 | None = None
         digest = hashlib.sha256(mean.numpy().tobytes() + deviation.numpy().tobytes()).hexdigest()
         self.version = f"efficientnet-lite0/{side}/{self.CLIP}/{digest}"
-        self.cache = ImageFeatureCache((folder or cache_folder()) / "stem_features", self.version, self.compute)
+        self.cache = ImageFeatureCache((folder or cache_folder()) / "stem_features", self._made_by, self.compute)
 
     def __call__(self, images: Sequence[Path]) -> Tensor:
         return self.cache.features(images)
 
-    def compute(self, images: Sequence[Path]) -> Tensor:
-        """The features themselves, without the cache."""
-        return self.compute_arrays(np.stack([read_image(image, self.side) for image in images]))
-
-    def compute_arrays(self, images_BHWC: np.ndarray) -> Tensor:
+    def compute(self, image: Path) -> Tensor:
+        """The features [C, S/32, S/32] of one image, without the cache."""
         if self._stem is None:
+            # Two threads may both get here and load it twice; the weights are the same.
             self._stem = EfficientNetLite0()
-        raw = self._stem(torch.from_numpy(images_BHWC).permute(0, 3, 1, 2).contiguous())
-        return self.standardise(raw)
+        pixels_HWC = torch.from_numpy(read_image(image, self.side).copy())
+        return self.standardise(self._stem(pixels_HWC.permute(2, 0, 1)[None]))[0]
+
+    def _made_by(self) -> str:
+        """What cached features follow from besides images and arithmetic; Pillow decodes and resizes."""
+        code = "".join(inspect.getsource(part) for part in (StemProcessor, read_image))
+        return json.dumps([self.version, stem_digest(), PIL.__version__, code])
 
     def standardise(self, features_BCHW: Tensor) -> Tensor:
         """(x - mean) / deviation per channel, clipped."""

@@ -3,14 +3,20 @@
 
     scene i of family f  =  f(random.Random("f/i"))         nothing else decides it, so a shard can be made in pieces
 
-The frozen stem sees every image once; training then reads its features for as many epochs as it likes.
+    <family>.npy         features
+    <family>.jsonl       turns
+    <family>.json        manifest: what the two were made from, and their sha256; written last
+
+The frozen stem sees every image once; training then reads its features for as many epochs as it likes. The stem
+computes images one by one, so the number of workers changes no bit.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +24,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dmole.models.stem import STEM_CHANNELS, STEM_STRIDE, EfficientNetLite0
+from dmole.arithmetic import arithmetic
+from dmole.checkpoint import file_digest
+from dmole.data.mini.build import material_origin
+from dmole.files import write_atomically
+from dmole.models.stem import STEM_CHANNELS, STEM_STRIDE, EfficientNetLite0, stem_digest
 from dmole.pretraining.scene import SIDE, Scene, Turn
 
 GRID = SIDE // STEM_STRIDE
@@ -54,18 +64,48 @@ def _part(arguments: tuple[str, SceneFamily, int, int, Path]) -> list[list[dict[
 
 
 def write_shard(folder: Path, family: str, make: SceneFamily, count: int, *, workers: int = 2) -> None:
-    """Writes ``<family>.npy`` and ``<family>.jsonl``; a finished shard of that size is kept."""
+    """Writes a family's three files; a shard that was made from the same and whose files are whole is kept.
+
+    Reading all of the corpus for its digests takes some ten seconds, before hours of training.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    listing = folder / f"{family}.jsonl"
-    if listing.exists() and sum(1 for _ in listing.open()) == count:
+    file, listing, manifest = (folder / f"{family}.{ending}" for ending in ("npy", "jsonl", "json"))
+    made_from = {"scene": f"{make.__module__}.{make.__qualname__}", "count": count, **_origin()}
+    if _is_whole(manifest, made_from, (file, listing)):
         return
-    file = folder / f"{family}.npy"
+    # A run that is killed below leaves files without a manifest, which are made again.
+    manifest.unlink(missing_ok=True)
     np.lib.format.open_memmap(file, mode="w+", dtype=np.float16, shape=(count, STEM_CHANNELS, GRID, GRID)).flush()
     edges = [round(count * part / (4 * workers)) for part in range(4 * workers + 1)]
     parts = [(family, make, start, stop, file) for start, stop in zip(edges, edges[1:], strict=False)]
     with ProcessPoolExecutor(workers) as pool:
         turns = [item for part in pool.map(_part, parts) for item in part]
-    listing.write_text("".join(json.dumps(item) + "\n" for item in turns))
+    write_atomically(listing, "".join(json.dumps(item) + "\n" for item in turns).encode())
+    digests = {path.name: file_digest(path) for path in (file, listing)}
+    write_atomically(manifest, (json.dumps({"made_from": made_from, "sha256": digests}, indent=1) + "\n").encode())
+
+
+def _origin() -> dict[str, object]:
+    """What features and turns follow from besides the scene and its number."""
+    source = hashlib.sha256()
+    for module in sorted(Path(__file__).parent.glob("*.py")):
+        source.update(module.name.encode() + b"\0" + module.read_bytes())
+    return {
+        "pretraining_sha256": source.hexdigest(),
+        "material": material_origin(),
+        "stem": stem_digest(),
+        "arithmetic": arithmetic(),
+    }
+
+
+def _is_whole(manifest: Path, made_from: dict[str, object], files: Sequence[Path]) -> bool:
+    try:
+        found = json.loads(manifest.read_bytes())
+        if found["made_from"] != made_from:
+            return False
+        return all(found["sha256"][file.name] == file_digest(file) for file in files)
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return False
 
 
 def write_corpus(folder: Path, families: Mapping[str, tuple[SceneFamily, int]], *, workers: int = 2) -> None:

@@ -14,7 +14,7 @@ The words after `results:` are the table's name, the results folder relative to 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from dmole.checkpoint import write_atomically
+from dmole.files import write_atomically
 from dmole.reports import markers
 from dmole.reports.admission import admission_table
 from dmole.reports.comparison import compare, comparison_table

@@ -15,7 +15,7 @@ import rich.table
 from rich.markup import escape
 
 from dmole.metrics.continual import other_conventions
-from dmole.reports.stored import StoredRun
+from dmole.reports.stored import StoredRun, read_predictions
 
 CONVENTION = (
     "AVG, Last, BWT: D-MoLE Eq. 16-18, mean over tasks, points; stage 0 (untrained) counts in none of them, "
@@ -228,11 +228,18 @@ def time_table(runs: Sequence[StoredRun]) -> Table:
     return _by_group("Time", runs, columns, caption="run: train + test", digits={"train s": 0, "test s": 0})
 
 
+def several_experts(run: StoredRun) -> float | None:
+    """Percent of the test samples that got two experts or more after the last stage, from the raw predictions."""
+    last = [p.route for p in read_predictions(run.folder) if p.stage == len(run.tasks) and p.route is not None]
+    return 100.0 * sum(len(route) > 1 for route in last) / len(last) if last else None
+
+
 def routing_table(runs: Sequence[StoredRun]) -> Table:
     """How the routed methods served the test samples after the last stage."""
     routed = [run for run in runs if _summary("routing_accuracy")(run) is not None]
     columns = {
         "first choice is own task %": _summary("routing_accuracy", 100.0),
+        "two experts %": several_experts,
         "base model %": _summary("base_model_share", 100.0),
     }
     return _by_group("Routing after the last stage", routed, columns, caption="shares of all test samples")

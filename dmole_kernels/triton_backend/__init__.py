@@ -7,6 +7,7 @@ Importing this package does not import Triton: `kernel` gives a function that do
     configs    the table of launch configurations; tuned.json      what a GPU measured instead; aot.json   what compiles
     columns    which packed column belongs to which expert, as a table on the device
     dropout    the mask of `philox.py`; shrink, expand, weight_gradient, finish   the kernels of multi_lora
+    recompute  the elements of a tile that an inf or NaN of an unused expert has made NaN
     norms, router   the kernels of the gradient norms and of the router; tiles      what all kernels share
     multi_lora, grad_norm, router_score   the ops, with the signatures of `reference`
     fused_base      an experiment: the base product in the same launch (`dmole_kernels._fused_linear`)
@@ -18,6 +19,12 @@ from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
+
+VERSIONS = ">=3.2,<3.10"
+"""Releases of Triton that the kernels were run with; pyproject.toml's extra `triton` asks for the same."""
+
+MISSING = f"Triton is not installed; expected triton{VERSIONS}. Run pip install 'triton{VERSIONS}'."
+"""The error of every command that needs Triton."""
 
 
 def available() -> bool:

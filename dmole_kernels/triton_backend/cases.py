@@ -92,10 +92,7 @@ Arguments = tuple[Tensor, Tensor, Switches]
 
 
 def launches(case: Case, target: Target, tensors: Arguments | None = None) -> tuple[list[Launch], list[Launch]]:
-    """The launches of forward and of backward, in order; not run.
-
-    To run them later, hold on to the tensors: launches know experts by their addresses alone.
-    """
+    """The launches of forward and of backward, in order; not run."""
     forward: list[Launch] = []
     backward: list[Launch] = []
     x, y, switches = call_arguments(case) if tensors is None else tensors

@@ -7,7 +7,10 @@ ranks where they lie, in their own dtype, so neither launches nor bytes depend o
 
 A table depends on nothing but the addresses and numbers it holds, so it is kept for good under exactly these: 48 bytes
 a column, about 3 KiB for a layer. Building one copies it to the device once; in a step every table is an old one. For
-CUDA graphs, run the step once before the capture, as Triton's own compilation wants.
+CUDA graphs, run the step once before the capture, as Triton's own compilation requires.
+
+A table owns no expert: callers hold the experts until the launch (`Launch.owners`). The table of cast copies is built
+for one call and not kept, since their addresses belong to other tensors afterwards.
 
 Column blocks: `block` neighbouring columns, or with a mask for each expert, blocks that end where the expert ends.
 """
@@ -55,9 +58,14 @@ _tables: dict[tuple[object, ...], Columns] = {}
 
 def expert_columns(
     lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scale: Sequence[float], block: int, per_expert: bool,
-    trainable: Sequence[bool] | None = None,
+    trainable: Sequence[bool] | None = None, *, keep: bool = True,
 ) -> Columns:  # fmt: skip
-    """The table for these experts, new or kept. Experts share one dtype and have no strided features in A."""
+    """The table for these experts, new or kept. Experts share one dtype and A has contiguous rows.
+
+    Pass keep=False for experts that are copies made for this call.
+    """
+    if not keep:
+        return _build(lora_a, lora_b, scale, block, per_expert, trainable)
     key = (
         lora_a[0].device, lora_a[0].dtype, lora_b[0].dtype, block, per_expert, tuple(scale),
         None if trainable is None else tuple(trainable),
@@ -69,9 +77,10 @@ def expert_columns(
     return _tables[key]
 
 
-def one_dtype(experts: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The experts as they are when they share a dtype and lie in rows, else cast to `dtype` (a copy)."""
-    if all(e.dtype == experts[0].dtype and (e.stride(1) == 1 or e.shape[1] == 1) for e in experts):
+def one_dtype(experts: Sequence[Tensor], dtype: torch.dtype, *, any_strides: bool = False) -> list[Tensor]:
+    """The experts as they are when they share a dtype and have contiguous rows (or any_strides), else cast to `dtype`:
+    copies, which the caller holds until the launch."""
+    if all(e.dtype == experts[0].dtype and (any_strides or e.stride(1) == 1 or e.shape[1] == 1) for e in experts):
         return list(experts)
     return [e.to(dtype).contiguous() for e in experts]
 

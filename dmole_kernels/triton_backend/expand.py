@@ -4,6 +4,7 @@
     dx = keep * (dS A)                     backward, kernel `input_gradient`
 
 One program: a tile of rows by a tile of features, the sum over the column blocks that any of its rows needs, in order.
+Where the sum has a NaN, `recompute` leaves out the pairs of a row and an expert whose gate is zero.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
 from dmole_kernels.triton_backend.dropout import keep_tile, key_words
+from dmole_kernels.triton_backend.recompute import recompute_expand, recompute_input_gradient
 from dmole_kernels.triton_backend.tiles import (
+    any_nan,
     block_columns,
     column_gate,
     is_active,
@@ -33,6 +36,7 @@ def _expanded_block(  # type: ignore[no-untyped-def]
     columns, column_mask, _ = block_columns(blocks, block, R, BLOCK_R, PER_EXPERT)
     gate_tile = column_gate(gate, table, rows, row_mask, columns, column_mask, R, E, rows_per_gate, ACC)
     gated = load_tile(shrunk, rows, row_mask, R, columns, column_mask).to(ACC) * gate_tile
+    gated = tl.where(gate_tile == 0, tl.zeros_like(gated), gated)
     b_tile = tl.load(
         pointers_into_b(table, columns, column_mask, outputs, R, B_TYPE, B_RUN, False),
         mask=column_mask[:, None] & output_mask[None, :],
@@ -77,9 +81,15 @@ def expand(  # type: ignore[no-untyped-def]
         total, shrunk, table, blocks, gate, flags, tile, rows, row_mask, outputs, output_mask, R, E, rows_per_gate,
         block_count, flag_rows, BLOCK_R, TYPE, ACC, B_TYPE, B_RUN, PER_EXPERT, ONE_BLOCK, RATIO, UPCAST,
     )  # fmt: skip
+    bad = any_nan(total)
     if HAS_BASE:
         total += load_tile(base, rows, row_mask, base_step, outputs, output_mask).to(ACC)
     store_tile(y, rows, row_mask, P, outputs, output_mask, total, UPCAST)
+    if bad:
+        recompute_expand(
+            base, shrunk, table, gate, y, tile * ROWS, outputs, output_mask, N, P, R, E, rows_per_gate, base_step,
+            ROWS, WIDTH, TYPE, ACC, B_TYPE, HAS_BASE, UPCAST,
+        )  # fmt: skip
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -103,7 +113,8 @@ def _input_block(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["key_low", "key_high", "threshold"])  # type: ignore[untyped-decorator, unused-ignore]
 def input_gradient(  # type: ignore[no-untyped-def]
-    dshrunk, table, blocks, flags, dx, N, D, R, block_count, flag_rows, key_low, key_high, threshold,
+    dshrunk, table, blocks, gate, flags, dx, N, D, R, E, rows_per_gate, block_count, flag_rows,
+    key_low, key_high, threshold,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, TYPE: tl.constexpr, ACC: tl.constexpr,
     A_TYPE: tl.constexpr, A_ALIGNED: tl.constexpr, DROPOUT: tl.constexpr, DEVICE_KEY: tl.constexpr,
     PER_EXPERT: tl.constexpr, ONE_BLOCK: tl.constexpr, RATIO: tl.constexpr, UPCAST: tl.constexpr,
@@ -125,8 +136,14 @@ def input_gradient(  # type: ignore[no-untyped-def]
                 threshold, ROWS, WIDTH, BLOCK_R, TYPE, ACC, A_TYPE, A_ALIGNED, DROPOUT and PER_EXPERT, PER_EXPERT,
                 UPCAST,
             )  # fmt: skip
+    bad = any_nan(total)
+    first = (program % tiles) * WIDTH
     if DROPOUT and not PER_EXPERT:
-        first = (program % tiles) * WIDTH
         keep = keep_tile(rows, first, 0, key_low, key_high, threshold, ROWS)
         total = tl.where(keep, total, tl.zeros_like(total))
     store_tile(dx, rows, row_mask, D, features, feature_mask, total, UPCAST)
+    if bad:
+        recompute_input_gradient(
+            dshrunk, table, gate, dx, tile * ROWS, first, N, D, R, E, rows_per_gate, key_low, key_high, threshold,
+            ROWS, WIDTH, TYPE, ACC, A_TYPE, DROPOUT and PER_EXPERT, UPCAST,
+        )  # fmt: skip

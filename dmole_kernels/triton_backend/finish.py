@@ -32,7 +32,8 @@ def _gate_gradient(  # type: ignore[no-untyped-def]
     expert = program % E
     first = tl.load(experts + 2 * expert)
     rank = tl.load(experts + 2 * expert + 1)
-    scale = tl.load(table + 4 * R + first).to(tl.float64, bitcast=True).to(ACC)
+    # An expert of rank 0 has no column that says its scale, and a gradient of zero.
+    scale = tl.load(table + 4 * R + first, mask=rank > 0, other=0).to(tl.float64, bitcast=True).to(ACC)
     total = tl.zeros([ROWS, 16], dtype=ACC)
     offsets = tl.arange(0, ROWS)
     if TOKEN_GATES:

@@ -19,7 +19,8 @@ from dmole_kernels.triton_backend.configs import Target, configuration
 from dmole_kernels.triton_backend.expand import expanded_blocks
 from dmole_kernels.triton_backend.launch import Launch, Runner, run, size, target_of
 from dmole_kernels.triton_backend.multi_lora import plan_bytes, row_tile, shrink_rows
-from dmole_kernels.triton_backend.tiles import store_tile, summed_products
+from dmole_kernels.triton_backend.recompute import recompute_fused
+from dmole_kernels.triton_backend.tiles import any_nan, store_tile, summed_products
 
 NEIGHBOURS = 8  # row tiles that take turns on one tile of W, so that both stay in the cache
 
@@ -49,9 +50,15 @@ def fused_base(  # type: ignore[no-untyped-def]
         total, shrunk, table, blocks, gate, flags, tile, rows, row_mask, outputs, output_mask, R, E, rows_per_gate,
         block_count, flag_rows, BLOCK_R, TYPE, ACC, B_TYPE, B_RUN, PER_EXPERT, ONE_BLOCK, RATIO, UPCAST,
     )  # fmt: skip
+    bad = any_nan(total)
     if HAS_BIAS:
         total += tl.load(bias + outputs, mask=output_mask, other=0.0).to(ACC)[None, :]
     store_tile(y, rows, row_mask, P, outputs, output_mask, total, UPCAST)
+    if bad:
+        recompute_fused(
+            x, weight, bias, shrunk, table, gate, y, tile * ROWS, outputs, output_mask, N, D, P, R, E, rows_per_gate,
+            x_step, weight_step, ROWS, WIDTH, TYPE, ACC, B_TYPE, HAS_BIAS, UPCAST,
+        )  # fmt: skip
 
 
 def fused_base_forward(

@@ -31,6 +31,8 @@ TYPES = {
 class Launch:
     """One launch. `dots` are the (m, n, k) of its matrix products; `reads` and `writes` name every operand's bytes.
 
+    `owners` are the experts whose addresses are in a table among the arguments: a launch keeps them alive.
+
     An operand counts once a launch: what programs read again is in the second-level cache (`grid` puts programs that
     share a tile side by side). Only memory traffic is meant, not loads.
     """
@@ -44,6 +46,7 @@ class Launch:
     dots: Sequence[tuple[int, int, int]] = ()
     reads: Mapping[str, int] = field(default_factory=dict)
     writes: Mapping[str, int] = field(default_factory=dict)
+    owners: Sequence[Tensor] = ()
 
     def __post_init__(self) -> None:
         for dot in self.dots:
@@ -75,6 +78,7 @@ class Launch:
             dots=dots,
             reads=reads,
             writes=writes,
+            owners=facts.get("owners", ()),
         )
 
     @property
@@ -117,8 +121,14 @@ def size(*tensors: Tensor | None) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
 
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _probe() -> None:
+    pass
+
+
 def interpreting() -> bool:
-    return bool(triton.knobs.runtime.interpret)
+    """Whether `triton.jit` made interpreted functions. `triton.knobs`, which also knows it, is missing before 3.4."""
+    return not isinstance(_probe, triton.JITFunction)
 
 
 def target_of(device: torch.device) -> str:

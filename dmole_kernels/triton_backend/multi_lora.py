@@ -6,8 +6,8 @@
     backward   shrink_gradient, weight_gradient, finish, input_gradient            base + 4, whatever the experts
 
 Nothing is packed, sorted or copied: experts are read where they lie (`columns`), and which column blocks a row tile
-needs is found by the first launch of each direction (`shrink`). Strided features of x cost a copy, as does a list of
-experts of several dtypes. `runner` receives each launch in order: it runs them, or counts or compiles them.
+needs is found by the first launch of each direction (`shrink`). Strided features of x or A cost a copy, as does a list
+of experts of several dtypes. `runner` receives each launch in order: it runs them, or counts or compiles them.
 """
 
 from __future__ import annotations
@@ -76,11 +76,11 @@ def shrink_rows(call: LoraCall, dtype: torch.dtype, target: Target, runner: Runn
     x, outputs = call.x, call.outputs
     assert x is not None
     x_ND = rows_of(x)
-    columns = _columns(call, dtype)
+    columns, owners = _columns(call, dtype)
     s_NR = x.new_empty((x_ND.shape[0], columns.count), dtype=dtype)
     config = configuration("shrink", target, dtype.itemsize * 8)
     flags = _flags(x_ND, columns, config)
-    facts = _facts(dtype, columns, call.gate.contiguous(), flags, x_ND.shape[0], config) | {
+    facts = _facts(dtype, columns, owners, call.gate.contiguous(), flags, x_ND.shape[0], config) | {
         **mask_arguments(call.dropout, call.seed, x.device),
         "LOOK": "none" if flags.shape[1] == 1 else "flag" if call.every_column else "skip",
         "x": x_ND,
@@ -117,13 +117,14 @@ def multi_lora_backward(
     grad_NP, gate_GE = rows_of(grad), call.gate.contiguous()
     rows, outputs = grad_NP.shape
     features = call.lora_a[0].shape[1]
-    columns = _columns(call, dtype, wanted.experts)
+    columns, owners = _columns(call, dtype, wanted.experts)
     x_ND = None if call.x is None or columns.gradient_rows == 0 else rows_of(call.x)
-    need_weights = x_ND is not None and s_NR is not None
+    trains = any(wanted.experts) and call.x is not None and s_NR is not None
+    need_weights = trains and columns.gradient_rows > 0  # none where all trainable experts have rank 0
     need_gate = wanted.gate and s_NR is not None
     dx = grad.new_empty((*grad.shape[:-1], features) if wanted.x else 0)
-    da = grad.new_empty((columns.gradient_rows, features) if need_weights else 0)
-    db = grad.new_empty((columns.gradient_rows, outputs) if need_weights else 0)
+    da = grad.new_empty((columns.gradient_rows, features) if trains else 0)
+    db = grad.new_empty((columns.gradient_rows, outputs) if trains else 0)
     dgate = gate_GE.new_empty(gate_GE.shape if need_gate else 0)
     if grad_NP.numel() == 0:
         return dx.zero_(), da.zero_(), db.zero_(), dgate.zero_()
@@ -139,7 +140,7 @@ def multi_lora_backward(
     partial_a, partial_b = (
         torch.empty((shares, *t.shape), dtype=wide, device=grad.device) if shares > 1 else t for t in (da, db)
     )
-    facts = _facts(dtype, columns, gate_GE, flags, rows, config) | {
+    facts = _facts(dtype, columns, owners, gate_GE, flags, rows, config) | {
         **mask_arguments(call.dropout, call.seed, grad.device),
         "NEED_GATE": need_gate,
         "WEIGHTS": shares > 1,
@@ -231,18 +232,23 @@ def multi_lora_backward(
                 grid=-(-rows // config.rows) * -(-features // config.width),
                 config=config,
                 dots=[(config.rows, config.width, columns.block)],
-                reads={"dS": size(ds_NR), "A": columns.bytes_a, "plan": size(columns.table, columns.blocks, flags)},
+                reads={"dS": size(ds_NR), "A": columns.bytes_a, "plan": plan_bytes(facts)},
                 writes={"dx": size(dx)},
             )
         )
     return dx, da, db, dgate
 
 
-def _columns(call: LoraCall, dtype: torch.dtype, trainable: Sequence[bool] | None = None) -> Columns:
+def _columns(
+    call: LoraCall, dtype: torch.dtype, trainable: Sequence[bool] | None = None
+) -> tuple[Columns, list[Tensor]]:
+    """The table of the experts, and the tensors whose addresses it holds: the experts, or copies in one dtype."""
     per_expert = call.per_expert and call.seed is not None
     block = column_block(max(call.ranks) if per_expert else sum(call.ranks))
-    a, b = one_dtype(call.lora_a, dtype), one_dtype(call.lora_b, dtype)
-    return expert_columns(a, b, call.scale, block, per_expert, trainable)
+    a, b = one_dtype(call.lora_a, dtype), one_dtype(call.lora_b, dtype, any_strides=True)
+    owners = [*a, *b]
+    keep = all(owner is expert for owner, expert in zip(owners, (*call.lora_a, *call.lora_b), strict=True))
+    return expert_columns(a, b, call.scale, block, per_expert, trainable, keep=keep), owners
 
 
 def _flags(rows_NX: Tensor, columns: Columns, config: Config) -> Tensor:
@@ -252,7 +258,13 @@ def _flags(rows_NX: Tensor, columns: Columns, config: Config) -> Tensor:
 
 
 def _facts(
-    dtype: torch.dtype, columns: Columns, gate_GE: Tensor, flags: Tensor, rows: int, flagged: Config
+    dtype: torch.dtype,
+    columns: Columns,
+    owners: Sequence[Tensor],
+    gate_GE: Tensor,
+    flags: Tensor,
+    rows: int,
+    flagged: Config,
 ) -> dict[str, Any]:
     """What all launches of a call share, by the names of the kernels' parameters."""
     return computing(dtype) | {
@@ -264,6 +276,7 @@ def _facts(
         "A_ALIGNED": columns.a_aligned,
         "B_RUN": columns.b_run,
         "table": columns.table,
+        "owners": owners,
         "blocks": columns.blocks,
         "gate": gate_GE,
         "flags": flags,

@@ -5,7 +5,7 @@
 
 One program: a tile of rows by a block of packed columns, the sum over all features in order: no split, one writer.
 Both note in `flags` which (row tile, column block) pairs have a gate that is not zero; the launches after them leave
-the others out, and so does the loop here (LOOK), whose result would be multiplied by zero. This is the plan of the
+the others out, and so does the loop here (LOOK), whose result nobody reads. This is the plan of the
 call, made on the device in passing: no launch, no host synchronisation, no cache that could be stale.
 """
 
@@ -99,5 +99,6 @@ def shrink_gradient(  # type: ignore[no-untyped-def]
     if NEED_GATE:
         s_tile = load_tile(shrunk, rows, row_mask, R, columns, column_mask).to(ACC)
         store_tile(products, rows, row_mask, R, columns, column_mask, total * s_tile, UPCAST)
-    # Where no gate is on the loop did not run: zero.
-    store_tile(dshrunk, rows, row_mask, R, columns, column_mask, total * gate_tile * inverse_keep, UPCAST)
+    # Not multiplied where the gate is zero: P may be inf or NaN there.
+    ds_tile = tl.where(gate_tile == 0, tl.zeros_like(total), total * gate_tile * inverse_keep)
+    store_tile(dshrunk, rows, row_mask, R, columns, column_mask, ds_tile, UPCAST)

@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What kernels share: masked tiles, the dot and the loop around it; gates of a tile, experts' rows by address."""
+"""
+What kernels share: masked tiles, the dot and the loop around it; gates of a tile, experts' rows by address.
+
+A tile mixes rows that use an expert with rows that do not, whose factor is zero; in a dot, zero times an inf or NaN is
+NaN. So each kernel looks at its sum, and where that has a NaN (rare) computes the NaN elements again (`recompute`).
+"""
 
 from __future__ import annotations
 
@@ -29,6 +34,11 @@ def product(left, right, total, TYPE: tl.constexpr, UPCAST: tl.constexpr):  # ty
             left = left.to(tl.float32)
             right = right.to(tl.float32)
     return tl.dot(left, right, total, input_precision="ieee", out_dtype=total.dtype)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def any_nan(tile):  # type: ignore[no-untyped-def]
+    return tl.max(tl.max((tile != tile).to(tl.int32), 1), 0) != 0
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]

@@ -4,7 +4,8 @@
 
 One program: a column block by a tile of features, summed over its share of the row tiles in order. With more than one
 share the sums are float32 partials that `finish` adds in the order of the shares. Row tiles whose rows do not use the
-column block are left out.
+column block are left out. Where a sum has a NaN, `recompute` leaves out the pairs of a row and an expert whose gate is
+zero.
 """
 
 from __future__ import annotations
@@ -13,7 +14,16 @@ import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
 from dmole_kernels.triton_backend.dropout import keep_tile, key_words
-from dmole_kernels.triton_backend.tiles import block_columns, column_gate, is_active, load_tile, narrow, product
+from dmole_kernels.triton_backend.recompute import recompute_weight_gradient
+from dmole_kernels.triton_backend.tiles import (
+    any_nan,
+    block_columns,
+    column_gate,
+    is_active,
+    load_tile,
+    narrow,
+    product,
+)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -31,6 +41,7 @@ def _row_tile(  # type: ignore[no-untyped-def]
     if GATED:
         gate_tile = column_gate(gate, table, rows, row_mask, columns, column_mask, R, E, rows_per_gate, ACC)
         left_tile = left_tile.to(ACC) * gate_tile
+        left_tile = tl.where(gate_tile == 0, tl.zeros_like(left_tile), left_tile)
     right_tile = load_tile(right, rows, row_mask, step, features, feature_mask)
     if DROPOUT:
         keep = keep_tile(rows, first, stream, key_low, key_high, threshold, ROWS)
@@ -61,9 +72,16 @@ def _share(  # type: ignore[no-untyped-def]
             )  # fmt: skip
     gradient_row = tl.load(table + 5 * R + columns, mask=column_mask, other=-1)
     features = first + tl.arange(0, WIDTH)
-    place = out + (share.to(tl.int64) * row_count + gradient_row)[:, None] * WIDE + features[None, :]
+    out += share.to(tl.int64) * row_count * WIDE
+    place = out + gradient_row[:, None] * WIDE + features[None, :]
     mask = (gradient_row >= 0)[:, None] & (features < WIDE)[None, :]
     tl.store(place, narrow(total, out.dtype.element_ty, UPCAST), mask=mask)
+    if any_nan(total):
+        recompute_weight_gradient(
+            left, right, out, table, gate, tl.min(columns, 0), tl.sum(column_mask.to(tl.int32), 0), first, stream,
+            begin * ROWS, tl.minimum((begin + each) * ROWS, N), WIDE, R, E, rows_per_gate, step,
+            key_low, key_high, threshold, WIDTH, TYPE, ACC, GATED, DROPOUT, UPCAST,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["key_low", "key_high", "threshold"])  # type: ignore[untyped-decorator, unused-ignore]

@@ -97,11 +97,3 @@ def test_weights_digest_sees_every_weight() -> None:
     with torch.no_grad():
         model.model.multi_modal_projector.linear_1.weight[0, 0] += 1e-3
     assert before != checkpoint.weights_digest(model)
-
-
-def test_writing_replaces_a_file_completely(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "file"
-    checkpoint.write_atomically(path, b"long content")
-    checkpoint.write_atomically(path, b"short")
-    assert path.read_bytes() == b"short"
-    assert [found.name for found in path.parent.iterdir()] == ["file"]

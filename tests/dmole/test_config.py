@@ -73,7 +73,7 @@ def test_every_method_is_told_dmoles_budget() -> None:
         ("train_samples=1", r"train_samples is 1; expected none \(all samples\) or an integer from 2 on"),
         ("evaluation.batch_size=0", r"evaluation.batch_size is 0"),
         ("candidates='['", r"candidates is '\['; expected a regular expression"),
-        ("threads=-1", r"threads is -1"),
+        ("threads=0", r"threads is 0; expected a number of threads, at least 1: results depend on it"),
         ("stream=3", r"stream is 3; expected a string"),
         ("dmole.proxy_fraction=0", r"dmole.proxy_fraction is 0"),
     ],

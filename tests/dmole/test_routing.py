@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Features that ignore padding and batch mates, thresholds by definition, and every routing rule by hand."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,15 +106,43 @@ def test_features_are_of_the_pretrained_model(samples: tuple[Sample, ...]) -> No
     assert adapters[next(iter(adapters))].bank.expert("e").lora_b.requires_grad
 
 
-def test_the_store_computes_each_sample_once(mm: MultimodalModel, samples: tuple[Sample, ...]) -> None:
+def test_the_store_computes_each_batch_once(
+    mm: MultimodalModel, samples: tuple[Sample, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[int] = []
+
+    def counted(mm: MultimodalModel, samples: Sequence[Sample], *, batch_size: int) -> Tensor:
+        computed.append(len(samples))
+        return router_features(mm, samples, batch_size=batch_size)
+
+    monkeypatch.setattr("dmole.routing.router_features", counted)
     store = FeatureStore(mm, batch_size=2)
     first = store.features(samples[:3])
-    assert len(store) == 3
-    again = store.features([samples[2], samples[3], samples[2], samples[0]])
-    assert len(store) == 4
-    assert torch.equal(again[0], first[2]) and torch.equal(again[2], first[2]) and torch.equal(again[3], first[0])
+    kept = first.clone()
+    first.zero_()  # the caller's own copy
+    renamed = [replace(sample, id="other") for sample in samples[:3]]
+    assert torch.equal(store.features(renamed), kept) and computed == [3] and len(store) == 1
     with torch.inference_mode():  # as evaluation calls it
         store.features(samples)
+    assert computed == [3, 4]
+
+
+def test_what_the_store_holds_changes_no_bit_of_another_batch(samples: tuple[Sample, ...]) -> None:
+    """With entries by sample, a batch would get the bits of the batches in which its samples came first."""
+    mm = build_tiny_model(0)
+    many = [replace(samples[i % 4], instruction=f"{samples[i % 4].instruction} {'yes ' * i}") for i in range(24)]
+    store = FeatureStore(mm)
+    for sample in many[:8]:
+        store.features([sample])
+    store.features(many[4:20])
+    assert torch.equal(store.features(many), FeatureStore(mm).features(many))
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            assert torch.equal(store.features(many), FeatureStore(mm).features(many))
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_an_instruction_without_tokens_is_refused(mm: MultimodalModel, samples: tuple[Sample, ...]) -> None:

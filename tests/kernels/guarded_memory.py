@@ -85,8 +85,8 @@ def linear(place: Place, dtype: torch.dtype, width: int, outputs: int) -> Iterat
         x = place(draw(rows, width, dtype=dtype))
         for weights in {dtype, torch.float32}:
             weight, bias = place(draw(outputs, width, dtype=weights)), place(draw(outputs, dtype=weights))
-            yield torch.ops.dmole_kernels.cpu_linear(x, weight, bias)
-            yield torch.ops.dmole_kernels.cpu_linear(x, place(draw(width, outputs, dtype=weights)).t(), None)
+            yield torch.ops.dmole_kernels.cpu_frozen_linear(x, weight, bias)
+            yield torch.ops.dmole_kernels.cpu_frozen_linear(x, place(draw(width, outputs, dtype=weights)).t(), None)
 
 
 def router(place: Place, dtype: torch.dtype, width: int, hidden: int) -> Iterator[Tensor]:

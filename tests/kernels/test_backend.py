@@ -28,7 +28,7 @@ def printed(**environment: str) -> str:
 @NEEDS_EXTENSION
 def test_auto_takes_the_compiled_kernels_where_they_serve() -> None:
     choice = choose_backend("auto", "cpu")
-    assert (choice.name, choice.reason) == ("cpu", f"the first of {tuple(BACKENDS)} that has multi_lora for cpu")
+    assert (choice.name, choice.reason) == ("cpu", f"the first of {tuple(BACKENDS)} with a kernel for cpu")
     assert choose_backend("auto", "cuda").name == ("triton" if "triton" in BACKENDS else "reference")
     for dtype in (torch.float64, torch.float16):
         name = str(dtype).removeprefix("torch.")
@@ -44,8 +44,7 @@ def test_without_the_extension_auto_says_what_is_missing(monkeypatch: pytest.Mon
     choice = choose_backend()
     assert choice.name == "reference"
     assert choice.reason == (
-        "the first of ('reference',) that has multi_lora for cpu; 'cpu' is not built: No module named "
-        "'dmole_kernels._C'"
+        "the first of ('reference',) with a kernel for cpu; 'cpu' is not built: No module named 'dmole_kernels._C'"
     )
     with pytest.raises(
         ValueError, match=r"backend='cpu' is not in this build of dmole_kernels \(No module named 'dmole_kernels._C'\)"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch.compile: at most two graphs over any lengths, batch sizes, units and active experts, the same values as eager."""
+"""torch.compile: at most two graphs over any lengths, batches, units and active experts, the same values as eager."""
 
 from __future__ import annotations
 
@@ -201,14 +201,14 @@ def test_a_block_opened_inside_a_compiled_function_is_refused_with_the_reason() 
         with model.gates.use(torch.ones(3, 1), NAMES[:1]):
             return model(x)
 
-    with pytest.raises((ValueError, RuntimeError), match="is opened inside a compiled function; expected the `with` bl"):
+    with pytest.raises((ValueError, RuntimeError), match="is opened inside a compiled function; expected the `with`"):
         compiled(inside, "eager")(torch.ones(3, 4, FEATURES))
 
     def backend_inside(x: Tensor) -> Tensor:
         with use_backend("reference"):
             return model(x)
 
-    with pytest.raises((ValueError, RuntimeError), match="is opened inside a compiled function; expected the `with` bl"):
+    with pytest.raises((ValueError, RuntimeError), match="is opened inside a compiled function; expected the `with`"):
         compiled(backend_inside, "eager")(torch.ones(3, 4, FEATURES))
 
 

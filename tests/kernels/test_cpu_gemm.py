@@ -78,10 +78,10 @@ import os, torch
 import dmole_kernels
 torch.set_num_threads(1)
 x, weight = torch.ones(512, 512), torch.ones(512, 512)
-torch.ops.dmole_kernels.cpu_linear(x, weight, None)
+torch.ops.dmole_kernels.cpu_frozen_linear(x, weight, None)
 before = len(os.listdir("/proc/self/task"))
 torch.set_num_threads(2)
-torch.ops.dmole_kernels.cpu_linear(x, weight, None)
+torch.ops.dmole_kernels.cpu_frozen_linear(x, weight, None)
 print(len(os.listdir("/proc/self/task")) - before)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

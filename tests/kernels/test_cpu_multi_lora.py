@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -20,6 +19,7 @@ from dmole_kernels.testing import (
     LoraInputs,
     Results,
     Workload,
+    expected_errors,
     judge,
     judge_run,
     make_inputs,
@@ -29,7 +29,6 @@ from dmole_kernels.testing import (
     rejected,
     run_autograd,
     run_kernels,
-    run_reference,
 )
 
 pytestmark = pytest.mark.skipif(cpu.EXTENSION is None, reason=f"no compiled extension: {cpu.MISSING}")
@@ -67,9 +66,7 @@ def run_pair(inputs: LoraInputs) -> Results:
 @DTYPES
 @pytest.mark.parametrize("workload", WORKLOADS, ids=list(BY_NAME))
 def test_error_rule(level: str, workload: Workload, dtype: torch.dtype) -> None:
-    # One number a draw: the yardstick's worst of four is a matter of luck.
-    draws = 32 if math.prod(workload.leading) == 1 else 4
-    assert not rejected(judge_run(run_op, workload, dtype, draws=draws))
+    assert not rejected(judge_run(run_op, workload, dtype))
 
 
 @DTYPES
@@ -106,7 +103,7 @@ def test_any_shape_is_as_near_the_oracle_as_its_dtype_allows(
         actual = run_op(inputs)
         truth = run_autograd(multi_lora_loop, inputs.to(torch.float64))
         terms = run_autograd(multi_lora_loop, without_signs(inputs.to(torch.float64)))
-        for verdict in judge(actual, run_reference(inputs), truth):
+        for verdict in judge(actual, expected_errors(inputs), truth):
             size = float(terms[verdict.name].max()) if terms[verdict.name].numel() else 0.0
             assert verdict.error <= max(verdict.allowed, 2 * torch.finfo(dtype).eps * size), (verdict, size)
     finally:
@@ -183,12 +180,12 @@ def test_an_expert_nobody_uses_is_not_read(level: str) -> None:
     assert bool(x.grad.isfinite().all())
 
 
-def test_the_row_map_names_rows_and_experts_and_gives_the_same_bits(level: str) -> None:
+def test_a_row_map_names_the_rows_of_each_expert_and_gives_the_same_bits(level: str) -> None:
     gate = torch.tensor([[1.0, 0.0], [2.0, -1.0], [0.0, 0.0]])
     row_map = RowMap(gate, 6)
     assert (row_map.rows_of(0), row_map.rows_of(1)) == ([0, 1, 2, 3], [2, 3])
     assert (row_map.experts_of(0, 2), row_map.experts_of(1, 3), row_map.experts_of(4, 6)) == ([0], [0, 1], [])
-    assert (row_map.pairs, RowMap(gate, 6, every_column=True).pairs) == (6, 12)
+    assert row_map.pairs == 6
     inputs = make_inputs(Workload(name="", leading=(3, 2), in_features=20, out_features=9, ranks=(3, 4)))
     arguments = (inputs.x, None, inputs.lora_a, inputs.lora_b, gate, inputs.scale)
     assert torch.equal(multi_lora(*arguments, backend="cpu", row_map=row_map), multi_lora(*arguments, backend="cpu"))
@@ -292,14 +289,12 @@ def test_errors_tell_what_to_do() -> None:
         cpu.multi_lora_backward(
             LoraCall(None, None, [a], [b], gate, *switches), torch.zeros(2, 3, 6), None, Wanted(True, False, [True])
         )
-    with pytest.raises(ValueError, match="plan is for 4 rows and 1 experts; expected 6 and 1. Build it from this call"):
+    with pytest.raises(ValueError, match="row_map is for 4 rows and 1 experts; expected 6 and 1. Build it from this"):
         cpu.multi_lora_forward(LoraCall(x, None, [a], [b], gate, *switches, False, RowMap(gate, 4).table))
-    with pytest.raises(ValueError, match="row_map is for 4 rows and not every column, x has 6 rows and the gate does"):
+    with pytest.raises(ValueError, match="row_map is for 4 rows and x has 6; expected as many. Build the row map from"):
         multi_lora(x, None, [a], [b], gate, [1.0], backend="cpu", row_map=RowMap(gate, 4))
-    with pytest.raises(ValueError, match="expected as many rows, and every column for such a gate"):
-        multi_lora(x, None, [a], [b], gate.clone().requires_grad_(), [1.0], backend="cpu", row_map=RowMap(gate, 6))
     with pytest.raises(
-        ValueError, match=r"plan: gate has shape \[2, 1\] on cpu for 5 rows; expected \[gates, experts\]"
+        ValueError, match=r"row_map: gate has shape \[2, 1\] on cpu for 5 rows; expected \[gates, experts\]"
     ):
         RowMap(gate, 5)
     for expert in (1, -1):
@@ -310,9 +305,7 @@ def test_errors_tell_what_to_do() -> None:
             ValueError, match=f"joins {rows} rows and 2 experts in {2 * rows} pairs; expected fewer than"
         ):
             RowMap(torch.ones(2, 2), rows)
-    with pytest.raises(
-        ValueError, match="plan is torch.int64|plan is Long; expected int32. Build it with dmole_kernels"
-    ):
+    with pytest.raises(ValueError, match="row_map is Long; expected int32. Build it with dmole_kernels"):
         cpu.multi_lora_forward(LoraCall(x, None, [a], [b], gate, *switches, False, RowMap(gate, 6).table.long()))
     with pytest.raises(
         ValueError, match=r"got 0 experts for x \[2, 3, 4\]; expected at least one, and x \[..., features\]"
@@ -325,16 +318,6 @@ def test_errors_tell_what_to_do() -> None:
     ):
         cpu.multi_lora_backward(
             LoraCall(x, None, [a], [b], gate, *switches), grad, shrunk, Wanted(True, False, [True, True])
-        )
-    half = torch.tensor([[1.0], [0.0]])
-    with pytest.raises(
-        ValueError, match="the plan leaves out pairs; expected every pair for a gate's gradient. Drop the"
-    ):
-        cpu.multi_lora_backward(
-            LoraCall(x, None, [a], [b], half, *switches, row_map=RowMap(half, 6).table),
-            grad,
-            shrunk,
-            Wanted(True, True, [True]),
         )
     with pytest.raises(ValueError, match=r"dA wants x \[6, 4\]; pass the forward's"):
         cpu.multi_lora_backward(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from dmole_kernels import ExpertGates, FrozenLinears, MultiLoRALinear, cpu, frozen_linear, use_backend
-from dmole_kernels.testing import judge, poisoned_memory, rejected, threads
+from dmole_kernels.testing import judge, poisoned_memory, product_error, rejected, threads
 
 own = pytest.mark.skipif(cpu.EXTENSION is None, reason=f"no compiled extension: {cpu.MISSING}")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -41,10 +41,10 @@ def drawn(rows: int, features: int, outputs: int, dtype: torch.dtype) -> tuple[T
     return x, weight * features**-0.5, bias
 
 
-def assert_near(actual: Tensor, exact: Tensor, yardstick: Tensor) -> None:
-    """The rule of all kernels, with PyTorch in the same dtype as the yardstick."""
-    assert actual.dtype == yardstick.dtype
-    assert not rejected(judge({"y": actual}, {"y": yardstick}, {"y": exact}))
+def assert_near(actual: Tensor, exact: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    """The rule of all kernels for `x @ weight.T + bias`, in the dtype of the result."""
+    expected = product_error(x.detach(), weight.detach(), actual.dtype, bias)
+    assert not rejected(judge({"y": actual}, {"y": expected}, {"y": exact}))
 
 
 @own
@@ -61,7 +61,7 @@ def test_near_float64(level: str, forced: None, layout: str, dtype: torch.dtype)
         for with_bias in (bias, None):
             actual = frozen_linear(x, weight, with_bias)
             exact = F.linear(x.double(), weight.double(), None if with_bias is None else with_bias.double())
-            assert_near(actual, exact, F.linear(x, weight, with_bias))
+            assert_near(actual, exact, x, weight, with_bias)
 
 
 @own
@@ -88,7 +88,7 @@ def test_the_gradient_goes_to_x_alone(level: str, forced: None, dtype: torch.dty
         y = frozen_linear(x, weight, bias)
         grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
         (dx,) = torch.autograd.grad(y, x, grad)
-        assert_near(dx, grad.double() @ weight.double(), grad @ weight)
+        assert_near(dx, grad.double() @ weight.double(), grad, weight.t())
 
 
 @own
@@ -97,11 +97,15 @@ def test_autocast_rounds_a_float_weight_as_the_layer_would(level: str, forced: N
         x, weight, bias = drawn(rows, 1100, 33, torch.float32)
         x.requires_grad_()
         with torch.autocast("cpu", torch.bfloat16):
-            actual, yardstick = frozen_linear(x, weight, bias), F.linear(x, weight, bias)
+            actual = frozen_linear(x, weight, bias)
         halves = [part.detach().bfloat16().double() for part in (x, weight, bias)]
-        assert_near(actual.detach(), F.linear(*halves), yardstick.detach())
-        dx, expected = (torch.autograd.grad(y, x, torch.ones_like(y))[0] for y in (actual, yardstick))
-        assert_near(dx, torch.ones(rows, 33).double() @ halves[1], expected)
+        assert actual.dtype == torch.bfloat16
+        assert_near(actual.detach(), F.linear(*halves), *halves)
+        (dx,) = torch.autograd.grad(actual, x, torch.ones_like(actual))
+        # Summed in float32, rounded to bfloat16 on the way to a float32 x.
+        truth = torch.ones(rows, 33).double() @ halves[1]
+        expected = product_error(torch.ones(rows, 33), halves[1].t(), torch.bfloat16)
+        assert not rejected(judge({"dx": dx}, {"dx": expected}, {"dx": truth}))
 
 
 @own
@@ -176,7 +180,7 @@ def test_inside_the_block_frozen_linears_take_the_own_kernel_and_others_do_not(m
         y = model(x)
         y.sum().backward()
     calls = {event.key: event.count for event in recorded.key_averages()}
-    assert calls["dmole_kernels::cpu_linear"] == 2  # y and dx of the frozen one
+    assert calls["dmole_kernels::cpu_frozen_linear"] == 2  # y and dx of the frozen one
     assert model[2].weight.grad is not None
     torch.testing.assert_close(y, model(x))
     torch.testing.assert_close(x.grad, torch.autograd.grad(model(x).sum(), x)[0])
@@ -202,6 +206,6 @@ def test_errors_name_what_was_wrong() -> None:
 def test_the_kernel_checks_what_it_is_given() -> None:
     x, weight, bias = drawn(5, 20, 12, torch.float32)
     with pytest.raises(ValueError, match="linear: x is Double; the cpu backend expects float32 or bfloat16"):
-        torch.ops.dmole_kernels.cpu_linear(x.double(), weight, bias)
+        torch.ops.dmole_kernels.cpu_frozen_linear(x.double(), weight, bias)
     with pytest.raises(ValueError, match=r"linear: x has shape \[5, 20\], weight \[12, 20\], bias \[5\]; expected"):
-        torch.ops.dmole_kernels.cpu_linear(x, weight, bias[:5])
+        torch.ops.dmole_kernels.cpu_frozen_linear(x, weight, bias[:5])

@@ -267,7 +267,9 @@ def test_what_a_block_keeps_is_bounded(trained: bool) -> None:
     assert not block._kept
 
 
-@pytest.mark.parametrize("through", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "through", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
+)
 def test_a_copy_made_inside_a_block_has_gates_of_its_own(through: Callable[[nn.Module], Any]) -> None:
     gates = ExpertGates()
     model = nn.ModuleList([make_layer(gates), make_layer(gates)])

@@ -231,7 +231,7 @@ def test_recomputation_in_another_block_raises(kind: bool) -> None:
     base = checkpoint(model, x, use_reentrant=kind).square().sum()
     with (
         model.gates.use(GATE, NAMES),
-        pytest.raises(ValueError, match="in a `gates.use` block in which its forward did not run; expected the block of"),
+        pytest.raises(ValueError, match="in a `gates.use` block in which its forward did not run; expected the"),
     ):
         base.backward()
 

@@ -228,9 +228,9 @@ def test_errors_tell_what_to_do() -> None:
         with pytest.raises(ValueError, match="already recording"):
             recorder.__enter__()
         with pytest.raises(ValueError, match=r"names has \['9'\]; expected some of \['0', '2', '4'\]"):
-            recorder.mask(torch.ones(1, 1), ["9"]).__enter__()
+            recorder.mask(torch.ones(1, 1, dtype=torch.bool), ["9"]).__enter__()
         with (
-            recorder.mask(torch.ones(3, 5)),
+            recorder.mask(torch.ones(3, 5, dtype=torch.bool)),
             pytest.raises(ValueError, match=r"mask has shape \(3, 5\) but the input of '0'"),
         ):
             model(BATCHES[0])

@@ -135,9 +135,25 @@ def test_a_matching_build_is_reused_and_a_damaged_one_is_built_again(
     assert build.build_mini(folder, workers=1, **sizes) == folder
     assert (folder / MANIFEST).stat().st_mtime_ns == first
     expected = bytes_of(folder)
-    next((folder / "number_reading" / "images").iterdir()).unlink()
-    build.build_mini(folder, workers=1, **sizes)
-    assert bytes_of(folder) == expected
+    image = next((folder / "number_reading" / "images").iterdir())
+
+    def cut(file: Path) -> None:
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+    def edit(file: Path) -> None:
+        data = file.read_bytes()
+        file.write_bytes(data[:40] + bytes([data[40] ^ 1]) + data[41:])
+
+    for damage, file in (
+        (Path.unlink, image),
+        (edit, image),
+        (cut, folder / "number_reading" / "test.jsonl"),
+        (edit, folder / "stream.yaml"),
+        (cut, folder / MANIFEST),
+    ):
+        damage(file)
+        build.build_mini(folder, workers=1, **sizes)
+        assert bytes_of(folder) == expected
     build.build_mini(folder, workers=1, **{**sizes, "train": 3})
     assert len(rows_of(folder, "number_reading", "train")) == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mini"], "a build leaves nothing beside the folder"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PEFT itself loads an exported expert and computes what we compute."""
+"""An expert of two towers with gates of their own is a PEFT folder: PEFT loads it and computes what we compute."""
 
 from pathlib import Path
 
@@ -10,15 +10,14 @@ from peft import PeftModel
 from dmole.models.adapters import Adapters, add_experts, attach, detach
 from dmole.models.architecture import build_tiny_model
 from dmole.models.multimodal import MultimodalModel
-from dmole.models.peft_export import export_expert
-from dmole_kernels import ExpertGates
+from dmole_kernels import ExpertGates, save_experts
 
 
 @pytest.fixture
-def adapted() -> tuple[MultimodalModel, Adapters, ExpertGates]:
+def adapted() -> tuple[MultimodalModel, Adapters, dict[str, ExpertGates]]:
     mm = build_tiny_model()
-    gates = ExpertGates()
-    adapters = attach(mm.model, mm.candidates, gates={"vision": gates, "language": gates})
+    gates = {"vision": ExpertGates(), "language": ExpertGates()}
+    adapters = attach(mm.model, mm.candidates, gates=gates)
     chosen = [name for name in adapters if name.endswith(("q_proj", "down_proj"))]
     generator = torch.Generator().manual_seed(1)
     add_experts(adapters, chosen, "charts", rank=3, alpha=6.0, generator=generator)
@@ -38,30 +37,16 @@ def logits(mm: MultimodalModel, model: torch.nn.Module) -> torch.Tensor:
 
 # PEFT 0.21 still asks transformers 5 by the old name.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_peft_computes_the_same(adapted: tuple[MultimodalModel, Adapters, ExpertGates], tmp_path: Path) -> None:
+def test_peft_computes_the_same(
+    adapted: tuple[MultimodalModel, Adapters, dict[str, ExpertGates]], tmp_path: Path
+) -> None:
     mm, adapters, gates = adapted
     base = logits(mm, mm.model)
-    with gates.use(torch.ones(1, 1), ["charts"]):
+    gate = torch.ones(1, 1)
+    with gates["vision"].use(gate, ["charts"]), gates["language"].use(gate, ["charts"]):
         ours = logits(mm, mm.model)
-    export_expert(adapters, "charts", tmp_path / "charts")
+    (folder,) = save_experts(mm.model, tmp_path, ["charts"])
     detach(mm.model, adapters)
-    theirs = logits(mm, PeftModel.from_pretrained(mm.model, str(tmp_path / "charts")))
+    theirs = logits(mm, PeftModel.from_pretrained(mm.model, str(folder)))
     assert (ours - base).abs().max() > 1e-3
     torch.testing.assert_close(theirs, ours)
-
-
-def test_what_peft_cannot_say_is_refused(
-    adapted: tuple[MultimodalModel, Adapters, ExpertGates], tmp_path: Path
-) -> None:
-    mm, adapters, _ = adapted
-    with pytest.raises(
-        ValueError, match="expert: got 'maps', which no linear holds; expected the name of a placed expert"
-    ):
-        export_expert(adapters, "maps", tmp_path)
-    vision = mm.candidates["vision"][:2]
-    add_experts(adapters, vision[:1], "maps", rank=2, alpha=4.0)
-    add_experts(adapters, vision[1:], "maps", rank=4, alpha=4.0)
-    with pytest.raises(
-        ValueError, match=r"expert 'maps' has \(rank, scale\) \[\(2, 2.0\), \(4, 1.0\)\] on its linears"
-    ):
-        export_expert(adapters, "maps", tmp_path)

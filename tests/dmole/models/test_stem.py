@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The stem is the network that its weights belong to: it names two real photographs rightly."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -33,6 +35,27 @@ def test_the_map_joins_three_depths(stem: EfficientNetLite0) -> None:
     features = stem(images)
     assert features.shape == (1, STEM_CHANNELS, 5, 5) and features.dtype == torch.float32
     assert torch.equal(stem(images.repeat(2, 1, 1, 1))[1], stem(images.repeat(2, 1, 1, 1))[0])
+
+
+def test_bits_depend_on_the_image_alone(stem: EfficientNetLite0) -> None:
+    """Where images share a batch, batches of 16 and more and other thread counts give other bits (measured)."""
+    whole = photograph("china.jpg", 512)[0]
+    images = torch.stack([whole[:, 8 * i : 8 * i + 160, 20 * i : 20 * i + 160] for i in range(17)])
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = torch.cat([stem(image[None]) for image in images])
+        torch.set_num_threads(2)
+        assert torch.equal(stem(images), alone)
+        assert torch.equal(stem(images[3:6]), alone[3:6])
+        assert torch.equal(stem(images.contiguous(memory_format=torch.channels_last)), alone)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(stem(images[:2]), alone[:2])
+        with ThreadPoolExecutor(2) as pool:
+            assert torch.equal(torch.cat(list(pool.map(stem, images.split(5)))), alone)  # type: ignore[no-untyped-call]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(

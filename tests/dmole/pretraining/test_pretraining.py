@@ -51,6 +51,26 @@ def test_boxes_are_hundredths_of_the_side() -> None:
     assert box_text(0, 16, 80, 160) == "0 10 50 99"
 
 
+def test_a_shard_does_not_depend_on_the_workers_and_a_damaged_one_is_made_again(tmp_path: Path) -> None:
+    count = 40  # one worker's parts of 10 and three workers' parts of 3 or 4 images
+    for name, workers in (("one", 1), ("three", 3)):
+        write_corpus(tmp_path / name, {"shapes": (shapes_scene, count)}, workers=workers)
+    names = {"shapes.npy", "shapes.jsonl", "shapes.json"}
+    made = {name: (tmp_path / "one" / name).read_bytes() for name in names}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "three").iterdir()} == made
+    features = tmp_path / "one" / "shapes.npy"
+    moment = features.stat().st_mtime_ns
+    write_corpus(tmp_path / "one", {"shapes": (shapes_scene, count)}, workers=1)
+    assert features.stat().st_mtime_ns == moment
+    for name, damaged in (("shapes.npy", made["shapes.npy"][:-2] + b"\x00\x3c"), ("shapes.json", b"{")):
+        (tmp_path / "one" / name).write_bytes(damaged)
+        write_corpus(tmp_path / "one", {"shapes": (shapes_scene, count)}, workers=2)
+        assert {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()} == made
+    # Another scene under the name of this one.
+    write_corpus(tmp_path / "one", {"shapes": (odd_one_scene, count)}, workers=2)
+    assert (tmp_path / "one" / "shapes.npy").read_bytes() != made["shapes.npy"]
+
+
 def test_a_small_run_is_written_and_loads(tmp_path: Path) -> None:
     families = {"shapes": (shapes_scene, 24), "odd_one": (odd_one_scene, 24)}
     write_corpus(tmp_path / "corpus", families, workers=1)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dmole.reports.readme import filled, stale, update
-from dmole.reports.stored import ResultsError
+from dmole.reports.stored import ResultsError, read_predictions, read_runs
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -54,3 +54,19 @@ def marked_files() -> list[Path]:
 
 def test_the_repository_s_own_tables_are_up_to_date() -> None:
     assert [path.name for path in marked_files() if stale(path)] == []
+
+
+def test_the_shares_of_second_experts_in_the_text_are_those_of_the_stored_routes() -> None:
+    total = two = newer = 0
+    for run in read_runs(ROOT / "results" / "mini"):
+        for prediction in read_predictions(run.folder):
+            if prediction.route is None or prediction.stage != len(run.tasks):
+                continue
+            total += 1
+            two += len(prediction.route) == 2
+            places = [run.tasks.index(task) for task in prediction.route]
+            newer += prediction.route[:1] == (prediction.task,) and places[1:] > places[:1]
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert total == 2700
+    assert f"After the last stage {100 * two / total:.0f} % of the test samples get two experts" in text
+    assert f"for {100 * newer / total:.0f} % of all samples the second one is newer than their own" in text

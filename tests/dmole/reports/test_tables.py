@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables show means and spreads over seeds, and nothing where a protocol defines nothing."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -60,10 +61,25 @@ def test_time_and_routing_and_conventions(results: Path) -> None:
     times = by_method(tables.time_table(runs))
     assert times["keeper"]["proxy % of run"] == "2.50 ± 0.00" and times["loser"]["router s"] == "0.00 ± 0.00"
     assert list(by_method(tables.routing_table(runs))) == ["keeper"]
+    assert by_method(tables.routing_table(runs))["keeper"]["two experts %"] == "0.00 ± 0.00"
     conventions = tables.conventions_table(runs)
     assert conventions.columns == ("number", "keeper", "loser")
     loser = {row[0]: row[2] for row in conventions.rows}
     assert loser["GEM BWT (over N-1)"] == "-75.00 ± 0.00" and loser["CoIN BWT (over N)"] == "-50.00 ± 0.00"
+
+
+def test_samples_with_two_experts_are_counted_after_the_last_stage(results: Path) -> None:
+    path = results / "runs" / "keeper-seed0-default" / "predictions.jsonl.gz"
+    lines = [json.loads(line) for line in gzip.decompress(path.read_bytes()).decode().splitlines()]
+    for line in lines:
+        # After the last stage 3 of 12 samples; the ones before do not count.
+        if line["route"] and (line["stage"] < 3 or line["task"] == "words"):
+            line["route"] = ["words", "boxes"]
+    path.write_bytes(gzip.compress("".join(json.dumps(line) + "\n" for line in lines).encode()))
+    (keeper, *_) = [run for run in read_runs(results) if run.folder == path.parent]
+    assert tables.several_experts(keeper) == 25.0
+    (loser, *_) = [run for run in read_runs(results) if run.method == "loser"]
+    assert tables.several_experts(loser) is None
 
 
 def test_markdown_and_terminal_show_the_same(results: Path) -> None:

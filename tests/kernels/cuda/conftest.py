@@ -49,18 +49,17 @@ class DecodeCall(ctypes.Structure):
     ]
 
 
-class PlanCall(ctypes.Structure):
-    """csrc/cuda/plan.h."""
+class RowMapCall(ctypes.Structure):
+    """csrc/cuda/row_map.h."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("gate", "words", "needed", "counts")),
+        *((name, ctypes.c_void_p) for name in ("gate", "table", "needed", "counts")),
         *((name, ctypes.c_int64) for name in ("rows", "experts", "gates")),
-        ("every", ctypes.c_int32),
     ]
 
 
 class Fenced:
-    """A tensor between two fences, all of it poison: NaN, or -1, which no word of a plan is."""
+    """A tensor between two fences, all of it poison: NaN, or -1, which no number of a row map is."""
 
     def __init__(self, *shape: int, dtype: torch.dtype) -> None:
         poison = float("nan") if dtype.is_floating_point else -1
@@ -128,18 +127,18 @@ class HostKernels:
         self.check(self.library.dmole_cuda_decode(ctypes.byref(call), None))
         return y.check(), s.check()
 
-    def plan(self, gate: Tensor, rows: int, every_column: bool) -> tuple[Tensor, Tensor]:
+    def row_map(self, gate: Tensor, rows: int) -> tuple[Tensor, Tensor]:
         experts, tiles = gate.shape[1], -(-rows // 32)
-        words = Fenced(3 + experts + 1 + 2 * rows * experts, dtype=torch.int32)
+        table = Fenced(3 + experts + 1 + 2 * rows * experts, dtype=torch.int32)
         needed = Fenced(tiles, -(-experts // 32), dtype=torch.int32)
         counts = Fenced(experts, tiles, dtype=torch.int32)
-        call = PlanCall(
-            gate=gate.data_ptr(), words=words.tensor.data_ptr(), needed=needed.tensor.data_ptr(),
-            counts=counts.tensor.data_ptr(), rows=rows, experts=experts, gates=gate.shape[0], every=every_column,
+        call = RowMapCall(
+            gate=gate.data_ptr(), table=table.tensor.data_ptr(), needed=needed.tensor.data_ptr(),
+            counts=counts.tensor.data_ptr(), rows=rows, experts=experts, gates=gate.shape[0],
         )  # fmt: skip
-        self.check(self.library.dmole_cuda_plan(ctypes.byref(call), None))
+        self.check(self.library.dmole_cuda_row_map(ctypes.byref(call), None))
         counts.check()
-        return words.check(), needed.check()
+        return table.check(), needed.check()
 
 
 def compiled(sources: Mapping[Path, Path], flags: Sequence[str]) -> None:
@@ -184,7 +183,7 @@ def build_kernels(tmp_path_factory: pytest.TempPathFactory) -> BuildKernels:
 
 @pytest.fixture(scope="session")
 def host(build_kernels: BuildKernels) -> Iterator[HostKernels]:
-    """The kernels as they are, behind torch.ops.dmole_kernels.cuda_decode and cuda_plan for tensors of the CPU."""
+    """The kernels as they are, behind torch.ops.dmole_kernels.cuda_decode and cuda_row_map for tensors of the CPU."""
     HostKernels.active = build_kernels("intact", ())
     schemas = re.findall(r'library\.def\(\s*((?:"[^"]*"\s*)+)\)', (ROOT / "csrc/ops.cpp").read_text(encoding="utf-8"))
     library = torch.library.Library("dmole_kernels", "FRAGMENT")
@@ -192,7 +191,7 @@ def host(build_kernels: BuildKernels) -> Iterator[HostKernels]:
         if schema.startswith("cuda_") and cuda.MISSING:
             library.define(schema)
     library.impl("cuda_decode", lambda *arguments: HostKernels.active.decode(*arguments), "CPU")
-    library.impl("cuda_plan", lambda *arguments: HostKernels.active.plan(*arguments), "CPU")
+    library.impl("cuda_row_map", lambda *arguments: HostKernels.active.row_map(*arguments), "CPU")
     yield HostKernels.active
     library._destroy()
 

@@ -31,7 +31,7 @@ def test_nvcc_compiles_what_the_record_says() -> None:
 def test_the_record_has_every_kernel_for_every_target_within_the_limits() -> None:
     types = ["float, float", "__half, float", "__half, __half", "__nv_bfloat16, float", "__nv_bfloat16, __nv_bfloat16"]
     names = [f"{kernel}<{pair}>" for kernel in ("shrink", "expand") for pair in types]
-    names += ["count_rows", "place_experts", "fill_slots"]
+    names += ["count_rows", "place_experts", "fill_pairs"]
     assert set(RECORD["kernels"]) == {f"{target} {name}" for target in CHECK["TARGETS"] for name in names}
     assert list(CHECK["broken_limits"](RECORD["kernels"])) == []
 
@@ -51,13 +51,13 @@ def test_a_broken_limit_and_a_difference_are_told() -> None:
 
 def test_the_assembler_s_report_is_read_whole() -> None:
     text = (
-        "ptxas info    : Compiling entry function '_ZN5dmole4cuda12_GLOBAL__N_110fill_slotsEv' for 'sm_80'\n"
+        "ptxas info    : Compiling entry function '_ZN5dmole4cuda12_GLOBAL__N_110fill_pairsEv' for 'sm_80'\n"
         "    16 bytes stack frame, 4 bytes spill stores, 8 bytes spill loads\n"
         "ptxas info    : Used 255 registers, used 1 barriers, 64 bytes smem, 400 bytes cmem[0]\n"
     )
     if shutil.which("c++filt") is None:
         pytest.skip("there is no c++filt on PATH: install binutils")
-    assert CHECK["reported"](text) == {"fill_slots": {"registers": 255, "shared": 64, "spills": 28}}
+    assert CHECK["reported"](text) == {"fill_pairs": {"registers": 255, "shared": 64, "spills": 28}}
 
 
 def test_unknown_arguments_are_refused() -> None:

@@ -13,12 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from dmole_kernels._modules import GatePlan
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dmole_kernels import ExpertGates, MultiLoRALinear, multi_lora
+from dmole_kernels import ExpertGates, GateBlock, MultiLoRALinear, multi_lora
 from dmole_kernels._lora_call import LoraCall
 from dmole_kernels.testing import WORKLOADS, make_inputs, multi_lora_op, poisoned_memory, run_autograd
 from dmole_kernels.triton_backend.cases import CASES, Case, fused_launches, launches
@@ -149,10 +148,12 @@ def test_a_seed_written_anew_draws_other_masks_as_a_replayed_graph_would() -> No
 
 
 def test_a_gate_on_the_host_goes_to_the_device_and_its_active_experts_are_known_here() -> None:
-    plan = GatePlan(torch.tensor([[1.0, 0.0, 2.0]]), ["films", "charts", "maps"])
-    assert plan.active == ("films", "maps")
-    there = plan.columns(plan.active, torch.device("meta"))
-    assert there.device.type == "meta" and there.shape == (1, 2)
-    assert plan.columns(plan.active, torch.device("meta")) is there
+    block = GateBlock(torch.tensor([[1.0, 0.0, 2.0]]), ["films", "charts", "maps"], None, "", "")
+    assert block.active == ("films", "maps")
+    held = ("maps", "films", "held by this layer alone")
+    there = block.for_layer(held, (1, 4), None, torch.device("meta"), False).gate
+    assert there is not None and there.device.type == "meta" and there.shape == (1, 2)
+    assert block.for_layer(held, (1, 4), None, torch.device("meta"), False).gate is there
     with poisoned_memory():
-        assert torch.equal(plan.columns(plan.active), torch.tensor([[1.0, 2.0]]))
+        here = block.for_layer(held, (1, 4), None, torch.device("cpu"), False).gate
+        assert here is not None and torch.equal(here, torch.tensor([[1.0, 2.0]]))

@@ -4,10 +4,10 @@ from __future__ import annotations
 import pytest
 
 from dmole_kernels import BACKENDS
-from dmole_kernels.triton_backend import available
+from dmole_kernels.triton_backend import MISSING, available
 
 
 def test_the_backend_is_there_for_gpus_where_triton_is() -> None:
     if not available():
-        pytest.skip("triton is not installed, so its kernels are not tested: pip install triton==3.9.0")
+        pytest.skip(MISSING)
     assert BACKENDS["triton"] == ("cuda",)
