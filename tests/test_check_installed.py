@@ -5,13 +5,17 @@ from __future__ import annotations
 
 import runpy
 import sys
+import warnings
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-SCRIPT = runpy.run_path(str(Path(__file__).resolve().parent.parent / "scripts" / "check_installed.py"))
+with warnings.catch_warnings():
+    # The script imports pip, at which setuptools warns where torch has imported distutils before.
+    warnings.filterwarnings("ignore", "Setuptools is replacing distutils", UserWarning)
+    SCRIPT = runpy.run_path(str(Path(__file__).resolve().parent.parent / "scripts" / "check_installed.py"))
 
 
 def problems(monkeypatch: pytest.MonkeyPatch, changed: dict[str, str | None], torch: list[str]) -> list[str]:

@@ -128,7 +128,7 @@ def test_the_table_says_who_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not cpu.takes_linear(16, 2048, torch.float32)
     assert cpu.explain_linear().startswith("PyTorch")
     monkeypatch.setattr(cpu, "CPU_MAKER", "amd")
-    monkeypatch.setattr(cpu, "extension", lambda: SimpleNamespace(isa=lambda: "avx512_bf16"))
+    monkeypatch.setattr(cpu, "EXTENSION", SimpleNamespace(isa=lambda: "avx512_bf16"))
     monkeypatch.setattr(cpu, "_MKL", True)
     assert cpu.takes_linear(2048, 2048, torch.float32)
     assert not cpu.takes_linear(1, 2048, torch.float32, transposed=True)
@@ -138,7 +138,7 @@ def test_the_table_says_who_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cpu.takes_linear(64, 192, torch.bfloat16, transposed=True)
     assert not cpu.takes_linear(64, 1024, torch.bfloat16, transposed=True)
     assert cpu.explain_linear().startswith("own kernels for float32")
-    monkeypatch.setattr(cpu, "extension", lambda: SimpleNamespace(isa=lambda: "avx2"))
+    monkeypatch.setattr(cpu, "EXTENSION", SimpleNamespace(isa=lambda: "avx2"))
     assert not cpu.takes_linear(2048, 2048, torch.float32)
     monkeypatch.setattr(cpu, "LINEAR", "vendor")
     assert cpu.explain_linear() == "PyTorch (DMOLE_KERNELS_LINEAR=vendor)"
