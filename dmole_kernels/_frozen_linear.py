@@ -32,6 +32,7 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, back
 
     Raises:
         ValueError: for a weight or bias that requires grad, dtypes or shapes that differ, a backend that is not there.
+        NotImplementedError: under a torch.func transform or in forward-mode differentiation.
     """
     refuse_transforms("frozen_linear")
     autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64

@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from dmole_kernels._ambient import Ambient, AmbientBlock
 from dmole_kernels._expert_bank import ExpertBank
+from dmole_kernels._registration import refuse_transforms
 from dmole_kernels.cpu import RowMap
 
 # What a layer's rows are: None takes the leading dimension for samples, unless the block has units.
@@ -153,8 +154,10 @@ class ExpertGates:
                 or that is merged into the base;
                 when a layer's rows cannot be split by the units; when the gate is changed in place inside the block;
                 when blocks are left in another order than the reverse one.
+            NotImplementedError: inside a torch.func transform or forward-mode differentiation.
         """
         ambient_blocks.refuse_in_graphs()
+        refuse_transforms("gates.use")
         _, held, merged = self._look()
         block = GateBlock(gate, experts, units, self.identity, self.lineage, held)
         known = set(held)

@@ -30,6 +30,7 @@ def masked_max_pool(hidden: Tensor, mask: Tensor, *, backend: str = "auto") -> T
     Raises:
         ValueError: for shapes, dtypes or devices that do not fit, or a sample whose tokens are all masked (under
             torch.compile, where values cannot be looked at, its row is -inf).
+        NotImplementedError: under a torch.func transform or in forward-mode differentiation.
     """
     if hidden.dim() != 3 or mask.shape != hidden.shape[:2]:
         raise ValueError(

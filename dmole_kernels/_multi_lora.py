@@ -254,6 +254,7 @@ class Saved:
     def gradients(self, ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
         """dx, dg [G, E] and the gradients of all A, then of all B."""
         x, shrunk, gate, seed, *experts = ctx.saved_tensors
+        gate = gate.reshape(-1, gate.shape[-1])
         count = len(experts) // 2
         lora_a, lora_b = experts[:count], experts[count:]
         found: list[Tensor | None] = [None] * len(experts)

@@ -42,6 +42,7 @@ def router_score(
 
     Raises:
         ValueError: for shapes, dtypes or devices that do not fit or an unknown decoder.
+        NotImplementedError: under a torch.func transform or in forward-mode differentiation.
     """
     _check(features, encoder_weight, encoder_bias, decoder_weight, decoder_bias)
     if decoder not in ("sigmoid", "linear"):
