@@ -156,8 +156,8 @@ def sketch_relative_std(sketch: Tensor) -> float:
     """Estimated relative standard deviation of `sketch.norm()` as an estimate of the gradient's norm.
 
     With a = ||M M^T||_F^2 / ||M||_F^4 (1 for rank one, 1/rank for a flat spectrum):
-    `Var ||Y||^2 / ||M||^4 = 2 a / k + 2 (a (1 + 1/k) + 1/k) / l`. a is estimated from the sketch, which overestimates it
-    by about 1/k + 1/l, so the result is an overestimate too; at 64 x 64 it is at most 0.13.
+    `Var ||Y||^2 / ||M||^4 = 2 a / k + 2 (a (1 + 1/k) + 1/k) / l`. a is estimated from the sketch, which overestimates
+    it by about 1/k + 1/l, so the result is an overestimate too; at 64 x 64 it is at most 0.13.
     """
     left, right = sketch.shape
     total = float(sketch.double().square().sum())
