@@ -92,6 +92,7 @@ class LayerTaps:
         self._on_gradient = on_gradient
         # Calls whose backward is still to come.
         self._open: dict[str, weakref.WeakSet[_Call]] = {name: weakref.WeakSet() for name in linears}
+        # A reentrant checkpoint is recomputed once more for each backward call that keeps the graph.
         self._graph_was_kept = False
         self.installed = False
         self._handles: list[RemovableHandle] = []
@@ -130,6 +131,7 @@ class LayerTaps:
             if recomputed:
                 # Also where gradients are disabled, so that an outer reentrant checkpoint is known to its inner ones.
                 self._backward.enter()
+                self._graph_was_kept |= torch._C._autograd._get_current_graph_task_keep_graph()
             if not torch.is_grad_enabled():
                 if not recomputed:
                     self.unrecorded[name].append(mask)
@@ -176,18 +178,16 @@ class LayerTaps:
 
     def _more_may_follow(self, call: _Call) -> bool:
         """Whether the running backward call may reach the layer again. True where it cannot be known."""
-        if torch._C._autograd._get_current_graph_task_keep_graph():
-            self._graph_was_kept = True
-        else:
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
             self._open[call.name].discard(call)
         unrecorded = self.unrecorded[call.name]
-        unknown = call.recomputed and not unrecorded
+        unknown = call.recomputed and (self._graph_was_kept or not unrecorded)
         if call.recomputed:
             self.forward_calls[call.name] += 1
             if unrecorded:
                 place = next((i for i, mask in enumerate(unrecorded) if mask is call.mask), 0)
                 del unrecorded[place]
-        return unknown or self._graph_was_kept or bool(unrecorded) or len(self._open[call.name]) > 0
+        return unknown or bool(unrecorded) or len(self._open[call.name]) > 0
 
 
 def _by_sample(tensor: Tensor) -> Tensor:

@@ -211,6 +211,45 @@ def test_nested_checkpoints_are_part_of_one_backward_call(reentrant: bool, quant
     check(quantity, function, BATCHES, right=times(2))
 
 
+def test_a_kept_graph_with_a_reentrant_checkpoint() -> None:
+    layer, x = make_layer(), BATCHES[0]
+    with GradNormRecorder({"layer": layer}, quantity="per_batch") as recorder:
+        with torch.no_grad():
+            layer(x)
+        hidden = checkpoint(lambda t: torch.tanh(layer(t)), x.clone().requires_grad_(), use_reentrant=True)
+        loss = checkpoint(lambda t: torch.tanh(layer(t)), hidden, use_reentrant=True).square().sum()
+        loss.backward(retain_graph=True)
+        loss.backward()
+    right, _ = expected("per_batch", times(2), layer, [x, x])
+    torch.testing.assert_close(recorder.norms()["layer"].weight_values, right)
+
+
+class _CallsInBackward(torch.autograd.Function):
+    """Calls the layer twice in backward, and not in forward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: nn.Linear) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.layer = layer
+        return x.sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        for _ in range(2):
+            with torch.enable_grad():
+                loss = ctx.layer(ctx.saved_tensors[0].detach()).square().sum()
+            loss.backward()
+        return None, None
+
+
+def test_calls_that_happen_in_backward_alone_are_part_of_it() -> None:
+    layer, x = make_layer(), BATCHES[0]
+    with GradNormRecorder({"layer": layer}, quantity="per_sample") as recorder:
+        _CallsInBackward.apply(x.clone().requires_grad_(), layer).backward()  # type: ignore[no-untyped-call]
+    right, _ = expected("per_sample", lambda layer, x: 2 * layer(x).square().sum(), layer, [x])
+    torch.testing.assert_close(recorder.norms()["layer"].weight_values, right)
+
+
 def test_a_layer_called_once_holds_its_tensors_no_longer_than_backward_does() -> None:
     """When backward reaches the first layer, the input of the second is freed, unless the second has another call that
     precedes the first layer."""
