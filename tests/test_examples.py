@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every program in examples/ runs and prints what it promises."""
+
+from __future__ import annotations
+
+import importlib.util
+import runpy
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def loaded(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def tensors(handle: Any) -> dict[str, torch.Tensor]:
+    return {
+        f"{place}.{name}.{side}": parameter.detach().clone()
+        for place, layer in handle.layers.items()
+        for name in layer.bank.names
+        for side, parameter in layer.bank.expert(name).named_parameters()
+    }
+
+
+def assert_same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == two.keys()
+    for key, value in one.items():
+        assert torch.equal(value, two[key]), key
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small gain nothing from threads, which on a busy machine wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def trainer_example() -> ModuleType:
+    return loaded("trainer_with_gates")
+
+
+def test_trainer_with_gates(trainer_example: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer_example.main(str(tmp_path))
+    out = capsys.readouterr().out
+    assert "resumed at step 20, the same experts bit for bit: True" in out
+    assert float(out.split("evaluation loss ")[1].split()[0]) < 1.0
+    # Only experts on disk: two LoRA folders and the state of the training, no weight of the base.
+    checkpoint = tmp_path / "checkpoint-20"
+    assert {path.name for path in checkpoint.iterdir()} == {
+        "up", "down", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json",
+    }  # fmt: skip
+    files = {path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*.safetensors")}
+    assert files == {"up/adapter_model.safetensors", "down/adapter_model.safetensors"}
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["non_reentrant", "reentrant"])
+def test_trainer_with_gradient_checkpointing_trains_the_same_numbers(
+    trainer_example: ModuleType, tmp_path: Path, use_reentrant: bool
+) -> None:
+    """Checkpointing of both kinds, with dropout, against none: the same experts bit for bit, other than at the start."""
+    ends = []
+    for kind, settings in {
+        "none": dict(activation_checkpointing=False, activation_checkpointing_kwargs=None),
+        "checkpointed": dict(activation_checkpointing_kwargs={"use_reentrant": use_reentrant}),
+    }.items():
+        model, handle = trainer_example.build_model()
+        start = tensors(handle)
+        settings = trainer_example.arguments(str(tmp_path / kind), max_steps=3, save_strategy="no", **settings)
+        trainer = trainer_example.GatedTrainer(model, settings, train_dataset=trainer_example.rows(96, 1))
+        trainer.train()
+        ends.append(tensors(handle))
+        assert all(not torch.equal(start[key], ends[-1][key]) for key in start)
+        assert model.model.gradient_checkpointing == (kind != "none")
+    assert_same(*ends)
+
+
+def test_trainer_accumulates_gradients(trainer_example: ModuleType, tmp_path: Path) -> None:
+    """Two micro-batches of 8 rows train what one of 16 does."""
+    ends = []
+    for size, accumulated in ((16, 1), (8, 2)):
+        model, handle = trainer_example.build_model()
+        for layer in handle.layers.values():
+            layer.dropout = 0.0
+        settings = trainer_example.arguments(
+            str(tmp_path / f"{size}"), max_steps=2, save_strategy="no", per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulated, optim="sgd",
+        )  # fmt: skip
+        trainer_example.GatedTrainer(model, settings, train_dataset=trainer_example.rows(32, 1)).train()
+        ends.append(tensors(handle))
+    for key, value in ends[0].items():
+        torch.testing.assert_close(ends[1][key], value, rtol=1e-4, atol=1e-7)
+
+
+def test_trainer_goes_on_in_the_same_process(trainer_example: ModuleType, tmp_path: Path) -> None:
+    """The experts of a checkpoint are loaded in place; the best model is loaded at the end."""
+    model, handle = trainer_example.build_model()
+    settings = trainer_example.arguments(
+        str(tmp_path), max_steps=4, save_steps=2, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True
+    )
+    data = dict(train_dataset=trainer_example.rows(64, 1), eval_dataset=trainer_example.rows(16, 2))
+    trainer = trainer_example.GatedTrainer(model, settings, **data)
+    parameters = handle.parameters()
+    trainer.train()
+    end = tensors(handle)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.zero_()
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert all(one is two for one, two in zip(parameters, handle.parameters(), strict=True))
+    assert_same(end, tensors(handle))
+
+
+def test_trainer_evaluates_with_each_rows_own_expert(trainer_example: ModuleType, tmp_path: Path) -> None:
+    model, handle = trainer_example.build_model()
+    with torch.no_grad():
+        for parameter in handle.parameters():
+            parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(parameter.numel()))
+    rows = trainer_example.rows(4, 3)
+    settings = trainer_example.arguments(str(tmp_path), per_device_eval_batch_size=4)
+    got = trainer_example.GatedTrainer(model, settings, eval_dataset=rows).evaluate()["eval_loss"]
+    model.eval()
+    losses = []
+    for row in rows:
+        ids = torch.tensor([row["input_ids"]])
+        with torch.no_grad(), handle.use(torch.ones(1, 1), [trainer_example.TASKS[row["task"]]]):
+            losses.append(float(model(input_ids=ids, labels=ids).loss))
+    assert got == pytest.approx(sum(losses) / 4, rel=1e-5)
+    with torch.no_grad():
+        ids = torch.tensor([row["input_ids"] for row in rows])
+        assert abs(got - float(model(input_ids=ids, labels=ids).loss)) > 1e-2
+
+
+def test_multi_lora_in_your_model(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(EXAMPLES / "multi_lora_in_your_model.py"))
+    assert "{'up': [10, 11, 12, 13, 14, 15], 'down': [10, 9, 8, 7, 6, 5]}" in capsys.readouterr().out
