@@ -7,12 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
-from dmole_kernels._expert_bank import check_alpha
+from dmole_kernels._expert_bank import check_alpha, sharded_error
 from dmole_kernels._gates import ExpertGates, GateBlock
 from dmole_kernels._merge import check_mergeable, set_merged
 from dmole_kernels._multi_lora_linear import MultiLoRALinear
+from dmole_kernels._reduce_gradients import reduce_gradients
 from dmole_kernels._targets import matches, near
 
 # Modules around a model, or around its parts, whose name the plain model does not have.
@@ -148,6 +149,40 @@ class ExpertHandle:
             if expert in layer.bank
             for parameter in layer.bank.expert(expert).parameters()
         ]
+
+    def reduce_gradients(self, group: distributed.ProcessGroup | None = None) -> None:
+        """grad <- 1 / P sum_p grad_p, over the P processes of `group`, for every trainable expert.
+
+            for block in model.model.layers:
+                fully_shard(block, ignored_params=set(experts.parameters()))
+            fully_shard(model, ignored_params=set(experts.parameters()))
+            ...
+            loss.backward()
+            experts.reduce_gradients()
+            optimizer.step()
+
+        For experts that every process has as a whole, beside a base that is sharded (FSDP2) or replicated without DDP,
+        which averages gradients itself. Processes may use different experts: a process without a gradient counts as
+        zero, and an expert that no process used keeps no gradient. Call it on every process, once per optimizer step,
+        after the last backward. Two small collectives compare the processes' experts, then gradients are reduced in
+        the order of layers and experts, in flat tensors.
+
+        Args:
+            group: the processes; None is all.
+
+        Raises:
+            ValueError: without a process group; on every process when their trainable experts differ in names, layers,
+                ranks or values (A as `add` drew it from generators with different seeds); for sharded experts.
+        """
+        parameters: dict[str, Tensor] = {}
+        for place, layer in self.layers.items():
+            for name in layer.bank.sharded:
+                raise sharded_error(name)
+            for name in layer.bank.names:
+                for side, parameter in layer.bank.expert(name).named_parameters():
+                    if parameter.requires_grad:
+                        parameters[f"{place}/{name}/{side}"] = parameter
+        reduce_gradients(parameters, group)
 
     def merge(self, name: str, weight: float = 1.0) -> None:
         """Adds `weight * alpha / rank * B A` to the weight of each layer that holds the expert.

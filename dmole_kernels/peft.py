@@ -86,6 +86,7 @@ class _Names:
 
     def __init__(self, layer: LoraLinear) -> None:
         self.names = tuple(layer.lora_A.keys())
+        self.sharded = tuple(name for name in self.names if hasattr(layer.lora_A[name].weight, "device_mesh"))
 
 
 class GatedLoraLinear(LoraLinear):

@@ -71,7 +71,7 @@ def test_trainer_with_gates(trainer_example: ModuleType, tmp_path: Path, capsys:
 def test_trainer_with_gradient_checkpointing_trains_the_same_numbers(
     trainer_example: ModuleType, tmp_path: Path, use_reentrant: bool
 ) -> None:
-    """Checkpointing of both kinds, with dropout, against none: the same experts bit for bit, other than at the start."""
+    """Checkpointing of both kinds, with dropout, against none: the same experts bit for bit."""
     ends = []
     for kind, settings in {
         "none": dict(activation_checkpointing=False, activation_checkpointing_kwargs=None),

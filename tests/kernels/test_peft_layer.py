@@ -185,3 +185,22 @@ def test_what_cannot_be_gated_is_refused() -> None:
     model.merge_adapter(["charts"])
     with gates.use(MIXED, NAMES), pytest.raises(ValueError, match=r"adapters \['charts'\] are merged into the base"):
         model(input_ids=IDS)
+
+
+def test_sharded_adapters_are_refused(tmp_path: Path) -> None:
+    """Also when blocks were open before: FSDP2 exchanges the Parameters without a word."""
+    from torch import distributed
+    from torch.distributed.fsdp import fully_shard
+
+    gates = ExpertGates()
+    model = gated(gates)
+    with gates.use(MIXED, NAMES):
+        model(input_ids=IDS)
+    store = distributed.FileStore(str(tmp_path / "store"), 1)
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        fully_shard(model)
+        with pytest.raises(ValueError, match=r"got 'charts', whose parameters are sharded \(DTensor\)"):
+            gates.use(MIXED, NAMES)
+    finally:
+        distributed.destroy_process_group()
