@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two experts in one frozen Transformer, each sample served by its own, in training and in generation. No downloads.
+"""Two experts in one frozen Transformer, each sample with its own, in training and in generation. No downloads.
 
-Every linear layer of a small random Llama becomes a MultiLoRALinear. Half of each batch counts up, half counts down:
-the first number alone cannot tell which, so only the right expert for each sample can.
+Every linear layer of a small random Llama carries experts. Half of each batch counts up, half counts down: the first
+number alone cannot tell which, so only the right expert for each sample can.
 """
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dmole_kernels import ExpertGates, MultiLoRALinear
+from dmole_kernels import convert
 
 torch.manual_seed(0)
 config = LlamaConfig(
@@ -19,24 +19,21 @@ config = LlamaConfig(
     num_attention_heads=4,
     initializer_range=0.1,
 )
-model = LlamaForCausalLM(config).requires_grad_(False)
+model = LlamaForCausalLM(config)
 
-# What a model of yours needs: exchange the linears, name the experts, train their parameters under a gate.
-gates = ExpertGates()
-experts = ["up", "down"]
-for name, linear in list(model.model.named_modules()):
-    if isinstance(linear, torch.nn.Linear):
-        layer = MultiLoRALinear(linear, gates=gates, dropout=0.05)
-        layer.bank.add("up", rank=8, alpha=16.0)
-        layer.bank.add("down", rank=4, alpha=8.0)
-        model.model.set_submodule(name, layer)
-optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+# What a model of yours needs: convert it, name the experts, train their parameters under a gate.
+experts = convert(model, dropout=0.05)  # every linear but the output head; freezes the base
+experts.add("up", rank=8, alpha=16.0)
+experts.add("down", rank=4, alpha=8.0)
+print(experts)
+names = ["up", "down"]
+optimizer = torch.optim.AdamW(experts.parameters(), lr=1e-2)
 gate = torch.eye(2).repeat_interleave(16, dim=0)  # [32 samples, 2 experts]: 16 rows for each
 step_of_sample = torch.tensor([1, -1]).repeat_interleave(16)
 for step in range(60):
     first = torch.randint(0, 32, (32, 1))
     numbers = (first + step_of_sample[:, None] * torch.arange(6)) % 32
-    with gates.use(gate, experts):
+    with experts.use(gate, names):
         loss = model(input_ids=numbers, labels=numbers).loss
         loss.backward()
     optimizer.step()
@@ -46,11 +43,11 @@ for step in range(60):
 
 model.eval()
 start = torch.tensor([[10], [10]])
-with gates.use(torch.eye(2), experts):
+with experts.use(torch.eye(2), names):
     mixed = model.generate(
         start, attention_mask=torch.ones_like(start), max_new_tokens=5, do_sample=False, eos_token_id=None
     )
-print("one batch, two experts:", dict(zip(experts, mixed.tolist(), strict=True)))
+print("one batch, two experts:", dict(zip(names, mixed.tolist(), strict=True)))
 alone = model(input_ids=start).logits
-with gates.use(torch.zeros(2, 2), experts):
+with experts.use(torch.zeros(2, 2), names):
     assert torch.equal(model(input_ids=start).logits, alone)  # no active expert: exactly the base model

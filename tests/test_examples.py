@@ -4,14 +4,21 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import re
 import runpy
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
+from dmole_kernels import convert, load_experts, save_experts
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -24,7 +31,7 @@ def loaded(name: str) -> ModuleType:
     return module
 
 
-def tensors(handle: Any) -> dict[str, torch.Tensor]:
+def tensors(handle: Any) -> dict[str, Tensor]:
     return {
         f"{place}.{name}.{side}": parameter.detach().clone()
         for place, layer in handle.layers.items()
@@ -33,7 +40,7 @@ def tensors(handle: Any) -> dict[str, torch.Tensor]:
     }
 
 
-def assert_same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
+def assert_same(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
     assert one.keys() == two.keys()
     for key, value in one.items():
         assert torch.equal(value, two[key]), key
@@ -144,6 +151,121 @@ def test_trainer_evaluates_with_each_rows_own_expert(trainer_example: ModuleType
         assert abs(got - float(model(input_ids=ids, labels=ids).loss)) > 1e-2
 
 
+COUNTED = "{'up': [10, 11, 12, 13, 14, 15], 'down': [10, 9, 8, 7, 6, 5]}"
+
+
+def test_every_example_is_run_here() -> None:
+    source = Path(__file__).read_text()
+    names = [path.stem for path in EXAMPLES.glob("*.py")]
+    assert len(names) >= 6 and all(f"def test_{name}(" in source for name in names)
+
+
 def test_multi_lora_in_your_model(capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(EXAMPLES / "multi_lora_in_your_model.py"))
-    assert "{'up': [10, 11, 12, 13, 14, 15], 'down': [10, 9, 8, 7, 6, 5]}" in capsys.readouterr().out
+    assert COUNTED in capsys.readouterr().out
+
+
+def test_plain_sequential(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(EXAMPLES / "plain_sequential.py"))
+    out = capsys.readouterr().out
+    assert float(re.findall(r"error of a mixed batch: (\S+)", out)[0]) < 0.01
+    assert float(re.findall(r"at most (\S+)", out)[0]) < 1e-5
+    assert "MultiLoRALinear" not in out
+
+
+# PEFT asks transformers for a name that transformers has renamed, and looks for the base's folder.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:Could not find a config file in:UserWarning")
+def test_peft_adapters(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("peft")
+    runpy.run_path(str(EXAMPLES / "peft_adapters.py"))
+    out = capsys.readouterr().out
+    assert COUNTED in out
+    assert "stock PEFT, the adapter down: [10, 9, 8, 7, 6, 5]" in out
+
+
+def test_vision_language_model(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(EXAMPLES / "vision_language_model.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    for name in ("llava", "qwen2_5_vl"):
+        start, end = re.findall(rf"{name}: \d+ layers, loss (\S+) -> (\S+)", out)[0]
+        assert float(end) < float(start)
+        assert f"{name}: two beams, loaded again" in out
+
+
+@pytest.mark.slow
+def test_two_processes() -> None:
+    """torchrun finds a free port by itself with --standalone."""
+    example = EXAMPLES / "two_processes.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(example)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "{'up': [10, 11, 12], 'down': [10, 9, 8]}" in done.stdout
+
+
+def readme_block() -> str:
+    readme = (EXAMPLES.parent / "README.md").read_text()
+    (block,) = (code for code in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "convert(model)" in code)
+    return block
+
+
+def vision_language(name: str) -> tuple[Callable[[], nn.Module], Any, Callable[[nn.Module, Any], Tensor]]:
+    example = loaded("vision_language_model")
+    example.UNITS = [1, 1, 1]
+    torch.manual_seed(0)
+    batch = getattr(example, f"{name}_inputs")()
+    batch["labels"] = batch["input_ids"].masked_fill(batch["input_ids"] < 10, -100)
+    return (lambda: getattr(example, name)().eval()), batch, lambda model, batch: model(**batch).loss
+
+
+def sequential() -> tuple[Callable[[], nn.Module], Any, Callable[[nn.Module, Any], Tensor]]:
+    batch = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    return (
+        lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)),
+        batch,
+        lambda model, batch: model(batch).square().mean(),
+    )
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2_5_vl", "sequential"])
+def test_the_lines_of_the_readme(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build, batch, loss_of = sequential() if kind == "sequential" else vision_language(kind)
+
+    def model() -> nn.Module:
+        torch.manual_seed(1)
+        return build()
+
+    def outputs(model: nn.Module) -> Tensor:
+        with torch.no_grad():
+            return model(batch) if kind == "sequential" else model(**batch).logits  # type: ignore[no-any-return]
+
+    monkeypatch.chdir(tmp_path)
+    before = outputs(model())
+    names: dict[str, Any] = {"model": model(), "batch": batch, "loss_of": loss_of}
+    exec(readme_block(), names)
+
+    experts = names["experts"]
+    assert len(experts.layers) == {"llava": 28, "qwen2_5_vl": 26, "sequential": 2}[kind]
+    for key, parameter in names["model"].named_parameters():
+        assert (parameter.grad is not None) == (".bank." in key) == parameter.requires_grad
+        if key.endswith("lora_b"):
+            assert parameter.grad is not None and parameter.grad.norm() > 0, key
+    assert {path.name for path in (tmp_path / "experts").iterdir()} == {"captions", "charts"}
+
+    # "the last sample gets the base model", and the experts are another model's after load_experts.
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter.normal_(std=0.3)
+    save_experts(names["model"], "experts")
+    other = model()
+    again = convert(other)
+    load_experts(other, "experts")
+    for handle in (experts, again):
+        with handle.use(names["gate"], ["captions", "charts"], units=[1, 1, 1]):
+            after = outputs(handle.model)
+        torch.testing.assert_close(after[2], before[2], rtol=1e-4, atol=1e-5)
+        assert all((after[s] - before[s]).abs().max() > 1e-2 for s in (0, 1))
+        if handle is experts:
+            first = after
+    assert torch.equal(first, after)
