@@ -161,11 +161,11 @@ class ExpertHandle:
             experts.reduce_gradients()
             optimizer.step()
 
-        For experts that every process has as a whole, beside a base that is sharded (FSDP2) or replicated without DDP,
-        which averages gradients itself. Processes may use different experts: a process without a gradient counts as
-        zero, and an expert that no process used keeps no gradient. Call it on every process, once per optimizer step,
-        after the last backward. Two small collectives compare the processes' experts, then gradients are reduced in
-        the order of layers and experts, in flat tensors.
+        For experts that every process has as a whole, beside a base that is sharded (FSDP2) or a whole copy. DDP
+        averages gradients itself: there it is not needed, and does no harm. Processes may use different experts: a
+        process without a gradient counts as zero, and an expert that no process used keeps no gradient. Call it on
+        every process, once per optimizer step, after the last backward. Small collectives compare the processes'
+        experts first; gradients are reduced in the order of layers and experts, in flat tensors.
 
         Args:
             group: the processes; None is all.

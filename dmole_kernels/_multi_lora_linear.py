@@ -177,7 +177,7 @@ class MultiLoRALinear(nn.Module):
                 )
             if name in self.bank.merged:
                 raise merged_error(name)
-            if self.bank.expert(name).sharded:
+            if self.bank.experts._modules[name].sharded:
                 raise sharded_error(name)
 
     def _ambient_block(self) -> GateBlock | None:

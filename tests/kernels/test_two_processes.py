@@ -15,8 +15,10 @@ import pytest
 import torch
 from torch import nn
 
+pytestmark = pytest.mark.slow
+
 WORKER = Path(__file__).parent / "two_processes.py"
-WAYS = ("ddp", "fsdp", "fsdp_checkpointed", "replicated")
+WAYS = ("ddp", "ddp_checkpointed", "fsdp", "fsdp_checkpointed", "replicated")
 SHARDED = (
     r"^experts: got 'a', whose parameters are sharded \(DTensor\); expected plain tensors on every process: .* "
     r"Pass fully_shard\(\.\.\., ignored_params=set\(experts\.parameters\(\)\)\)"
@@ -86,10 +88,13 @@ def test_the_two_kinds_of_batches_have_different_gradients(alone: dict[str, dict
     assert all(distance(same[key], different[key]) > 1e-2 for key in same if ".c." not in key)
 
 
-def test_accumulated_gradients_are_reduced_once(seen: list[dict[str, Any]], alone: dict[str, dict[str, Any]]) -> None:
+@pytest.mark.parametrize("with_ddp", [False, True], ids=["replicated", "ddp"])
+def test_accumulated_gradients_are_reduced_once(
+    seen: list[dict[str, Any]], alone: dict[str, dict[str, Any]], with_ddp: bool
+) -> None:
     for rank in range(2):
         for key, gradient in alone["different"]["gradients"].items():
-            got = seen[rank]["accumulated"]["gradients"][key]
+            got = seen[rank][f"accumulated-{with_ddp}"]["gradients"][key]
             assert got is None if gradient is None else distance(got, gradient) < 1e-6
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -108,8 +109,8 @@ def message(call: Callable[[], object]) -> str:
     return "no error"
 
 
-def ddp(rows: slice, kind: str) -> dict[str, Any]:
-    model, experts = build()
+def ddp(rows: slice, kind: str, checkpointed: bool = False) -> dict[str, Any]:
+    model, experts = build(checkpointed)
     return steps(DistributedDataParallel(model, find_unused_parameters=True), experts, GATES[kind], rows)
 
 
@@ -125,14 +126,17 @@ def replicated(rows: slice, kind: str) -> dict[str, Any]:
     return steps(model, experts, GATES[kind], rows, experts.reduce_gradients)
 
 
-def accumulated(rows: slice) -> dict[str, Any]:
+def accumulated(rows: slice, with_ddp: bool) -> dict[str, Any]:
     """Two micro-batches of two rows, reduced once."""
     model, experts = build()
+    run = DistributedDataParallel(model, find_unused_parameters=True) if with_ddp else model
     x = torch.randn(3, SAMPLES, 5, 16, generator=torch.Generator().manual_seed(1))[0]
     for part in (slice(rows.start, rows.start + 2), slice(rows.start + 2, rows.stop)):
-        with experts.use(GATES["different"][part], NAMES):
-            (model(x[part]) / 2).backward()
-    experts.reduce_gradients()
+        last = part.stop == rows.stop
+        with experts.use(GATES["different"][part], NAMES), run.no_sync() if with_ddp and not last else nullcontext():
+            (run(x[part]) / 2).backward()
+    if not with_ddp:
+        experts.reduce_gradients()
     return {"gradients": {k: None if p.grad is None else p.grad.clone() for k, p in named(experts).items()}}
 
 
@@ -236,10 +240,12 @@ def main(rank: int, store: str, folder: Path) -> None:
     seen: dict[str, Any] = {}
     for kind in GATES:
         seen[f"ddp-{kind}"] = ddp(rows, kind)
+        seen[f"ddp_checkpointed-{kind}"] = ddp(rows, kind, checkpointed=True)
         seen[f"fsdp-{kind}"] = fsdp(rows, kind)
         seen[f"fsdp_checkpointed-{kind}"] = fsdp(rows, kind, checkpointed=True)
         seen[f"replicated-{kind}"] = replicated(rows, kind)
-    seen["accumulated"] = accumulated(rows)
+    for with_ddp in (False, True):
+        seen[f"accumulated-{with_ddp}"] = accumulated(rows, with_ddp)
     seen["sharded_experts"] = sharded_experts(rank)
     seen["files"] = files(rank, folder)
     seen["mistakes"] = mistakes(rank)
