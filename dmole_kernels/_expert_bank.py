@@ -68,7 +68,7 @@ def sharded_error(name: str) -> ValueError:
         f"experts: got {name!r}, whose parameters are sharded (DTensor); expected plain tensors on every process: "
         f"sharding adds up gradients by position, so processes that use different experts would train each other's. "
         f"Pass fully_shard(..., ignored_params=set(experts.parameters())) and call experts.reduce_gradients() after "
-        f"backward."
+        f"backward; for adapters of PEFT their parameters, and dmole_kernels.peft.reduce_gradients(model)."
     )
 
 

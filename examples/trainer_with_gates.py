@@ -3,6 +3,9 @@
 
 Each row of the data names its task. `GatedTrainer` opens the gates around a whole step, so that layers which gradient
 checkpointing runs again during backward find them too. A run that was stopped goes on to the same numbers.
+
+    python examples/trainer_with_gates.py [folder]
+    torchrun --standalone --nproc-per-node 2 examples/trainer_with_gates.py folder          DDP
 """
 
 import sys

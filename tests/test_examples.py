@@ -193,15 +193,30 @@ def test_vision_language_model(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"{name}: two beams, loaded again" in out
 
 
-@pytest.mark.slow
-def test_two_processes() -> None:
-    """torchrun finds a free port by itself with --standalone."""
-    example = EXAMPLES / "two_processes.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(example)]
+def torchrun(example: str, *arguments: str) -> str:
+    """What the example prints on two processes; torchrun --standalone finds a free port by itself."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        str(EXAMPLES / f"{example}.py"), *arguments,
+    ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "{'up': [10, 11, 12], 'down': [10, 9, 8]}" in done.stdout
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_two_processes() -> None:
+    assert "{'up': [10, 11, 12], 'down': [10, 9, 8]}" in torchrun("two_processes")
+
+
+@pytest.mark.slow
+def test_trainer_with_gates_under_ddp(tmp_path: Path) -> None:
+    """Both processes resume to the same experts; the checkpoint holds experts and no base."""
+    out = torchrun("trainer_with_gates", str(tmp_path))
+    assert out.count("resumed at step 20, the same experts bit for bit: True") == 2
+    files = {path.relative_to(tmp_path).as_posix() for path in (tmp_path / "checkpoint-20").rglob("*.safetensors")}
+    assert files == {f"checkpoint-20/{name}/adapter_model.safetensors" for name in ("up", "down")}
 
 
 def readme_block() -> str:
