@@ -39,7 +39,16 @@ class Expert(nn.Module):
             self.__dict__["scale"] = value / self.rank
         super().__setattr__(name, value)
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        # Every assignment passes here; DTensor without importing it. FSDP2 shows plain tensors while a module runs,
+        # so what was sharded once stays marked.
+        if hasattr(param, "device_mesh"):
+            self.__dict__["sharded"] = True
+            ExpertBank.changes += 1
+        super().register_parameter(name, param)
+
     scale: float
+    sharded = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Expert:
         def keep_wide(tensor: Tensor) -> Tensor:
@@ -52,6 +61,15 @@ class Expert(nn.Module):
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, alpha={self.alpha:g}, trainable={self.lora_a.requires_grad}"
+
+
+def sharded_error(name: str) -> ValueError:
+    return ValueError(
+        f"experts: got {name!r}, whose parameters are sharded (DTensor); expected plain tensors on every process: "
+        f"sharding adds up gradients by position, so processes that use different experts would train each other's. "
+        f"Pass fully_shard(..., ignored_params=set(experts.parameters())) and call experts.reduce_gradients() after "
+        f"backward; for adapters of PEFT their parameters, and dmole_kernels.peft.reduce_gradients(model)."
+    )
 
 
 def check_alpha(alpha: object, whose: str) -> float:
@@ -209,6 +227,11 @@ class ExpertBank(nn.Module):
     @property
     def names(self) -> tuple[str, ...]:
         return self._names
+
+    @property
+    def sharded(self) -> tuple[str, ...]:
+        """The experts whose parameters are, or were, DTensors."""
+        return tuple(name for name, expert in self.experts._modules.items() if expert.sharded)
 
     def rank(self, name: str) -> int:
         return self.expert(name).rank

@@ -7,12 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
-from dmole_kernels._expert_bank import check_alpha
+from dmole_kernels._expert_bank import check_alpha, sharded_error
 from dmole_kernels._gates import ExpertGates, GateBlock
 from dmole_kernels._merge import check_mergeable, set_merged
 from dmole_kernels._multi_lora_linear import MultiLoRALinear
+from dmole_kernels._reduce_gradients import reduce_gradients
 from dmole_kernels._targets import matches, near
 
 # Modules around a model, or around its parts, whose name the plain model does not have.
@@ -149,34 +150,46 @@ class ExpertHandle:
             for parameter in layer.bank.expert(expert).parameters()
         ]
 
-    def reduce_gradients(self, group: Any = None) -> None:
-        """Averages the gradients of the trainable experts over the processes, in place: for experts that
-        DistributedDataParallel or `fully_shard` does not reduce (`ignored_params=set(experts.parameters())`).
+    def reduce_gradients(self, group: distributed.ProcessGroup | None = None) -> None:
+        """grad <- 1 / P sum_p grad_p, over the P processes of `group`, for every trainable expert.
 
-        An expert that no sample of a process uses has no gradient there, which counts as zero. Every process calls
-        this, after backward and before the optimizer's step, with the same experts in the same order.
+            for block in model.model.layers:
+                fully_shard(block, ignored_params=set(experts.parameters()))
+            fully_shard(model, ignored_params=set(experts.parameters()))
+            ...
+            loss.backward()
+            experts.reduce_gradients()
+            optimizer.step()
+
+        For experts that every process has as a whole, beside a base that is sharded (FSDP2) or a whole copy. DDP
+        averages gradients itself: there it is not needed, and does no harm. Processes may use different experts: a
+        process without a gradient counts as zero, and an expert that no process used keeps no gradient. Call it on
+        every process, once per optimizer step, after the last backward. Small collectives compare the processes'
+        experts first; gradients are reduced in the order of layers and experts, in flat tensors.
 
         Args:
-            group: the process group; None is the default one.
+            group: the processes; None is all.
+
+        Raises:
+            ValueError: without a process group; on every process when their trainable experts differ in names, layers,
+                ranks or values (A as `add` drew it from generators with different seeds); for sharded experts.
         """
-        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
-            chosen = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g.dtype == dtype]
-            flat = torch.cat([gradient.flatten() for _, gradient in chosen])
-            torch.distributed.all_reduce(flat, group=group)
-            flat /= torch.distributed.get_world_size(group)
-            sizes = [gradient.numel() for _, gradient in chosen]
-            for (parameter, gradient), part in zip(chosen, torch.split(flat, sizes), strict=True):
-                parameter.grad = part.view_as(gradient).clone()
+        parameters: dict[str, Tensor] = {}
+        for place, layer in self.layers.items():
+            for name in layer.bank.sharded:
+                raise sharded_error(name)
+            for name in layer.bank.names:
+                for side, parameter in layer.bank.expert(name).named_parameters():
+                    if parameter.requires_grad:
+                        parameters[f"{place}/{name}/{side}"] = parameter
+        reduce_gradients(parameters, group)
 
     def merge(self, name: str, weight: float = 1.0) -> None:
         """Adds `weight * alpha / rank * B A` to the weight of each layer that holds the expert.
 
         The model then computes with it for every sample and needs no gate; a gate that names it raises. The sum is
         made in float32 (float64 beside a float64 weight) and rounded once. Until `unmerge` the original weight is kept:
-        memory for one more copy of the weight of each of these layers. Several experts may be merged, each once. No
-        other thread may be running the model.
+        memory for one more copy of the weight of each of these layers. Several experts may be merged, each once.
 
         Raises:
             ValueError: before anything is changed, for a name that no layer holds or that is merged, a base that is
@@ -205,17 +218,13 @@ class ExpertHandle:
         return self.model
 
     def base_state_dict(self) -> dict[str, Any]:
-        """The state_dict of the model without experts, under the names of the plain model, merged weights as they are.
+        """The state_dict of the model without experts, under the names of the plain model, merged weights as they are:
 
-            model.save_pretrained("base", state_dict=experts.base_state_dict())
-
-        `model.save_pretrained("base")` alone writes the tensors of the experts too; `from_pretrained` then loads the
-        same base and reports them as unexpected. `save_experts` is for experts.
+        model.save_pretrained("base", state_dict=experts.base_state_dict())
         """
         state: dict[str, Any] = self.model.state_dict()
         names = [name for name, module in self.model.named_modules() if isinstance(module, MultiLoRALinear)]
-        # Wrappers for checkpointing take themselves out of the state's names; compiled modules do not.
-        prefixes = {f"{known}.bank" if known else "bank" for name in names for known in (name, plain_name(name))}
+        prefixes = {f"{name}.bank" if name else "bank" for name in names}
         return {key: value for key, value in state.items() if key.rpartition(".experts.")[0] not in prefixes}
 
     def holders(self, name: str) -> dict[str, MultiLoRALinear]:
@@ -254,9 +263,9 @@ class ExpertHandle:
         rows = [layer.rows for layer in layers.values()]
         kinds = ", ".join(f"{rows.count(kind)} with rows={kind}" for kind in ("samples", "units") if kind in rows)
         lines = [
-            f"ExpertHandle: experts at {_count(len(layers), 'layer')} of {type(self.model).__name__}"
+            f"ExpertHandle: {len(layers)} layers of {type(self.model).__name__} carry experts"
             + (f" ({kinds})" if kinds else "")
-            + (f", {_count(len(self.skipped), 'linear')} skipped (see .skipped)" if self.skipped else "")
+            + (f", {len(self.skipped)} linears skipped (see .skipped)" if self.skipped else "")
         ]
         for name in self.names:
             banks = [layer.bank for layer in layers.values() if name in layer.bank]
@@ -265,7 +274,7 @@ class ExpertHandle:
             state = "trainable" if trainable == {True} else "frozen" if trainable == {False} else "partly frozen"
             merged = next((bank.merged[name] for bank in banks if name in bank.merged), None)
             lines.append(
-                f"  {name}: rank {'/'.join(map(str, ranks))} at {_count(len(banks), 'layer')}, "
+                f"  {name}: rank {'/'.join(map(str, ranks))} at {len(banks)} layers, "
                 f"{sum(p.numel() for p in self.parameters(name)):,} parameters, {state}"
                 + ("" if merged is None else f", merged with weight {merged:g}")
             )
@@ -327,10 +336,6 @@ def replace(model: nn.Module, by_id: Mapping[int, nn.Module]) -> None:
         for name, child in list(parent._modules.items()):
             if id(child) in by_id:
                 setattr(parent, name, by_id[id(child)])
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def _endings(layers: Iterable[str]) -> dict[str, None]:

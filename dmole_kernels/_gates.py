@@ -23,10 +23,9 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from dmole_kernels._ambient import Ambient, AmbientBlock
-from dmole_kernels._expert_bank import ExpertBank
+from dmole_kernels._expert_bank import ExpertBank, sharded_error
 from dmole_kernels._registration import refuse_transforms
 from dmole_kernels.cpu import RowMap
 
@@ -56,10 +55,25 @@ class _Named(Protocol):
     @property
     def names(self) -> tuple[str, ...]: ...
 
+    @property
+    def sharded(self) -> tuple[str, ...]: ...
+
 
 class _HoldsExperts(Protocol):
     @property
     def bank(self) -> _Named: ...
+
+
+class _Held(NamedTuple):
+    """What the layers of some gates hold, and when that was looked up."""
+
+    changes: int  # ExpertBank.changes
+    names: tuple[str, ...]
+    merged: frozenset[str]
+    sharded: frozenset[str]
+
+
+_NOTHING_HELD = _Held(-1, (), frozenset(), frozenset())
 
 
 class ExpertGates:
@@ -85,8 +99,9 @@ class ExpertGates:
         self.identity = uuid.uuid4().hex
         self.lineage = self.identity
         self._layers: list[weakref.ref[_HoldsExperts]] = []
-        # Of which state of the banks, the names that the layers hold, and those that some layer has merged.
-        self._held: tuple[int, tuple[str, ...], frozenset[str]] = (-1, (), frozenset())
+        self._held = _NOTHING_HELD
+        # Layers of PEFT, whose Parameters can be exchanged without a bank that counts it.
+        self._foreign: list[weakref.ref[_HoldsExperts]] = []
 
     def __deepcopy__(self, memo: dict[int, object]) -> ExpertGates:
         copy = ExpertGates()
@@ -104,21 +119,24 @@ class ExpertGates:
     def register(self, layer: _HoldsExperts) -> None:
         """Called by each layer that is made with these gates."""
         self._layers.append(weakref.ref(layer))
-        self._held = (-1, (), frozenset())
+        if not isinstance(layer.bank, ExpertBank):
+            self._foreign.append(weakref.ref(layer))
+        self._held = _NOTHING_HELD
 
     @property
     def names(self) -> tuple[str, ...]:
         """The experts that the layers of these gates hold, in the order in which layers and experts were added."""
-        return self._look()[1]
+        return self._look().names
 
-    def _look(self) -> tuple[int, tuple[str, ...], frozenset[str]]:
-        if self._held[0] != ExpertBank.changes:
+    def _look(self) -> _Held:
+        if self._held.changes != ExpertBank.changes:
             self._layers = [ref for ref in self._layers if ref() is not None]
             banks = [layer.bank for ref in self._layers if (layer := ref()) is not None]
             names = tuple(dict.fromkeys(name for bank in banks for name in bank.names))
             # PEFT's adapters (dmole_kernels.peft) are merged by PEFT, which says so itself.
             merged = frozenset(name for bank in banks for name in getattr(bank, "merged", ()))
-            self._held = (ExpertBank.changes, names, merged)
+            sharded = frozenset(name for bank in banks for name in bank.sharded)
+            self._held = _Held(ExpertBank.changes, names, merged, sharded)
         return self._held
 
     @property
@@ -151,19 +169,23 @@ class ExpertGates:
 
         Raises:
             ValueError: for a gate, names or units that do not fit together; a name that no layer of these gates holds,
-                or that is merged into the base;
+                that is merged into the base, or whose parameters are sharded (DTensor);
                 when a layer's rows cannot be split by the units; when the gate is changed in place inside the block;
                 when blocks are left in another order than the reverse one.
             NotImplementedError: inside a torch.func transform or forward-mode differentiation.
         """
         ambient_blocks.refuse_in_graphs()
         refuse_transforms("gates.use")
-        _, held, merged = self._look()
+        _, held, merged, sharded = self._look()
+        if self._foreign:
+            sharded = frozenset(n for ref in self._foreign if (layer := ref()) is not None for n in layer.bank.sharded)
         block = GateBlock(gate, experts, units, self.identity, self.lineage, held)
         known = set(held)
         for name in block.names:
             if name in merged:
                 raise merged_error(name)
+            if name in sharded:
+                raise sharded_error(name)
             if name not in known:
                 near = difflib.get_close_matches(name, held, 1)
                 meant = f"Did you mean {near[0]!r}?" if near else "Add it to a layer first."
@@ -171,28 +193,7 @@ class ExpertGates:
                     f"experts: got {name!r}, which no layer of these gates holds; expected some of {list(held)}. "
                     f"{meant}"
                 )
-        if torch.is_grad_enabled():
-            self._refuse_sharded(block.names)
         return block
-
-    def _refuse_sharded(self, names: tuple[str, ...]) -> None:
-        """FSDP2 reduces gradients by position: processes whose samples use different experts would get each other's.
-
-        Outside of forward a sharded parameter is a DTensor; inside, where layers could look, it is a plain one.
-        """
-        for ref in self._layers:
-            layer = ref()
-            held = getattr(None if layer is None else layer.bank, "experts", None)
-            if held is None:
-                continue
-            for name in names:
-                expert = held._modules.get(name)
-                if expert is not None and type(expert._parameters["lora_a"]) is DTensor and expert.lora_a.requires_grad:
-                    raise ValueError(
-                        f"expert {name!r} is sharded (a DTensor); expected plain parameters, since processes that use "
-                        f"different experts would get each other's gradients. Call fully_shard(..., "
-                        f"ignored_params=set(experts.parameters())) and experts.reduce_gradients() after backward."
-                    )
 
     @property
     def checkpoint_contexts(self) -> Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]:

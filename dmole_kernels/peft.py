@@ -30,14 +30,15 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
-from dmole_kernels._expert_bank import ExpertBank
+from dmole_kernels import _reduce_gradients
+from dmole_kernels._expert_bank import ExpertBank, sharded_error
 from dmole_kernels._gates import ExpertGates, GateBlock, Rows, ambient_blocks
 from dmole_kernels._lora_call import LoraCall
 from dmole_kernels._multi_lora import MULTI_LORA, run, seed_for
 
-__all__ = ["GatedLoraLinear", "check_gated", "register_gated_lora"]
+__all__ = ["GatedLoraLinear", "check_gated", "reduce_gradients", "register_gated_lora"]
 
 
 def register_gated_lora(config: LoraConfig, gates: ExpertGates, *, rows: Rows = None) -> LoraConfig:
@@ -81,11 +82,30 @@ def check_gated(model: nn.Module) -> None:
         )
 
 
+def reduce_gradients(model: nn.Module, group: distributed.ProcessGroup | None = None) -> None:
+    """`ExpertHandle.reduce_gradients` for the gated adapters of a model: grad <- 1 / P sum_p grad_p over P processes.
+
+    Beside a base that is sharded with `fully_shard(..., ignored_params=...)` of the adapters' parameters.
+    """
+    parameters: dict[str, Tensor] = {}
+    for place, layer in model.named_modules():
+        if isinstance(layer, GatedLoraLinear):
+            for name in layer.bank.sharded:
+                raise sharded_error(name)
+            for name in layer.bank.names:
+                for side, linears in (("lora_a", layer.lora_A), ("lora_b", layer.lora_B)):
+                    weight = cast(Tensor, linears[name].weight)
+                    if weight.requires_grad:
+                        parameters[f"{place}/{name}/{side}"] = weight
+    _reduce_gradients.reduce_gradients(parameters, group)
+
+
 class _Names:
     """The adapters of one layer, as `ExpertGates` asks a layer for its experts."""
 
     def __init__(self, layer: LoraLinear) -> None:
         self.names = tuple(layer.lora_A.keys())
+        self.sharded = tuple(name for name in self.names if hasattr(layer.lora_A[name].weight, "device_mesh"))
 
 
 class GatedLoraLinear(LoraLinear):
