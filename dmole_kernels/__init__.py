@@ -10,7 +10,8 @@ from dmole_kernels._expert_bank import Expert, ExpertBank, ExpertDescription
 from dmole_kernels._expert_folders import load_experts, save_experts
 from dmole_kernels._expert_handle import ExpertHandle, experts_of
 from dmole_kernels._frozen_linear import FrozenLinears, frozen_linear
-from dmole_kernels._gates import ExpertGates, GateBlock
+from dmole_kernels._gate_block import GateBlock
+from dmole_kernels._gates import ExpertGates
 from dmole_kernels._grad_norm import (
     accumulate_gradient,
     accumulate_sketch,

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, distributed, nn
 
 from dmole_kernels._expert_bank import check_alpha, sharded_error
-from dmole_kernels._gates import ExpertGates, GateBlock
+from dmole_kernels._gate_block import GateBlock
+from dmole_kernels._gates import ExpertGates
 from dmole_kernels._merge import check_mergeable, set_merged
 from dmole_kernels._multi_lora_linear import MultiLoRALinear
 from dmole_kernels._reduce_gradients import reduce_gradients

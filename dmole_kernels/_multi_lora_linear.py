@@ -19,7 +19,8 @@ from torch.utils import _python_dispatch as _dispatch
 from dmole_kernels._expert_bank import Expert, ExpertBank, sharded_error
 from dmole_kernels._frozen_linear import own_is_faster, own_linear
 from dmole_kernels._fused_linear import run_fused
-from dmole_kernels._gates import ExpertGates, GateBlock, Rows, ambient_blocks, check_gate, merged_error, traced_rows
+from dmole_kernels._gate_block import GateBlock, Rows, ambient_blocks, check_gate, merged_error, traced_rows
+from dmole_kernels._gates import ExpertGates
 from dmole_kernels._lora_call import LoraCall
 from dmole_kernels._multi_lora import MULTI_LORA, DropoutMode, check_dropout, run, run_eager, seed_for
 from dmole_kernels._plain_names import use_plain_names

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from dmole_kernels._gates import Rows
+from dmole_kernels._gate_block import Rows
 from dmole_kernels._multi_lora_linear import MultiLoRALinear
 
 RowsOf = Literal["auto", "samples", "units"] | Mapping[str, Rows] | Callable[[str], Rows] | None

@@ -34,7 +34,8 @@ from torch import Tensor, distributed, nn
 
 from dmole_kernels import _reduce_gradients
 from dmole_kernels._expert_bank import ExpertBank, sharded_error
-from dmole_kernels._gates import ExpertGates, GateBlock, Rows, ambient_blocks
+from dmole_kernels._gate_block import GateBlock, Rows, ambient_blocks
+from dmole_kernels._gates import ExpertGates
 from dmole_kernels._lora_call import LoraCall
 from dmole_kernels._multi_lora import MULTI_LORA, run, seed_for
 

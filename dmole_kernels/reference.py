@@ -34,6 +34,18 @@ def pack_experts(lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], dtype: torc
     return PackedExperts(_joined(lora_a, 0).to(dtype), _packed_b(lora_b, dtype))
 
 
+def _packed(call: LoraCall, outputs: int, dtype: torch.dtype) -> PackedExperts:
+    if call.packed is not None:
+        return call.packed
+    if call.starts is None:
+        return pack_experts(call.lora_a, call.lora_b, dtype)
+    # Zeros in the columns of the other linears.
+    b_RP = torch.zeros(sum(call.ranks), outputs, dtype=dtype, device=call.lora_b[0].device)
+    for e, part in enumerate(_parts(call.ranks)):
+        b_RP[part, call.columns(e)] = call.lora_b[e].t().to(dtype)
+    return PackedExperts(_joined(call.lora_a, 0).to(dtype), b_RP)
+
+
 def column_gate(gate_GE: Tensor, scale: Sequence[float], ranks: Sequence[int], dtype: torch.dtype) -> Tensor:
     """C[g, j] = gate[g, e(j)] s[e(j)] as [G, 1, R], or [G, 1, 1] for a single expert (it broadcasts).
 
@@ -64,7 +76,7 @@ def multi_lora_forward(call: LoraCall) -> tuple[Tensor, Tensor]:
     """
     assert call.x is not None
     dtype, ranks = call.dtype, call.ranks
-    packed = pack_experts(call.lora_a, call.lora_b, dtype) if call.packed is None else call.packed
+    packed = _packed(call, call.outputs, dtype)
     x_ND = call.x.reshape(-1, call.x.shape[-1]).to(dtype)
     parts = _parts(ranks)
     pieces = []
@@ -135,7 +147,7 @@ def multi_lora_backward(
     features = call.lora_a[0].shape[1]
     parts = _parts(ranks)
     chosen = [e for e, flag in enumerate(wanted.experts) if flag]
-    packed = pack_experts(call.lora_a, call.lora_b, dtype) if call.packed is None else call.packed
+    packed = _packed(call, grad.shape[-1], dtype)
     grad_NP = grad.reshape(-1, grad.shape[-1])
     x_ND = call.x.reshape(-1, features).to(dtype) if chosen and call.x is not None else None
     p_NR = grad_NP @ packed.b_RP.t()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dmole_kernels import ExpertGates, MultiLoRALinear, cpu, use_backend
-from dmole_kernels._gates import KEPT_BYTES, KEPT_ENTRIES, Rows
+from dmole_kernels._gate_block import KEPT_BYTES, KEPT_ENTRIES, Rows
 
 NAMES = ("charts", "maps", "films")
 FEATURES, OUTPUTS = 8, 6
