@@ -30,8 +30,8 @@ def _check_gpu() -> Callable[[Sequence[str]], int]:
         if error.name is None or not error.name.startswith("benchmarks"):
             raise
         raise SystemExit(
-            f"check-gpu found no {error.name}; expected the repository's benchmarks folder, for its rivals are "
-            f"measured too. Run it from the root of a checkout."
+            f"check-gpu found no {error.name}; expected the repository's benchmarks folder, whose baselines "
+            f"are measured too. Run it from the root of a checkout."
         ) from error
     return main
 

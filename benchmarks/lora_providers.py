@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ways to compute a linear layer with several gated LoRA experts, each as its users would write it, none held back.
+"""Ways to compute a linear layer with several gated LoRA experts, each as its users would write it.
 
-What depends on weights or gates alone (packing, sorting rows by expert, padding ranks, finding the active experts) is
-done once and not timed, for every baseline; so is the gate block of this package, which its users open once a step.
+Work that depends on weights or gates alone (packing, sorting rows by expert, padding ranks, finding the active experts)
+is done once and not timed, for every baseline; so is the gate block of this package, which users open once a step.
 
-    base_only         F.linear alone: no experts, the time the others' overhead is counted from
-    packed_eager      one packed A and B, prepared ahead; hand-written backward: the best that plain PyTorch does here
+    base_only         F.linear alone: no experts; subtracted from the others to get their overhead
+    packed_eager      one packed A and B, prepared ahead; hand-written backward: the fastest form in plain PyTorch
     packed_compiled   the same formulas under torch.compile
     peft_mixed        PEFT's own layer with `adapter_names` (inference, one adapter a sample)
     peft_loop         its loop over adapters, each on its own rows, with autograd; gates allowed
@@ -29,11 +29,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from benchmarks.contest import CannotTake
+from benchmarks.benchmark import CannotTake
 from benchmarks.lora_case import LoraProblem
 from dmole_kernels import BACKENDS, ExpertGates, MultiLoRALinear, cpu
 
-MOST_BYTES = 2**32  # what a rival may spend on one intermediate tensor
+MOST_BYTES = 2**32  # what a baseline may spend on one intermediate tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class Built:
 
 
 def _separate(problem: LoraProblem) -> tuple[list[Tensor], list[Tensor], Built]:
-    """Each expert its own A and B, as leaves; and a Built with their names, its forward to be replaced."""
+    """A and B of each expert as leaves, and a Built with their names; callers replace its forward."""
     inputs = problem.inputs
     lora_a = [a.detach().requires_grad_(flag) for a, flag in zip(inputs.lora_a, inputs.trainable, strict=True)]
     lora_b = [b.detach().requires_grad_(flag) for b, flag in zip(inputs.lora_b, inputs.trainable, strict=True)]
@@ -66,7 +66,7 @@ def base_only(problem: LoraProblem) -> Built:
 
 
 class _Packed(torch.autograd.Function):
-    """base + ((x A^T) * C) B^T; saves x and S. Trainable columns stand last, `learning` of them."""
+    """base + ((x A^T) * C) B^T; saves x and S. The last `trainable` columns are trainable."""
 
     @staticmethod
     def forward(
@@ -77,7 +77,7 @@ class _Packed(torch.autograd.Function):
         s_NR = x_ND @ a_RD.t()
         gated_NR = (s_NR.view(column_G1R.shape[0], -1, s_NR.shape[1]) * column_G1R).view(s_NR.shape)
         ctx.save_for_backward(x_ND, s_NR, a_RD, b_RP, column_G1R)
-        ctx.learning = learn_a.shape[0]
+        ctx.trainable = learn_a.shape[0]
         return torch.addmm(base.reshape(-1, base.shape[-1]), gated_NR, b_RP).view(base.shape)
 
     @staticmethod
@@ -89,9 +89,9 @@ class _Packed(torch.autograd.Function):
         ds_NR = ((grad_NP @ b_RP.t()).view(shape) * column_G1R).view(s_NR.shape)
         gated_NR = (s_NR.view(shape) * column_G1R).view(s_NR.shape)
         da = db = None
-        if ctx.learning:
-            da = ds_NR[:, -ctx.learning :].t() @ x_ND
-            db = gated_NR[:, -ctx.learning :].t() @ grad_NP
+        if ctx.trainable:
+            da = ds_NR[:, -ctx.trainable :].t() @ x_ND
+            db = gated_NR[:, -ctx.trainable :].t() @ grad_NP
         return (ds_NR @ a_RD).view(*grad.shape[:-1], -1), grad, None, None, None, da, db
 
 
@@ -128,10 +128,10 @@ def packed_eager(problem: LoraProblem) -> Built:
         )
         return y
 
-    learning = [e for e in order if problem.inputs.trainable[e]]
-    if not learning:
+    trainable = [e for e in order if problem.inputs.trainable[e]]
+    if not trainable:
         return Built(forward=forward)
-    return Built(forward=forward, parameters=(learn_a, learn_b), gradients=_packed_gradients(learning, ranks))
+    return Built(forward=forward, parameters=(learn_a, learn_b), gradients=_packed_gradients(trainable, ranks))
 
 
 def packed_compiled(problem: LoraProblem) -> Built:
@@ -150,7 +150,7 @@ def packed_compiled(problem: LoraProblem) -> Built:
 
     compiled = torch.compile(plain, fullgraph=True, dynamic=False)
     try:
-        # Without a working compiler the first call fails, for whatever reason it has.
+        # Without a working compiler the first call fails; the exception type varies.
         compiled(problem.inputs.x, problem.weight, a_RD, b_RP, column_G1R)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
@@ -180,7 +180,7 @@ def peft_mixed(problem: LoraProblem) -> Built:
     linear = _linear_of(problem)
     model: Any = None
     with warnings.catch_warnings():
-        # PEFT warns of each adapter beyond the first; that is what is wanted here.
+        # PEFT warns about each adapter beyond the first; several adapters are intended here.
         warnings.simplefilter("ignore")
         for e in problem.active:
             alpha = inputs.scale[e] * case.ranks[e]
@@ -228,9 +228,9 @@ def dmole_loop(problem: LoraProblem) -> Built:
         total = torch.zeros_like(result)
         for e in range(len(lora_a)):
             gate_e = gate_S1E[..., e, None]
-            if not bool((gate_e != 0).any()):  # a host synchronisation for each expert, as there
+            if not bool((gate_e != 0).any()):  # a host synchronisation for each expert, as in the published layer
                 continue
-            dropped = F.dropout(x, problem.inputs.dropout)  # a mask for each expert, as there
+            dropped = F.dropout(x, problem.inputs.dropout)  # a mask for each expert, as in the published layer
             delta = F.linear(F.linear(dropped, lora_a[e]), lora_b[e]) * problem.inputs.scale[e]
             total = total + gate_e * delta
         return result + total
@@ -277,7 +277,7 @@ def grouped_mm(problem: LoraProblem) -> Built:
 
 
 def module_of(backend: str, *, fuse_base: bool = False) -> Callable[[LoraProblem], Built]:
-    """MultiLoRALinear with this backend, its experts in the working dtype like everybody's here."""
+    """MultiLoRALinear with this backend; its experts are in the working dtype, as in all providers."""
 
     def build(problem: LoraProblem) -> Built:
         case, inputs = problem.case, problem.inputs
@@ -292,8 +292,8 @@ def module_of(backend: str, *, fuse_base: bool = False) -> Callable[[LoraProblem
             expert = layer.bank.expert(name)
             expert.lora_a = nn.Parameter(inputs.lora_a[e].clone(), requires_grad=inputs.trainable[e])
             expert.lora_b = nn.Parameter(inputs.lora_b[e].clone(), requires_grad=inputs.trainable[e])
-        # Opened for good: a block is opened once a step, and here the step does not end. At the first call, for suites
-        # build their cases in generators, and a block that a generator opens holds for calls inside it only.
+        # The block stays open: it is opened once a step, and here the step does not end. It is opened at the first
+        # call because suites build their cases in generators, and a block opened there applies in the generator only.
         opened: list[AbstractContextManager[object]] = []
 
         def forward(x: Tensor) -> Tensor:
@@ -327,7 +327,7 @@ def cpu_pytorch_base(problem: LoraProblem) -> Built:
 
 
 def backends(device_type: str) -> tuple[str, ...]:
-    """The backends of this build that serve such devices, fastest first."""
+    """The backends of this build that support the device type, fastest first."""
     return tuple(name for name, devices in BACKENDS.items() if devices is None or device_type in devices)
 
 
@@ -335,7 +335,7 @@ def cpu_backends() -> tuple[str, ...]:
     return backends("cpu")
 
 
-RIVALS: Mapping[str, Callable[[LoraProblem], Built]] = {
+BASELINES: Mapping[str, Callable[[LoraProblem], Built]] = {
     "base_only": base_only,
     "packed_eager": packed_eager,
     "packed_compiled": packed_compiled,
@@ -348,8 +348,8 @@ RIVALS: Mapping[str, Callable[[LoraProblem], Built]] = {
 
 
 def builders(device_type: str = "cpu") -> dict[str, Callable[[LoraProblem], Built]]:
-    """Every provider by name; this package's own are called by their backends."""
+    """Every provider by name; those of this package are named after their backends."""
     own = {backend: module_of(backend) for backend in backends(device_type)}
     if "triton" in own:
         own["triton_fused"] = module_of("triton", fuse_base=True)
-    return {**RIVALS, **own}
+    return {**BASELINES, **own}
