@@ -51,7 +51,7 @@ def _separate(problem: LoraProblem) -> tuple[list[Tensor], list[Tensor], Built]:
     inputs = problem.inputs
     lora_a = [a.detach().requires_grad_(flag) for a, flag in zip(inputs.lora_a, inputs.trainable, strict=True)]
     lora_b = [b.detach().requires_grad_(flag) for b, flag in zip(inputs.lora_b, inputs.trainable, strict=True)]
-    names = [f"{kind}_{e}" for e, flag in enumerate(inputs.trainable) if flag for kind in ("da", "db")]
+    names = [f"{matrix}_{e}" for e, flag in enumerate(inputs.trainable) if flag for matrix in ("da", "db")]
     leaves = tuple(t for a, b in zip(lora_a, lora_b, strict=True) if a.requires_grad for t in (a, b))
     built = Built(forward=lambda x: x, parameters=leaves, gradients=lambda grads: dict(zip(names, grads, strict=True)))
     return lora_a, lora_b, built
@@ -70,14 +70,14 @@ class _Packed(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, base: Tensor, a_RD: Tensor, b_RP: Tensor, column_G1R: Tensor, learn_a: Tensor,
-        learn_b: Tensor,
+        ctx: Any, x: Tensor, base: Tensor, a_RD: Tensor, b_RP: Tensor, column_G1R: Tensor, trainable_a: Tensor,
+        trainable_b: Tensor,
     ) -> Tensor:  # fmt: skip
         x_ND = x.reshape(-1, x.shape[-1])
         s_NR = x_ND @ a_RD.t()
         gated_NR = (s_NR.view(column_G1R.shape[0], -1, s_NR.shape[1]) * column_G1R).view(s_NR.shape)
         ctx.save_for_backward(x_ND, s_NR, a_RD, b_RP, column_G1R)
-        ctx.trainable = learn_a.shape[0]
+        ctx.trainable = trainable_a.shape[0]
         return torch.addmm(base.reshape(-1, base.shape[-1]), gated_NR, b_RP).view(base.shape)
 
     @staticmethod
@@ -95,7 +95,7 @@ class _Packed(torch.autograd.Function):
         return (ds_NR @ a_RD).view(*grad.shape[:-1], -1), grad, None, None, None, da, db
 
 
-def _packed_parts(problem: LoraProblem) -> tuple[list[int], Tensor, Tensor, Tensor, list[int]]:
+def _packed_tensors(problem: LoraProblem) -> tuple[list[int], Tensor, Tensor, Tensor, list[int]]:
     """(active experts, frozen first; A [R, D]; B^T [R, P]; C [G, 1, R]; ranks of the trainable ones)."""
     inputs = problem.inputs
     order = sorted(problem.active, key=lambda e: inputs.trainable[e])
@@ -116,28 +116,28 @@ def _packed_gradients(experts: Sequence[int], ranks: Sequence[int]) -> Callable[
 
 
 def packed_eager(problem: LoraProblem) -> Built:
-    order, a_RD, b_RP, column_G1R, ranks = _packed_parts(problem)
-    # The leaves are views of the packed matrices, as an optimizer would hold them.
+    order, a_RD, b_RP, column_G1R, ranks = _packed_tensors(problem)
+    # The leaves are views of the packed matrices, as an optimizer would have them.
     start = a_RD.shape[0] - sum(ranks)
-    learn_a, learn_b = a_RD[start:].detach().requires_grad_(), b_RP[start:].detach().requires_grad_()
+    trainable_a, trainable_b = a_RD[start:].detach().requires_grad_(), b_RP[start:].detach().requires_grad_()
 
     def forward(x: Tensor) -> Tensor:
         base = F.linear(x, problem.weight)
         y: Tensor = _Packed.apply(  # type: ignore[no-untyped-call]
-            F.dropout(x, problem.inputs.dropout), base, a_RD, b_RP, column_G1R, learn_a, learn_b
+            F.dropout(x, problem.inputs.dropout), base, a_RD, b_RP, column_G1R, trainable_a, trainable_b
         )
         return y
 
     trainable = [e for e in order if problem.inputs.trainable[e]]
     if not trainable:
         return Built(forward=forward)
-    return Built(forward=forward, parameters=(learn_a, learn_b), gradients=_packed_gradients(trainable, ranks))
+    return Built(forward=forward, parameters=(trainable_a, trainable_b), gradients=_packed_gradients(trainable, ranks))
 
 
 def packed_compiled(problem: LoraProblem) -> Built:
     if not all(problem.inputs.trainable):
         raise CannotTake("its packed matrices are trainable as a whole; this case has frozen experts")
-    order, a_RD, b_RP, column_G1R, ranks = _packed_parts(problem)
+    order, a_RD, b_RP, column_G1R, ranks = _packed_tensors(problem)
     a_RD.requires_grad_()
     b_RP.requires_grad_()
 
@@ -303,7 +303,7 @@ def module_of(backend: str, *, fuse_base: bool = False) -> Callable[[LoraProblem
             y: Tensor = layer(x)
             return y
 
-        keys = [f"{kind}_{e}" for e, flag in enumerate(inputs.trainable) if flag for kind in ("da", "db")]
+        keys = [f"{matrix}_{e}" for e, flag in enumerate(inputs.trainable) if flag for matrix in ("da", "db")]
         experts = [layer.bank.expert(name) for e, name in enumerate(names) if inputs.trainable[e]]
         leaves = tuple(p for expert in experts for p in (expert.lora_a, expert.lora_b))
         return Built(forward=forward, parameters=leaves, gradients=lambda grads: dict(zip(keys, grads, strict=True)))

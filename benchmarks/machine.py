@@ -50,7 +50,7 @@ class Machine:
         return self._peak[key]
 
     def bandwidth(self, threads: int) -> float:
-        """Byte/s read and written by the fastest `copy_` between buffers that no cache holds."""
+        """Byte/s read and written by the fastest `copy_` between buffers larger than every cache."""
         if threads not in self._bandwidth:
             source = torch.zeros(self.copy_bytes // 4, device=self.device)
             target = torch.empty_like(source)

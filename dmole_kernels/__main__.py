@@ -44,7 +44,7 @@ def _tune() -> Callable[[Sequence[str]], int]:
 
 
 def _prepare_triton() -> None:
-    """Without a GPU, Triton's interpreter; it is chosen before Triton is imported or not at all."""
+    """Selects Triton's interpreter where there is no GPU; this works only before Triton is imported."""
     import torch
 
     if not triton_backend.available():

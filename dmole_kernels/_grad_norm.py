@@ -2,7 +2,7 @@
 """
     norm[b] = || sum_t g[b, t] x[b, t]^T ||_F        the Frobenius norm of a linear layer's weight gradient, per sample
 
-from the layer's input x and output gradient g, without ever writing the p x d gradient:
+from the layer's input x and output gradient g, without materialising the p x d gradient:
 
     direct    sqrt(sum((G^T X)^2)), tile by tile                      2 T p d flops
     ghost     sqrt(sum_{t,t'} (x_t . x_t') (g_t . g_t'))              2 T^2 (p + d), half of it beyond one tile
@@ -41,16 +41,16 @@ def grad_norm_per_sample(x: Tensor, grad: Tensor, *, method: NormMethod = "auto"
     Args:
         x: [B, T, in_features], the layer's input.
         grad: [B, T, out_features], the gradient of the layer's output. Rows of padding must be zero here.
-        method: "auto" takes the cheaper one for these shapes (`cheaper_method`), anew at each call; the cpu backend
-            does so for each sample, after it has left out the tokens without a gradient at both ends (padding).
+        method: "auto" selects the cheaper one for these shapes (`cheaper_method`) at each call; the cpu backend
+            selects it for each sample without the tokens at both ends that have no gradient (padding).
         backend: see `choose_backend`.
 
     Computes in float32 at least: Gram tiles in bfloat16 cost 1.1e-3 of the norm. Differentiable in x and grad; at a
-    norm of zero the gradient is zero. On the cpu backend a sample's norm is the same, bit for bit, whatever stands
-    beside it in the batch and however far it is padded.
+    norm of zero the gradient is zero. On the cpu backend a sample's norm has the same bits whatever the rest of the
+    batch and the amount of padding are.
 
     Raises:
-        ValueError: for shapes that do not belong together or an unknown method.
+        ValueError: for shapes that do not match or an unknown method.
     """
     _check(x, grad, "[samples, tokens, features]")
     if method not in ("auto", "direct", "ghost"):
@@ -76,19 +76,19 @@ def grad_norm_per_batch(x: Tensor, grad: Tensor, *, method: NormMethod = "auto",
 def cheaper_method(
     tokens: int, in_features: int, out_features: int, *, backend: str = "auto"
 ) -> Literal["direct", "ghost"]:
-    """What "auto" does for a sample of these shapes, by flops: about ghost for T < d p / (d + p), up to twice that
-    where symmetry saves half. The backends differ in their tiles, so in how much symmetry saves."""
+    """The method of "auto" for a sample of these shapes, by flops: about ghost for T < d p / (d + p), up to twice that
+    where symmetry saves half. Backends have different tiles and save different amounts by symmetry."""
     if (GRAD_NORM.pick(backend, "cpu", None) if backend == "auto" else backend) == "cpu":
         name = cpu.extension().grad_norm_method(tokens, in_features, out_features)
         return "ghost" if name == "ghost" else "direct"
     tiles = -(-tokens // reference.GHOST_TILE)
-    symmetric_share = (tiles + 1) / (2 * tiles) if tiles else 1.0
-    ghost = symmetric_share * tokens * tokens * (in_features + out_features)
+    computed_fraction = (tiles + 1) / (2 * tiles) if tiles else 1.0
+    ghost = computed_fraction * tokens * tokens * (in_features + out_features)
     return "ghost" if ghost < tokens * in_features * out_features else "direct"
 
 
 def accumulate_gradient(buffer: Tensor, x: Tensor, grad: Tensor, *, backend: str = "auto") -> None:
-    """Adds this batch's weight gradient: `buffer += grad.T @ x`; buffer [out_features, in_features] is changed."""
+    """Adds this batch's weight gradient: `buffer += grad.T @ x`; in place, buffer [out_features, in_features]."""
     _check(x, grad, "[rows, features]")
     _check_buffer("buffer", buffer, (grad.shape[-1], x.shape[-1]), x)
     refuse_transforms("accumulate_gradient")
@@ -100,7 +100,7 @@ def accumulate_gradient(buffer: Tensor, x: Tensor, grad: Tensor, *, backend: str
 def accumulate_sketch(
     sketch: Tensor, x: Tensor, grad: Tensor, left: Tensor, right: Tensor, *, backend: str = "auto"
 ) -> None:
-    """Adds this batch's sketched gradient: `sketch += left.T @ (grad.T @ x) @ right`; sketch [k, l] is changed.
+    """Adds this batch's sketched gradient: `sketch += left.T @ (grad.T @ x) @ right`; in place, sketch [k, l].
 
     About 13 % of the direct flops at k = l = 64 and d = p = 1024, 16 KiB instead of p x d. `E[sum(sketch^2)]` is the
     squared norm when left [p, k] and right [d, l] are drawn from N(0, 1/k) and N(0, 1/l); sketches made with the same
@@ -125,8 +125,8 @@ def sketch_relative_std(sketch: Tensor) -> float:
     """Estimated relative standard deviation of `sketch.norm()` as an estimate of the gradient's norm.
 
     With a = ||M M^T||_F^2 / ||M||_F^4 (1 for rank one, 1/rank for a flat spectrum):
-    `Var ||Y||^2 / ||M||^4 = 2 a / k + 2 (a (1 + 1/k) + 1/k) / l`. a is read off the sketch, where it comes out too
-    large (by about 1/k + 1/l), so the answer errs upwards; it is at most 0.13 at 64 x 64.
+    `Var ||Y||^2 / ||M||^4 = 2 a / k + 2 (a (1 + 1/k) + 1/k) / l`. a is computed from the sketch, which
+    overestimates it (by about 1/k + 1/l), so the result is an overestimate; it is at most 0.13 at 64 x 64.
     """
     left, right = sketch.shape
     total = float(sketch.double().square().sum())
@@ -182,14 +182,14 @@ ACCUMULATE_SKETCH = Op("accumulate_sketch", SKETCH)
 
 
 def _asked_dtype(*tensors: Tensor) -> torch.dtype:
-    """What a backend has to take: float16 where a tensor is that, whatever the sums are; else the widest."""
+    """The dtype that a backend must support: float16 where a tensor has it, whatever the sums are; else the widest."""
     dtypes = [tensor.dtype for tensor in tensors]
     return torch.float16 if torch.float16 in dtypes else reduce(torch.promote_types, dtypes)
 
 
 def _widened(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(torch.promote_types(x.dtype, grad.dtype), torch.float32)
-    return x.to(wide), grad.to(wide)
+    dtype = torch.promote_types(torch.promote_types(x.dtype, grad.dtype), torch.float32)
+    return x.to(dtype), grad.to(dtype)
 
 
 def _norm(x: Tensor, grad: Tensor, method: str, backend: str) -> Tensor:
@@ -208,8 +208,8 @@ def _sketch(sketch: Tensor, x: Tensor, grad: Tensor, left: Tensor, right: Tensor
 
 
 def _norm_fake(x: Tensor, grad: Tensor, method: str, backend: str) -> Tensor:
-    wide = torch.promote_types(torch.promote_types(x.dtype, grad.dtype), torch.float32)
-    return x.new_empty(x.shape[0], dtype=wide)
+    dtype = torch.promote_types(torch.promote_types(x.dtype, grad.dtype), torch.float32)
+    return x.new_empty(x.shape[0], dtype=dtype)
 
 
 def _accumulate_fake(buffer: Tensor, x: Tensor, grad: Tensor, backend: str) -> None:

@@ -47,7 +47,7 @@ from dmole_kernels.testing import (
     run_reference,
 )
 
-# More columns than one block holds, several row tiles, gates that leave whole (row tile, column block) pairs out.
+# More columns than one block, several row tiles, gates with whole (row tile, column block) pairs of zeros.
 SEVERAL_BLOCKS = Workload(
     name="several_blocks", leading=(5, 32), in_features=136, out_features=40, ranks=(33, 31, 64, 8),
     pattern="one_expert",
