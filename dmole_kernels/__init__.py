@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensors in, tensors out: gated multi-expert LoRA, gradient norms and the autoencoder router.
 
-Knows no task, data set or model. Which implementation runs: `python -m dmole_kernels`.
+Independent of tasks, data sets and models. `python -m dmole_kernels` prints which implementation runs.
 """
 
 from dmole_kernels._backend import BACKENDS, BackendChoice, choose_backend, explain_backend, use_backend

@@ -30,8 +30,8 @@ def _check_gpu() -> Callable[[Sequence[str]], int]:
         if error.name is None or not error.name.startswith("benchmarks"):
             raise
         raise SystemExit(
-            f"check-gpu found no {error.name}; expected the repository's benchmarks folder, for its rivals are "
-            f"measured too. Run it from the root of a checkout."
+            f"check-gpu found no {error.name}; expected the repository's benchmarks folder, whose baselines "
+            f"are measured too. Run it from the root of a checkout."
         ) from error
     return main
 
@@ -44,7 +44,7 @@ def _tune() -> Callable[[Sequence[str]], int]:
 
 
 def _prepare_triton() -> None:
-    """Without a GPU, Triton's interpreter; it is chosen before Triton is imported or not at all."""
+    """Selects Triton's interpreter where there is no GPU; this works only before Triton is imported."""
     import torch
 
     if not triton_backend.available():

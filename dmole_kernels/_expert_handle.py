@@ -17,13 +17,13 @@ from dmole_kernels._multi_lora_linear import MultiLoRALinear
 from dmole_kernels._reduce_gradients import reduce_gradients
 from dmole_kernels._targets import matches, near
 
-# Modules around a model, or around its parts, whose name the plain model does not have.
+# Wrappers around a model or its modules, which are not in the names of the plain model.
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
 
 
 class ExpertHandle:
-    """What `convert` and `experts_of` return.
+    """The experts of a converted model; returned by `convert` and `experts_of`.
 
         experts = convert(model, ["q_proj", "v_proj"])
         experts.add("charts", rank=8)                           scale 2: alpha is twice the rank
@@ -32,12 +32,12 @@ class ExpertHandle:
             model(**batch)
         print(experts)
 
-    It holds no state of its own: layers and experts are looked up in the model, so handles of one model agree.
+    It has no state of its own: layers and experts are looked up in the model, so handles of one model agree.
 
     Attributes:
         model: the converted model.
         gates: the `ExpertGates` of the layers.
-        skipped: name to reason, for the linears that `convert(model, targets=None)` left alone.
+        skipped: name to reason, for the linears that `convert(model, targets=None)` skipped.
     """
 
     def __init__(self, model: nn.Module, gates: ExpertGates, skipped: Mapping[str, str] | None = None) -> None:
@@ -52,7 +52,7 @@ class ExpertHandle:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The experts that some layer holds."""
+        """The experts of all layers."""
         return tuple(dict.fromkeys(name for layer in self.layers.values() for name in layer.bank.names))
 
     def use(self, gate: Tensor, experts: Sequence[str], *, units: Sequence[int] | int | None = None) -> GateBlock:
@@ -123,7 +123,7 @@ class ExpertHandle:
             layer.bank.unfreeze(name)
 
     def remove(self, name: str) -> None:
-        """Takes the expert out of every layer. Raises ValueError for a merged one."""
+        """Removes the expert from every layer. Raises ValueError for a merged one."""
         holders = self.holders(name)
         for place, layer in holders.items():
             _named(place, layer.bank.check_unmerged, name)
@@ -186,14 +186,15 @@ class ExpertHandle:
         reduce_gradients(parameters, group)
 
     def merge(self, name: str, weight: float = 1.0) -> None:
-        """Adds `weight * alpha / rank * B A` to the weight of each layer that holds the expert.
+        """Adds `weight * alpha / rank * B A` to the weight of each layer that has the expert.
 
-        The model then computes with it for every sample and needs no gate; a gate that names it raises. The sum is
-        made in float32 (float64 beside a float64 weight) and rounded once. Until `unmerge` the original weight is kept:
-        memory for one more copy of the weight of each of these layers. Several experts may be merged, each once.
+        The model then uses it for every sample without a gate; a gate that names it raises. The sum is computed in
+        float32 (float64 for a float64 weight) and rounded once. Until `unmerge` the original weight is kept:
+        memory for one more copy of the weight of each of these layers. Several experts may be merged, each once. No
+        other thread may be running the model.
 
         Raises:
-            ValueError: before anything is changed, for a name that no layer holds or that is merged, a base that is
+            ValueError: before anything is changed, for a name that no layer has or that is merged, a base that is
                 quantised, sharded or otherwise no plain `nn.Linear`, an expert with inf or NaN, inside a `use` block.
         """
         factor = check_alpha(weight, f"weight of expert {name!r}")
@@ -205,7 +206,7 @@ class ExpertHandle:
             set_merged(layer, {**layer.bank.merged, name: factor})
 
     def unmerge(self, name: str) -> None:
-        """Takes a merged expert out again; without any merged expert the weights have the same bits as before."""
+        """Subtracts a merged expert; without any merged expert the weights have their original bits."""
         holders = {place: layer for place, layer in self._outside_of_blocks(name).items() if name in layer.bank.merged}
         if not holders:
             raise ValueError(f"name: got {name!r}, which is not merged; expected a merged expert. Call merge first.")
@@ -213,23 +214,27 @@ class ExpertHandle:
             set_merged(layer, {other: factor for other, factor in layer.bank.merged.items() if other != name})
 
     def unconvert(self) -> nn.Module:
-        """Puts the plain linears back, still frozen, and returns the model. Experts are gone with their layers, except
-        those that are merged: these stay in the weights."""
+        """Restores the plain linears, still frozen, and returns the model. Experts are removed with their layers;
+        merged ones stay in the weights."""
         replace(self.model, {id(layer): layer.base for layer in self.layers.values()})
         return self.model
 
     def base_state_dict(self) -> dict[str, Any]:
-        """The state_dict of the model without experts, under the names of the plain model, merged weights as they are:
+        """The state_dict of the model without experts, under the names of the plain model, merged weights as they are.
 
-        model.save_pretrained("base", state_dict=experts.base_state_dict())
+            model.save_pretrained("base", state_dict=experts.base_state_dict())
+
+        `model.save_pretrained("base")` alone writes the tensors of the experts too; `from_pretrained` then loads the
+        same base and reports them as unexpected. `save_experts` is for experts.
         """
         state: dict[str, Any] = self.model.state_dict()
         names = [name for name, module in self.model.named_modules() if isinstance(module, MultiLoRALinear)]
-        prefixes = {f"{name}.bank" if name else "bank" for name in names}
+        # Checkpoint wrappers remove their name from the keys of the state; compiled modules do not.
+        prefixes = {f"{known}.bank" if known else "bank" for name in names for known in (name, plain_name(name))}
         return {key: value for key, value in state.items() if key.rpartition(".experts.")[0] not in prefixes}
 
     def holders(self, name: str) -> dict[str, MultiLoRALinear]:
-        """The layers that hold the expert. Raises ValueError when none does."""
+        """The layers that have the expert. Raises ValueError when none does."""
         found = {place: layer for place, layer in self.layers.items() if name in layer.bank}
         if not found:
             raise ValueError(
@@ -262,11 +267,11 @@ class ExpertHandle:
     def __repr__(self) -> str:
         layers = self.layers
         rows = [layer.rows for layer in layers.values()]
-        kinds = ", ".join(f"{rows.count(kind)} with rows={kind}" for kind in ("samples", "units") if kind in rows)
+        counts = ", ".join(f"{rows.count(unit)} with rows={unit}" for unit in ("samples", "units") if unit in rows)
         lines = [
-            f"ExpertHandle: {len(layers)} layers of {type(self.model).__name__} carry experts"
-            + (f" ({kinds})" if kinds else "")
-            + (f", {len(self.skipped)} linears skipped (see .skipped)" if self.skipped else "")
+            f"ExpertHandle: experts at {_count(len(layers), 'layer')} of {type(self.model).__name__}"
+            + (f" ({counts})" if counts else "")
+            + (f", {_count(len(self.skipped), 'linear')} skipped (see .skipped)" if self.skipped else "")
         ]
         for name in self.names:
             banks = [layer.bank for layer in layers.values() if name in layer.bank]
@@ -275,7 +280,7 @@ class ExpertHandle:
             state = "trainable" if trainable == {True} else "frozen" if trainable == {False} else "partly frozen"
             merged = next((bank.merged[name] for bank in banks if name in bank.merged), None)
             lines.append(
-                f"  {name}: rank {'/'.join(map(str, ranks))} at {len(banks)} layers, "
+                f"  {name}: rank {'/'.join(map(str, ranks))} at {_count(len(banks), 'layer')}, "
                 f"{sum(p.numel() for p in self.parameters(name)):,} parameters, {state}"
                 + ("" if merged is None else f", merged with weight {merged:g}")
             )
@@ -307,7 +312,7 @@ def experts_of(model: nn.Module, gates: ExpertGates | None = None) -> ExpertHand
             first.setdefault(id(layer.gates), place)
         raise ValueError(
             f"model: its layers have {len(found)} different gates (at {[first[key] for key in found]}); expected one, "
-            f"or to be told which. Pass gates=, such as model.get_submodule({first[next(iter(found))]!r}).gates."
+            f"or the argument gates. Pass gates=, such as model.get_submodule({first[next(iter(found))]!r}).gates."
         )
     return ExpertHandle(model, next(iter(found.values())))
 
@@ -337,6 +342,10 @@ def replace(model: nn.Module, by_id: Mapping[int, nn.Module]) -> None:
         for name, child in list(parent._modules.items()):
             if id(child) in by_id:
                 setattr(parent, name, by_id[id(child)])
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def _endings(layers: Iterable[str]) -> dict[str, None]:

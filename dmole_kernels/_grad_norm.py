@@ -91,8 +91,8 @@ def cheaper_method(
         name = cpu.extension().grad_norm_method(tokens, in_features, out_features)
         return "ghost" if name == "ghost" else "direct"
     tiles = -(-tokens // reference.GHOST_TILE)
-    symmetric_share = (tiles + 1) / (2 * tiles) if tiles else 1.0
-    ghost = symmetric_share * tokens * tokens * (in_features + out_features)
+    computed_fraction = (tiles + 1) / (2 * tiles) if tiles else 1.0
+    ghost = computed_fraction * tokens * tokens * (in_features + out_features)
     return "ghost" if ghost < tokens * in_features * out_features else "direct"
 
 
@@ -217,14 +217,14 @@ ACCUMULATE_SKETCH = Op("accumulate_sketch", SKETCH)
 
 
 def _asked_dtype(*tensors: Tensor) -> torch.dtype:
-    """What a backend has to take: float16 where a tensor is that, whatever the sums are; else the widest."""
+    """The dtype that a backend must support: float16 where a tensor has it, whatever the sums are; else the widest."""
     dtypes = [tensor.dtype for tensor in tensors]
     return torch.float16 if torch.float16 in dtypes else reduce(torch.promote_types, dtypes)
 
 
 def _widened(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(torch.promote_types(x.dtype, grad.dtype), torch.float32)
-    return x.to(wide), grad.to(wide)
+    dtype = torch.promote_types(torch.promote_types(x.dtype, grad.dtype), torch.float32)
+    return x.to(dtype), grad.to(dtype)
 
 
 def _norm(x: Tensor, grad: Tensor, method: str, backend: str) -> Tensor:
@@ -243,8 +243,8 @@ def _sketch(sketch: Tensor, x: Tensor, grad: Tensor, left: Tensor, right: Tensor
 
 
 def _norm_fake(x: Tensor, grad: Tensor, method: str, backend: str) -> Tensor:
-    wide = torch.promote_types(torch.promote_types(x.dtype, grad.dtype), torch.float32)
-    return x.new_empty(x.shape[0], dtype=wide)
+    dtype = torch.promote_types(torch.promote_types(x.dtype, grad.dtype), torch.float32)
+    return x.new_empty(x.shape[0], dtype=dtype)
 
 
 def _accumulate_fake(buffer: Tensor, x: Tensor, grad: Tensor, backend: str) -> None:

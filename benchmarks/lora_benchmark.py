@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A multi-LoRA case as a contest: who takes part, what is timed, and how each is judged.
+"""A multi-LoRA case as a benchmark: its providers, what is timed, and how each provider is checked.
 
-Judged on the LoRA delta alone (the base's weight is zero in the judged copy) and without dropout, whose masks differ
-from rival to rival: output, dx, dA and dB, worst row against float64, at most `factor` times the reference's error.
-Ours is held to the kernels' own rule (2); a rival may be less accurate than that but not wrong (8; a missing expert is
-hundreds).
+The check covers the LoRA delta alone (the checked copy has a base weight of zero) without dropout, since masks differ
+between providers. Output, dx, dA and dB: the worst row against float64 has at most `factor` times the error of the
+reference. This package's providers must meet the rule of the kernels' tests (2); a baseline may be less accurate (8;
+a missing expert gives hundreds).
 """
 
 from __future__ import annotations
@@ -17,52 +17,50 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.contest import CannotTake, Contender, Contest
+from benchmarks.benchmark import Benchmark, CannotTake, Provider
 from benchmarks.lora_case import Direction, LoraCase, LoraProblem, make_problem
-from benchmarks.lora_rivals import Built, backends, builders
+from benchmarks.lora_providers import Built, backends, builders
 from dmole_kernels.testing import Results, expected_errors, judge, multi_lora_loop, rejected, run_autograd
 
 JUDGED_FLOPS = 1e10  # of the float64 oracle, which runs every expert on every row
-OWN_FACTOR, RIVAL_FACTOR = 2.0, 8.0
+OWN_FACTOR, BASELINE_FACTOR = 2.0, 8.0
 
 
-def lora_contest(
+def lora_benchmark(
     case: LoraCase, dtype: torch.dtype, direction: Direction, threads: int, providers: Sequence[str],
     *, table: Mapping[str, Callable[[LoraProblem], Built]] | None = None, device: str = "cpu",
-) -> Contest:  # fmt: skip
-    """`table` adds or replaces providers (tests put a wrong one there)."""
+) -> Benchmark:  # fmt: skip
+    """`table` adds or replaces providers (tests pass a wrong one)."""
     known = {**builders(device), **(table or {})}
     if "packed_compiled" in providers:
         torch._dynamo.reset()  # earlier cases' code, which counts against the limit of recompilations
     problem = make_problem(case, dtype, device=device)
     judging = _Judging(case, dtype, direction, device)
-    contenders: list[Contender] = []
+    made: list[Provider] = []
     refusals: list[str] = []
-    for provider in providers:
+    for name in providers:
         try:
-            built = known[provider](problem)
+            built = known[name](problem)
             if direction == "forward_backward" and not built.trains:
-                raise CannotTake("it serves inference only")
-            judged = known[provider](judging.problem) if provider != "base_only" else built
+                raise CannotTake("it supports inference only")
+            judged = known[name](judging.problem) if name != "base_only" else built
         except CannotTake as reason:
-            refusals.append(f"{provider}: not in this case: {reason}")
+            refusals.append(f"{name}: not in this case: {reason}")
             continue
         flops = problem.base_flops(direction)
-        if provider == "base_only":
+        if name == "base_only":
             judge_it: Callable[[], Sequence[str]] = _base_judge(built, problem)
         else:
             flops += problem.added_flops(direction)
-            factor = OWN_FACTOR if provider.startswith(backends(device)) else RIVAL_FACTOR
+            factor = OWN_FACTOR if name.startswith(backends(device)) else BASELINE_FACTOR
             judge_it = _expert_judge(judging, judged, factor)
-        contenders.append(
-            Contender(provider=provider, run=call(built, problem, direction), judge=judge_it, flops=flops)
-        )
-    return Contest(
+        made.append(Provider(name=name, run=call(built, problem, direction), judge=judge_it, flops=flops))
+    return Benchmark(
         case=case.name,
         dtype=dtype,
         direction=direction,
         threads=threads,
-        contenders=contenders,
+        providers=made,
         base="base_only",
         added_flops=problem.added_flops(direction),
         added_bytes=problem.added_bytes(direction),
@@ -105,7 +103,7 @@ def results_of(built: Built, problem: LoraProblem, direction: Direction) -> Resu
     named = built.gradients(full[1:])
     for e, flag in enumerate(inputs.trainable):
         if flag:
-            # A rival that packs only the experts in use leaves the others out: their gradient is zero.
+            # A baseline that packs only the experts in use leaves the others out: their gradient is zero.
             results[f"da_{e}"] = named.get(f"da_{e}", torch.zeros_like(inputs.lora_a[e]))
             results[f"db_{e}"] = named.get(f"db_{e}", torch.zeros_like(inputs.lora_b[e]))
     return results
@@ -113,7 +111,7 @@ def results_of(built: Built, problem: LoraProblem, direction: Direction) -> Resu
 
 @dataclass(frozen=True)
 class _Judging:
-    """The judged copy of a case: no more rows than float64 does in a moment, W = 0, no dropout."""
+    """The checked copy of a case: few enough rows for float64, W = 0, no dropout."""
 
     case: LoraCase
     dtype: torch.dtype
@@ -132,7 +130,7 @@ class _Judging:
 @cache
 def _judged_problem(case: LoraCase, dtype: torch.dtype, device: str) -> LoraProblem:
     per_row = 6.0 * (case.in_features + case.out_features) * sum(case.ranks)
-    # One row alone compares two roundings by luck.
+    # With one row the comparison of two rounding errors is up to chance.
     rows = replace(case, samples=max(case.samples, -(-16 // case.tokens)))
     small = replace(rows.limited(max(1, min(1024, int(JUDGED_FLOPS / per_row)))), dropout=0.0)
     return make_problem(small, dtype, seed=1, zero_base=True, device=device)

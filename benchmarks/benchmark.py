@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One case, its contenders, and the order of things: judged against float64 first, then timed interleaved, then a row.
+"""One case and its providers: each is checked against float64 first, then timed interleaved, then written as a CSV row.
 
-A contender whose results are wrong gets no row; neither does one that cannot take the case. Both are said.
+A provider whose results are wrong gets no row; neither does one that cannot run the case. Both are reported.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ from dmole_kernels.testing import threads as with_threads
 
 
 class CannotTake(Exception):
-    """A rival that cannot do this case; the message says why."""
+    """A baseline cannot run this case; the message gives the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contender:
-    """`run` is what is timed; `judge` says what is wrong with its results, line by line (nothing: it is right).
+class Provider:
+    """`run` is timed; `judge` returns the errors found in its results, one a line (none: it is correct).
 
-    `flops` is what the case needs of it, not what it spends.
+    `flops` is the work that the case requires, not what the provider spends.
     """
 
-    provider: str
+    name: str
     run: Callable[[], object]
     judge: Callable[[], Sequence[str]]
     flops: float
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contest:
-    """`base` is the provider whose time the others' overhead is counted from; None counts from zero."""
+class Benchmark:
+    """`base` is the provider whose time is subtracted from the others' to get their overhead; None subtracts 0."""
 
     case: str
     dtype: torch.dtype
     direction: str
     threads: int
-    contenders: Sequence[Contender]
+    providers: Sequence[Provider]
     base: str | None = None
     added_flops: float = 0.0
     added_bytes: float = 0.0
@@ -56,7 +56,7 @@ class Contest:
 class Outcome:
     """`samples[provider]` in seconds per call, equally many for each; `wrong` providers have none."""
 
-    contest: Contest
+    benchmark: Benchmark
     samples: dict[str, list[float]]
     wrong: dict[str, tuple[str, ...]]
     memory_mib: dict[str, float] = field(default_factory=dict)
@@ -71,58 +71,57 @@ class Outcome:
         return percentiles_ms(self.samples[provider])[1]
 
     def rows(self, machine: Machine) -> list[Row]:
-        contest = self.contest
-        peak = machine.peak(contest.dtype, contest.threads)
-        floor = max(contest.added_flops / peak, contest.added_bytes / machine.bandwidth(contest.threads))
-        base_ms = self.p50_ms(contest.base) if contest.base in self.samples else None
+        benchmark = self.benchmark
+        peak = machine.peak(benchmark.dtype, benchmark.threads)
+        floor = max(benchmark.added_flops / peak, benchmark.added_bytes / machine.bandwidth(benchmark.threads))
+        base_ms = self.p50_ms(benchmark.base) if benchmark.base in self.samples else None
         rows = []
-        for contender in contest.contenders:
-            provider = contender.provider
-            if provider not in self.samples:
+        for provider in benchmark.providers:
+            if provider.name not in self.samples:
                 continue
-            times = percentiles_ms(self.samples[provider])
+            times = percentiles_ms(self.samples[provider.name])
             overhead: float | str = ""
-            if provider != contest.base and floor > 0 and (contest.base is None or base_ms is not None):
+            if provider.name != benchmark.base and floor > 0 and (benchmark.base is None or base_ms is not None):
                 overhead = (times[1] - (base_ms or 0.0)) / 1e3 / floor
             rows.append(
                 machine.row(
-                    case=contest.case,
-                    dtype=dtype_name(contest.dtype),
-                    direction=contest.direction,
-                    threads=contest.threads,
-                    provider=provider,
+                    case=benchmark.case,
+                    dtype=dtype_name(benchmark.dtype),
+                    direction=benchmark.direction,
+                    threads=benchmark.threads,
+                    provider=provider.name,
                     times_ms=times,
-                    peak_memory_mib=self.memory_mib.get(provider, ""),
-                    peak_fraction=contender.flops / (times[1] / 1e3) / peak if contender.flops else "",
+                    peak_memory_mib=self.memory_mib.get(provider.name, ""),
+                    peak_fraction=provider.flops / (times[1] / 1e3) / peak if provider.flops else "",
                     overhead_over_floor=overhead,
                 )
             )
         return rows
 
 
-def hold(
-    contest: Contest, *, seconds: float, min_rounds: int = 5, max_rounds: int = 100, memory: bool = True
+def check_and_time(
+    benchmark: Benchmark, *, seconds: float, min_rounds: int = 5, max_rounds: int = 100, memory: bool = True
 ) -> Outcome:
-    """Judges every contender, then times those that are right."""
-    with with_threads(contest.threads):
+    """Checks every provider, then times the correct ones."""
+    with with_threads(benchmark.threads):
         wrong: dict[str, tuple[str, ...]] = {}
-        for contender in contest.contenders:
-            complaints = tuple(contender.judge())
+        for provider in benchmark.providers:
+            complaints = tuple(provider.judge())
             if complaints:
-                wrong[contender.provider] = complaints
-        runs = {c.provider: c.run for c in contest.contenders if c.provider not in wrong}
-        wait = torch.cuda.synchronize if contest.device == "cuda" else None
+                wrong[provider.name] = complaints
+        runs = {p.name: p.run for p in benchmark.providers if p.name not in wrong}
+        wait = torch.cuda.synchronize if benchmark.device == "cuda" else None
         samples: dict[str, list[float]] = {}
         if runs:
             samples = interleaved(runs, seconds=seconds, min_rounds=min_rounds, max_rounds=max_rounds, wait=wait)
-        peaks = {provider: peak_memory_mib(run, contest.device) for provider, run in runs.items()} if memory else {}
-    return Outcome(contest=contest, samples=samples, wrong=wrong, memory_mib=peaks)
+        peaks = {name: peak_memory_mib(run, benchmark.device) for name, run in runs.items()} if memory else {}
+    return Outcome(benchmark=benchmark, samples=samples, wrong=wrong, memory_mib=peaks)
 
 
 def report(outcome: Outcome) -> list[str]:
-    """Readable lines: times, then who was refused and why."""
-    contest = outcome.contest
-    head = f"{contest.case}  {dtype_name(contest.dtype)}  {contest.direction}  {contest.threads} thread(s)"
+    """Readable lines: times, then the providers that were refused and the reasons."""
+    benchmark = outcome.benchmark
+    head = f"{benchmark.case}  {dtype_name(benchmark.dtype)}  {benchmark.direction}  {benchmark.threads} thread(s)"
     lines = [head]
     for provider, samples in outcome.samples.items():
         p20, p50, p80 = percentiles_ms(samples)
@@ -131,4 +130,4 @@ def report(outcome: Outcome) -> list[str]:
         lines.append(f"  {provider:24s} {p50:10.3f} ms  ({p20:.3f} to {p80:.3f}, {len(samples)} rounds){size}")
     for provider, complaints in outcome.wrong.items():
         lines.append(f"  {provider:24s} WRONG, not timed: {complaints[0]}")
-    return lines + [f"  {refusal}" for refusal in contest.refusals]
+    return lines + [f"  {refusal}" for refusal in benchmark.refusals]

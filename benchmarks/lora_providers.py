@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ways to compute a linear layer with several gated LoRA experts, each as its users would write it, none held back.
+"""Ways to compute a linear layer with several gated LoRA experts, each as its users would write it.
 
-What depends on weights or gates alone (packing, sorting rows by expert, padding ranks, finding the active experts) is
-done once and not timed, for every baseline; so is the gate block of this package, which its users open once a step.
+Work that depends on weights or gates alone (packing, sorting rows by expert, padding ranks, finding the active experts)
+is done once and not timed, for every baseline; so is the gate block of this package, which users open once a step.
 
-    base_only         F.linear alone: no experts, the time the others' overhead is counted from
-    packed_eager      one packed A and B, prepared ahead; hand-written backward: the best that plain PyTorch does here
+    base_only         F.linear alone: no experts; subtracted from the others to get their overhead
+    packed_eager      one packed A and B, prepared ahead; hand-written backward: the fastest form in plain PyTorch
     packed_compiled   the same formulas under torch.compile
     peft_mixed        PEFT's own layer with `adapter_names` (inference, one adapter a sample)
     peft_loop         its loop over adapters, each on its own rows, with autograd; gates allowed
@@ -29,11 +29,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from benchmarks.contest import CannotTake
+from benchmarks.benchmark import CannotTake
 from benchmarks.lora_case import LoraProblem
 from dmole_kernels import BACKENDS, ExpertGates, MultiLoRALinear, cpu
 
-MOST_BYTES = 2**32  # what a rival may spend on one intermediate tensor
+MOST_BYTES = 2**32  # what a baseline may spend on one intermediate tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +47,11 @@ class Built:
 
 
 def _separate(problem: LoraProblem) -> tuple[list[Tensor], list[Tensor], Built]:
-    """Each expert its own A and B, as leaves; and a Built with their names, its forward to be replaced."""
+    """A and B of each expert as leaves, and a Built with their names; callers replace its forward."""
     inputs = problem.inputs
     lora_a = [a.detach().requires_grad_(flag) for a, flag in zip(inputs.lora_a, inputs.trainable, strict=True)]
     lora_b = [b.detach().requires_grad_(flag) for b, flag in zip(inputs.lora_b, inputs.trainable, strict=True)]
-    names = [f"{kind}_{e}" for e, flag in enumerate(inputs.trainable) if flag for kind in ("da", "db")]
+    names = [f"{matrix}_{e}" for e, flag in enumerate(inputs.trainable) if flag for matrix in ("da", "db")]
     leaves = tuple(t for a, b in zip(lora_a, lora_b, strict=True) if a.requires_grad for t in (a, b))
     built = Built(forward=lambda x: x, parameters=leaves, gradients=lambda grads: dict(zip(names, grads, strict=True)))
     return lora_a, lora_b, built
@@ -66,18 +66,18 @@ def base_only(problem: LoraProblem) -> Built:
 
 
 class _Packed(torch.autograd.Function):
-    """base + ((x A^T) * C) B^T; saves x and S. Trainable columns stand last, `learning` of them."""
+    """base + ((x A^T) * C) B^T; saves x and S. The last `trainable` columns are trainable."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, base: Tensor, a_RD: Tensor, b_RP: Tensor, column_G1R: Tensor, learn_a: Tensor,
-        learn_b: Tensor,
+        ctx: Any, x: Tensor, base: Tensor, a_RD: Tensor, b_RP: Tensor, column_G1R: Tensor, trainable_a: Tensor,
+        trainable_b: Tensor,
     ) -> Tensor:  # fmt: skip
         x_ND = x.reshape(-1, x.shape[-1])
         s_NR = x_ND @ a_RD.t()
         gated_NR = (s_NR.view(column_G1R.shape[0], -1, s_NR.shape[1]) * column_G1R).view(s_NR.shape)
         ctx.save_for_backward(x_ND, s_NR, a_RD, b_RP, column_G1R)
-        ctx.learning = learn_a.shape[0]
+        ctx.trainable = trainable_a.shape[0]
         return torch.addmm(base.reshape(-1, base.shape[-1]), gated_NR, b_RP).view(base.shape)
 
     @staticmethod
@@ -89,13 +89,13 @@ class _Packed(torch.autograd.Function):
         ds_NR = ((grad_NP @ b_RP.t()).view(shape) * column_G1R).view(s_NR.shape)
         gated_NR = (s_NR.view(shape) * column_G1R).view(s_NR.shape)
         da = db = None
-        if ctx.learning:
-            da = ds_NR[:, -ctx.learning :].t() @ x_ND
-            db = gated_NR[:, -ctx.learning :].t() @ grad_NP
+        if ctx.trainable:
+            da = ds_NR[:, -ctx.trainable :].t() @ x_ND
+            db = gated_NR[:, -ctx.trainable :].t() @ grad_NP
         return (ds_NR @ a_RD).view(*grad.shape[:-1], -1), grad, None, None, None, da, db
 
 
-def _packed_parts(problem: LoraProblem) -> tuple[list[int], Tensor, Tensor, Tensor, list[int]]:
+def _packed_tensors(problem: LoraProblem) -> tuple[list[int], Tensor, Tensor, Tensor, list[int]]:
     """(active experts, frozen first; A [R, D]; B^T [R, P]; C [G, 1, R]; ranks of the trainable ones)."""
     inputs = problem.inputs
     order = sorted(problem.active, key=lambda e: inputs.trainable[e])
@@ -116,28 +116,28 @@ def _packed_gradients(experts: Sequence[int], ranks: Sequence[int]) -> Callable[
 
 
 def packed_eager(problem: LoraProblem) -> Built:
-    order, a_RD, b_RP, column_G1R, ranks = _packed_parts(problem)
-    # The leaves are views of the packed matrices, as an optimizer would hold them.
+    order, a_RD, b_RP, column_G1R, ranks = _packed_tensors(problem)
+    # The leaves are views of the packed matrices, as an optimizer would have them.
     start = a_RD.shape[0] - sum(ranks)
-    learn_a, learn_b = a_RD[start:].detach().requires_grad_(), b_RP[start:].detach().requires_grad_()
+    trainable_a, trainable_b = a_RD[start:].detach().requires_grad_(), b_RP[start:].detach().requires_grad_()
 
     def forward(x: Tensor) -> Tensor:
         base = F.linear(x, problem.weight)
         y: Tensor = _Packed.apply(  # type: ignore[no-untyped-call]
-            F.dropout(x, problem.inputs.dropout), base, a_RD, b_RP, column_G1R, learn_a, learn_b
+            F.dropout(x, problem.inputs.dropout), base, a_RD, b_RP, column_G1R, trainable_a, trainable_b
         )
         return y
 
-    learning = [e for e in order if problem.inputs.trainable[e]]
-    if not learning:
+    trainable = [e for e in order if problem.inputs.trainable[e]]
+    if not trainable:
         return Built(forward=forward)
-    return Built(forward=forward, parameters=(learn_a, learn_b), gradients=_packed_gradients(learning, ranks))
+    return Built(forward=forward, parameters=(trainable_a, trainable_b), gradients=_packed_gradients(trainable, ranks))
 
 
 def packed_compiled(problem: LoraProblem) -> Built:
     if not all(problem.inputs.trainable):
         raise CannotTake("its packed matrices are trainable as a whole; this case has frozen experts")
-    order, a_RD, b_RP, column_G1R, ranks = _packed_parts(problem)
+    order, a_RD, b_RP, column_G1R, ranks = _packed_tensors(problem)
     a_RD.requires_grad_()
     b_RP.requires_grad_()
 
@@ -150,7 +150,7 @@ def packed_compiled(problem: LoraProblem) -> Built:
 
     compiled = torch.compile(plain, fullgraph=True, dynamic=False)
     try:
-        # Without a working compiler the first call fails, for whatever reason it has.
+        # Without a working compiler the first call fails; the exception type varies.
         compiled(problem.inputs.x, problem.weight, a_RD, b_RP, column_G1R)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
@@ -180,7 +180,7 @@ def peft_mixed(problem: LoraProblem) -> Built:
     linear = _linear_of(problem)
     model: Any = None
     with warnings.catch_warnings():
-        # PEFT warns of each adapter beyond the first; that is what is wanted here.
+        # PEFT warns about each adapter beyond the first; several adapters are intended here.
         warnings.simplefilter("ignore")
         for e in problem.active:
             alpha = inputs.scale[e] * case.ranks[e]
@@ -228,9 +228,9 @@ def dmole_loop(problem: LoraProblem) -> Built:
         total = torch.zeros_like(result)
         for e in range(len(lora_a)):
             gate_e = gate_S1E[..., e, None]
-            if not bool((gate_e != 0).any()):  # a host synchronisation for each expert, as there
+            if not bool((gate_e != 0).any()):  # a host synchronisation for each expert, as in the published layer
                 continue
-            dropped = F.dropout(x, problem.inputs.dropout)  # a mask for each expert, as there
+            dropped = F.dropout(x, problem.inputs.dropout)  # a mask for each expert, as in the published layer
             delta = F.linear(F.linear(dropped, lora_a[e]), lora_b[e]) * problem.inputs.scale[e]
             total = total + gate_e * delta
         return result + total
@@ -277,7 +277,7 @@ def grouped_mm(problem: LoraProblem) -> Built:
 
 
 def module_of(backend: str, *, fuse_base: bool = False) -> Callable[[LoraProblem], Built]:
-    """MultiLoRALinear with this backend, its experts in the working dtype like everybody's here."""
+    """MultiLoRALinear with this backend; its experts are in the working dtype, as in all providers."""
 
     def build(problem: LoraProblem) -> Built:
         case, inputs = problem.case, problem.inputs
@@ -292,8 +292,8 @@ def module_of(backend: str, *, fuse_base: bool = False) -> Callable[[LoraProblem
             expert = layer.bank.expert(name)
             expert.lora_a = nn.Parameter(inputs.lora_a[e].clone(), requires_grad=inputs.trainable[e])
             expert.lora_b = nn.Parameter(inputs.lora_b[e].clone(), requires_grad=inputs.trainable[e])
-        # Opened for good: a block is opened once a step, and here the step does not end. At the first call, for suites
-        # build their cases in generators, and a block that a generator opens holds for calls inside it only.
+        # The block stays open: it is opened once a step, and here the step does not end. It is opened at the first
+        # call because suites build their cases in generators, and a block opened there applies in the generator only.
         opened: list[AbstractContextManager[object]] = []
 
         def forward(x: Tensor) -> Tensor:
@@ -303,7 +303,7 @@ def module_of(backend: str, *, fuse_base: bool = False) -> Callable[[LoraProblem
             y: Tensor = layer(x)
             return y
 
-        keys = [f"{kind}_{e}" for e, flag in enumerate(inputs.trainable) if flag for kind in ("da", "db")]
+        keys = [f"{matrix}_{e}" for e, flag in enumerate(inputs.trainable) if flag for matrix in ("da", "db")]
         experts = [layer.bank.expert(name) for e, name in enumerate(names) if inputs.trainable[e]]
         leaves = tuple(p for expert in experts for p in (expert.lora_a, expert.lora_b))
         return Built(forward=forward, parameters=leaves, gradients=lambda grads: dict(zip(keys, grads, strict=True)))
@@ -327,7 +327,7 @@ def cpu_pytorch_base(problem: LoraProblem) -> Built:
 
 
 def backends(device_type: str) -> tuple[str, ...]:
-    """The backends of this build that serve such devices, fastest first."""
+    """The backends of this build that support the device type, fastest first."""
     return tuple(name for name, devices in BACKENDS.items() if devices is None or device_type in devices)
 
 
@@ -335,7 +335,7 @@ def cpu_backends() -> tuple[str, ...]:
     return backends("cpu")
 
 
-RIVALS: Mapping[str, Callable[[LoraProblem], Built]] = {
+BASELINES: Mapping[str, Callable[[LoraProblem], Built]] = {
     "base_only": base_only,
     "packed_eager": packed_eager,
     "packed_compiled": packed_compiled,
@@ -348,8 +348,8 @@ RIVALS: Mapping[str, Callable[[LoraProblem], Built]] = {
 
 
 def builders(device_type: str = "cpu") -> dict[str, Callable[[LoraProblem], Built]]:
-    """Every provider by name; this package's own are called by their backends."""
+    """Every provider by name; those of this package are named after their backends."""
     own = {backend: module_of(backend) for backend in backends(device_type)}
     if "triton" in own:
         own["triton_fused"] = module_of("triton", fuse_base=True)
-    return {**RIVALS, **own}
+    return {**BASELINES, **own}

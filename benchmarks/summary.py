@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m benchmarks.headline`: the promised ratios re-measured in a small form, as one JSON object keyed by row.
+"""`python -m benchmarks.summary`: measures the target ratios on small cases and prints one JSON object keyed by row.
 
 Less than a minute: fewer tokens than the suites, few rounds, one thread. Each ratio is the median over the rounds of
-two times taken next to each other; what was wrong or could not be had is null, and `wrong` says so. Progress goes to
-stderr. "ours" is the first backend of this build that serves CPUs.
+two times taken next to each other; a wrong or unavailable provider gives null, and `wrong` lists the wrong ones.
+Progress goes to stderr. "ours" is the first backend of this build that supports CPUs.
 
     bf16_top2, fp32_top2     forward + backward, 1024 tokens, d = p = 2048, E = 16, R = 200, two experts a sample
     decode_bf16              forward, 1 to 64 rows, 2048 and 4096 wide: packed_eager / ours, the smallest of them
@@ -25,24 +25,24 @@ from typing import TypeAlias
 
 import torch
 
-from benchmarks.contest import Contest, Outcome, hold, report
-from benchmarks.grad_norm_suite import NormCase, norm_contest
+from benchmarks.benchmark import Benchmark, Outcome, check_and_time, report
+from benchmarks.grad_norm_suite import NormCase, norm_benchmark
+from benchmarks.lora_benchmark import lora_benchmark
 from benchmarks.lora_case import LoraCase, make_problem
-from benchmarks.lora_contest import lora_contest
-from benchmarks.lora_rivals import cpu_backends, module_of
+from benchmarks.lora_providers import cpu_backends, module_of
 from benchmarks.lora_suite import MAIN
 from benchmarks.machine import this_machine
 from benchmarks.memory import saved_for_backward_bytes
-from benchmarks.proxy_suite import ProxyCase, proxy_contest
+from benchmarks.proxy_suite import ProxyCase, proxy_benchmark
 from benchmarks.router_suite import CASES as ROUTER_CASES
-from benchmarks.router_suite import ScoreCase, score_contest
+from benchmarks.router_suite import ScoreCase, score_benchmark
 
 Ratios: TypeAlias = dict[str, float | None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """What is measured, and for how long; tests take a tiny one."""
+    """Cases and time budget; tests use tiny ones."""
 
     main: LoraCase = replace(MAIN, name="top2", samples=8)
     decode_rows: tuple[int, ...] = (1, 16, 64)
@@ -60,7 +60,7 @@ class Sizes:
 
 
 @dataclass
-class Headline:
+class Summary:
     sizes: Sizes
     say: Callable[[str], object]
     ours: str = field(default_factory=lambda: cpu_backends()[0])
@@ -84,27 +84,28 @@ class Headline:
             self.say(f"{name}: {made[name]}  ({time.perf_counter() - start:.1f} s)")
         return made
 
-    def _held(self, contest: Contest, *, share: float = 1.0, memory: bool = False) -> Outcome:
-        outcome = hold(contest, seconds=self.sizes.seconds * share, min_rounds=self.sizes.min_rounds, memory=memory)
+    def _measured(self, benchmark: Benchmark, *, fraction: float = 1.0, memory: bool = False) -> Outcome:
+        seconds = self.sizes.seconds * fraction
+        outcome = check_and_time(benchmark, seconds=seconds, min_rounds=self.sizes.min_rounds, memory=memory)
         for provider, complaints in outcome.wrong.items():
-            self.wrong[f"{contest.case}/{provider}"] = complaints[0]
+            self.wrong[f"{benchmark.case}/{provider}"] = complaints[0]
         for line in report(outcome):
             self.say(line)
         return outcome
 
-    def _against(self, outcome: Outcome, rivals: Iterable[str]) -> Ratios:
-        return {f"{rival}_over_ours": outcome.ratio(rival, self.ours) for rival in rivals}
+    def _against(self, outcome: Outcome, baselines: Iterable[str]) -> Ratios:
+        return {f"{baseline}_over_ours": outcome.ratio(baseline, self.ours) for baseline in baselines}
 
     def top2(self, dtype: torch.dtype) -> Ratios:
-        rivals = ["packed_eager", "grouped_mm"]
+        baselines = ["packed_eager", "grouped_mm"]
         if dtype == torch.bfloat16:
-            rivals += ["peft_loop", "dmole_loop"]
+            baselines += ["peft_loop", "dmole_loop"]
         if self.ours != "reference":
-            rivals += ["reference", "cpu_pytorch_base"]
-        providers = ("base_only", *rivals, self.ours)
-        outcome = self._held(lora_contest(self.sizes.main, dtype, "forward_backward", 1, providers))
-        ratios = {"ours_over_base": outcome.ratio(self.ours, "base_only"), **self._against(outcome, rivals)}
-        if "cpu_pytorch_base" in rivals:
+            baselines += ["reference", "cpu_pytorch_base"]
+        providers = ("base_only", *baselines, self.ours)
+        outcome = self._measured(lora_benchmark(self.sizes.main, dtype, "forward_backward", 1, providers))
+        ratios = {"ours_over_base": outcome.ratio(self.ours, "base_only"), **self._against(outcome, baselines)}
+        if "cpu_pytorch_base" in baselines:
             ratios["experts_beside_pytorch_base_over_base"] = outcome.ratio("cpu_pytorch_base", "base_only")
         return ratios
 
@@ -117,21 +118,21 @@ class Headline:
                 out_features=width,
             )  # fmt: skip
             providers = ("base_only", "packed_eager", self.ours)
-            contest = lora_contest(case, torch.bfloat16, "forward", 1, providers)
-            ratios.append(self._held(contest, share=1 / len(shapes)).ratio("packed_eager", self.ours))
+            benchmark = lora_benchmark(case, torch.bfloat16, "forward", 1, providers)
+            ratios.append(self._measured(benchmark, fraction=1 / len(shapes)).ratio("packed_eager", self.ours))
         return {"packed_eager_over_ours": _least(ratios)}
 
     def experts(self) -> Ratios:
-        """Both numbers of experts in one contest: they must be timed side by side too."""
+        """Both numbers of experts in one benchmark, so that they are timed side by side."""
         few, many = (
-            lora_contest(
+            lora_benchmark(
                 replace(self.sizes.experts_case, name=f"experts_{count}", ranks=(8,) * count), torch.bfloat16,
                 "forward_backward", 1, (self.ours,),
             )
             for count in self.sizes.expert_counts
         )  # fmt: skip
-        both = [replace(contest.contenders[0], provider=contest.case) for contest in (few, many)]
-        outcome = self._held(replace(few, case="experts", contenders=both))
+        both = [replace(benchmark.providers[0], name=benchmark.case) for benchmark in (few, many)]
+        outcome = self._measured(replace(few, case="experts", providers=both))
         return {"time_many_over_few": outcome.ratio(many.case, few.case)}
 
     def saved(self) -> Ratios:
@@ -153,7 +154,7 @@ class Headline:
         for tokens in self.sizes.norm_tokens:
             width = self.sizes.norm_width
             case = NormCase(samples=4, tokens=tokens, in_features=width, out_features=width)
-            outcome = self._held(norm_contest(case, torch.float32, 1), share=1 / len(self.sizes.norm_tokens))
+            outcome = self._measured(norm_benchmark(case, torch.float32, 1), fraction=1 / len(self.sizes.norm_tokens))
             fastest = min(outcome.samples, key=outcome.p50_ms)
             worst.append(outcome.ratio(auto, fastest))
             if tokens <= 256:
@@ -161,7 +162,7 @@ class Headline:
         return {"auto_over_fastest": _most(worst), "opacus_over_auto_up_to_256_tokens": _least(opacus)}
 
     def proxy(self) -> Ratios:
-        outcome = self._held(proxy_contest(self.sizes.proxy, torch.float32, 1), memory=True)
+        outcome = self._measured(proxy_benchmark(self.sizes.proxy, torch.float32, 1), memory=True)
         ratios: Ratios = {}
         for method in ("exact", "sketch", "exact_frozen_linears"):
             provider = f"{self.ours}_{method}"
@@ -170,12 +171,12 @@ class Headline:
         return ratios
 
     def router_score(self) -> Ratios:
-        outcome = self._held(score_contest(self.sizes.router, torch.float32, 1))
+        outcome = self._measured(score_benchmark(self.sizes.router, torch.float32, 1))
         return self._against(outcome, ("autoencoder_loop",))
 
 
 def _extra_memory(outcome: Outcome, provider: str) -> float | None:
-    """What a proxy allocates at its peak above a backward without weight gradients, as a share of plain backward's."""
+    """Peak memory above a backward without weight gradients, as a fraction of that of plain backward."""
     memory = outcome.memory_mib
     if provider not in memory or "plain_backward" not in memory:
         return None
@@ -193,16 +194,16 @@ def _most(values: Sequence[float | None]) -> float | None:
     return max(known) if len(known) == len(values) else None
 
 
-def headline(sizes: Sizes, say: Callable[[str], object]) -> dict[str, object]:
+def summary(sizes: Sizes, say: Callable[[str], object]) -> dict[str, object]:
     machine = this_machine()
-    measuring = Headline(sizes=sizes, say=say)
+    measuring = Summary(sizes=sizes, say=say)
     rows = measuring.rows()
     about = {"ours": measuring.ours, "machine": machine.name, "versions": machine.versions, "commit": machine.commit}
     return {**rows, "about": about, "wrong": measuring.wrong}
 
 
 def main() -> int:
-    result = headline(Sizes(), lambda line: print(line, file=sys.stderr, flush=True))
+    result = summary(Sizes(), lambda line: print(line, file=sys.stderr, flush=True))
     print(json.dumps(result))
     return 1 if result["wrong"] else 0
 
