@@ -326,3 +326,13 @@ def test_a_summary_table_has_targets_and_whether_they_were_reached(tmp_path: Pat
     assert "| fp32_top2 | ours_over_base | 1.13 | <= 1.12 | no |" in made
     assert "| fp32_top2 | other | 2 |  |  |" in made
     assert "| router_score | autoencoder_loop_over_ours | 5 | >= 5 | yes |" in made
+
+
+def test_no_row_of_the_summary_is_slower_than_before_the_layer_was_rewritten() -> None:
+    """`python -m benchmarks.against_commit OLD_CHECKOUT --output ...`; a repeated measurement replaces the file."""
+    path = Path(summary_module.__file__).parent / "results" / "against_6f24d32.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    slow = {row: found["new_over_old"] for row, found in record["rows"].items() if found["new_over_old"] > 1.02}
+    assert not slow
+    assert {"bf16_top2", "fp32_top2", "experts_256", "proxy_exact", "proxy_sketch", "router_score"} <= set(record["rows"])
+    assert record["about"]["old"].startswith("6f24d32") and "+" not in record["about"]["new"]
