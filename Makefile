@@ -59,14 +59,14 @@ results: setup
 	  --set dmole.neighbour_within_threshold=true --resume
 	$(BIN)/dmole verify results/mini
 	$(BIN)/dmole verify results/mini_matched_neighbour
-	$(BIN)/dmole readme README.md dmole/data/mini/README.md
+	$(BIN)/dmole readme README.md mini_cmit/README.md
 
 docs: setup
 	$(PIP) install -q -c constraints.txt "mkdocs>=1.6" "mkdocstrings[python]>=0.28"
 	$(BIN)/mkdocs build --site-dir build/site
 
 data: setup
-	$(BIN)/dmole data build
+	$(BIN)/python -m mini_cmit.tasks
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dmole.data.mini.build import TASKS
+from mini_cmit.tasks.build import TASKS
 from dmole.reports.admission import COLUMNS, admission_table
 from dmole.reports.stored import ResultsError
 

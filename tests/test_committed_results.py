@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dmole.data.mini.build import TASKS
+from mini_cmit.tasks.build import TASKS
 from dmole.metrics.continual import aggregates
 from dmole.reports.comparison import compare
 from dmole.reports.stored import StoredRun, read_runs

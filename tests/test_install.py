@@ -103,7 +103,7 @@ for module in pkgutil.walk_packages(dmole.__path__, "dmole."):
     try:
         importlib.import_module(module.name)
     except ModuleNotFoundError:
-        if not module.name.startswith(("dmole.data.mini.", "dmole.pretraining")):
+        if not module.name.startswith(("mini_cmit.tasks.", "mini_cmit.pretraining")):
             raise
 """
 

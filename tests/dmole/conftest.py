@@ -13,7 +13,7 @@ from PIL import Image
 from dmole.config import RunConfig, load_config
 from dmole.data.reading import read_stream
 from dmole.data.sample import Stream
-from dmole.models.architecture import build_tiny_model
+from mini_cmit.model.tiny import build_tiny_model
 from dmole.models.multimodal import MultimodalModel
 
 TASKS = (

@@ -53,7 +53,7 @@ def test_a_version_outside_the_tested_range() -> None:
 def test_base_model(tmp_path: Path) -> None:
     finding = doctor.base_model(tmp_path)
     assert not finding.ok and finding.found == f"lacks {', '.join(doctor.MODEL_FILES)}"
-    assert finding.fix.startswith("python -m dmole.pretraining --output ")
+    assert finding.fix.startswith("python -m mini_cmit.pretraining --output ")
     for name in doctor.MODEL_FILES:
         (tmp_path / name).write_bytes(b"x" * 2**20)
     assert doctor.base_model(tmp_path) == doctor.Finding(
@@ -63,7 +63,7 @@ def test_base_model(tmp_path: Path) -> None:
 
 def test_the_doctor_looks_where_the_model_is_read() -> None:
     # The doctor must work without torch and so cannot import these.
-    from dmole.models.mini import MINI_WEIGHTS
+    from mini_cmit.model.shipped import MINI_WEIGHTS
     from dmole.models.multimodal import PROCESSOR_FILE, WEIGHTS_FILE
 
     assert doctor.model_folder() == MINI_WEIGHTS

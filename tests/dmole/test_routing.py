@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from dmole.data.sample import Sample
 from dmole.method_settings import RouterSettings
 from dmole.models.adapters import add_experts, attach
-from dmole.models.architecture import build_tiny_model
+from mini_cmit.model.tiny import build_tiny_model
 from dmole.models.multimodal import MultimodalModel
 from dmole.routing import FeatureStore, Router, router_features, train_autoencoder
 from dmole_kernels import ExpertGates

@@ -10,7 +10,7 @@ from PIL import Image
 
 from dmole.data.collate import IGNORE, collate
 from dmole.data.sample import Sample
-from dmole.models.architecture import build_tiny_model
+from mini_cmit.model.tiny import build_tiny_model
 from dmole.models.multimodal import MultimodalModel, candidate_linears, load_model
 
 
