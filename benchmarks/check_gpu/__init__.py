@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-    python -m dmole_kernels check-gpu [--output check_gpu]
+    python -m benchmarks.check_gpu [--output check_gpu]
 
 For the first person with a GPU, from the root of a checkout, in under ten minutes: is every kernel right on it
 (`correctness`), does compute-sanitizer find nothing (`sanitizer`), do other launch configurations do better
@@ -10,7 +10,3 @@ summary.json, benchmark.csv, roofline.png and tuned.json; exits with 1 for a wro
 Every part has a share of the ten minutes and says what it left out. Without a GPU everything but the sanitizer runs in
 Triton's interpreter on tiny shapes: that shows that the command works, and its times mean nothing.
 """
-
-from benchmarks.check_gpu.command import main
-
-__all__ = ["main"]

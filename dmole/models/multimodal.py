@@ -108,7 +108,7 @@ class MultimodalModel:
         return cast(Tensor, output.last_hidden_state)
 
     def save(self, folder: Path, *, dtype: torch.dtype = torch.float16) -> None:
-        """A transformers folder: weights in ``dtype`` (half the size; loading gives float32 again) and the processor."""
+        """A transformers folder: the processor, and weights in ``dtype`` (half the size; loading gives float32)."""
         folder.mkdir(parents=True, exist_ok=True)
         state = {k: v.to(dtype).contiguous() for k, v in self.model.state_dict().items() if k != "lm_head.weight"}
         save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -162,9 +162,10 @@ def load_model(folder: str | Path, *, candidates: Sequence[str] = ()) -> Multimo
             )
     # On a CPU the backward of the flash kernel costs a quarter of a step on sequences this short; on a GPU either does.
     with _no_progress_bar():
-        model, found = AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
         )
+    model, found = loaded
     missing, unexpected = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
     if missing or unexpected:
         raise ValueError(
@@ -173,7 +174,7 @@ def load_model(folder: str | Path, *, candidates: Sequence[str] = ()) -> Multimo
         )
     return MultimodalModel(
         model=model,
-        processor=AutoProcessor.from_pretrained(folder),
+        processor=AutoProcessor.from_pretrained(folder),  # type: ignore[no-untyped-call]
         candidates=candidate_linears(model, candidates),
     )
 
@@ -182,9 +183,9 @@ def load_model(folder: str | Path, *, candidates: Sequence[str] = ()) -> Multimo
 def _no_progress_bar() -> Iterator[None]:
     """transformers draws a bar over the weights, which would run through dmole's own display."""
     drawn = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         if drawn:
-            logging.enable_progress_bar()
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -38,7 +38,7 @@ class SquareImageProcessor(BaseImageProcessor):
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
-        self._set_attributes(**kwargs)
+        self._set_attributes(**kwargs)  # type: ignore[no-untyped-call]
 
     def process_image(self, image: Any, *, size: SizeDict, **_: Any) -> np.ndarray:
         """RGB uint8 [S, S, 3] of a PIL image, or of a uint8 array [H, W, 3] or [3, H, W]."""
@@ -72,15 +72,16 @@ class MiniImageProcessor(SquareImageProcessor):
 
     SETTINGS = ("size", "image_mean", "image_std")
     size = {"height": 160, "width": 160}
+    image_mean: tuple[float, ...] = ()
+    image_std: tuple[float, ...] = ()
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
         for name in ("image_mean", "image_std"):
             held = getattr(self, name)
-            if not isinstance(held, tuple) or len(held) != STEM_CHANNELS:
-                got = f"{len(held)} numbers" if isinstance(held, tuple) else repr(held)
+            if len(held) != STEM_CHANNELS:
                 raise ValueError(
-                    f"{name}: got {got}; expected {STEM_CHANNELS}, one a channel of the stem. Load the processor from "
+                    f"{name}: got {len(held)} numbers; expected {STEM_CHANNELS}, one a channel of the stem. Load the processor from "
                     f"the model's folder."
                 )
 
@@ -112,9 +113,7 @@ class PixelImageProcessor(SquareImageProcessor):
 
     size = {"height": 16, "width": 16}
 
-    def _preprocess(
-        self, images: Sequence[np.ndarray], *, return_tensors: str | None = None, **_: Any
-    ) -> BatchFeature:
+    def _preprocess(self, images: Sequence[np.ndarray], *, return_tensors: str | None = None, **_: Any) -> BatchFeature:
         pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
         return BatchFeature({"pixel_values": pixels.numpy()}, tensor_type=return_tensors)
 

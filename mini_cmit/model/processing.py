@@ -48,13 +48,13 @@ class MiniProcessor(LlavaProcessor):
         return tokens
 
 
-class _MiniKey(PretrainedConfig):
+class _MiniKey(PretrainedConfig):  # type: ignore[no-untyped-call]
     """Under which `AutoImageProcessor` and `AutoProcessor` hold the mini model's classes; the model is a LLaVA."""
 
     model_type = "mini_cmit"
 
 
-class _TinyKey(PretrainedConfig):
+class _TinyKey(PretrainedConfig):  # type: ignore[no-untyped-call]
     model_type = "mini_cmit_tiny"
 
 
@@ -63,4 +63,4 @@ def register() -> None:
     for key, kind in ((_MiniKey, MiniImageProcessor), (_TinyKey, PixelImageProcessor)):
         # The same class whether torchvision is installed or not: features must not depend on it.
         AutoImageProcessor.register(key, image_processor_classes={"pil": kind, "torchvision": kind}, exist_ok=True)
-    AutoProcessor.register(_MiniKey, MiniProcessor, exist_ok=True)
+    AutoProcessor.register(_MiniKey, MiniProcessor, exist_ok=True)  # type: ignore[no-untyped-call]

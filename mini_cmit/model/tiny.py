@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random weights in the real classes, two 32-wide layers a tower, pixels as input: a model in milliseconds, for tests."""
+"""Random weights in the real classes, two 32-wide layers a tower, pixels as input: a model for tests, in milliseconds.
+
+The folder it is written to is a plain transformers folder, as any other model's.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,7 @@ def build_tiny_model(seed: int = 0, *, texts: Iterable[str] = (), side: int = 16
             heads=2,
             positions=256,
         )
-    processor = LlavaProcessor(
+    processor = LlavaProcessor(  # type: ignore[no-untyped-call]
         image_processor=PixelImageProcessor(size={"height": side, "width": side}),
         tokenizer=tokenizer,
         patch_size=side // _GRID,

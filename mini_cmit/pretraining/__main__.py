@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m mini_cmit.pretraining``: writes the corpus (about 8 GB) and trains the mini benchmark's base model on it."""
+"""``python -m mini_cmit.pretraining``: writes the corpus (about 8 GB) and trains the mini model on it."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ import random
 
 import numpy as np
 
+from mini_cmit.pretraining.scene import SIDE, Scene, Turn, multiple_choice
 from mini_cmit.tasks.charts import (
     CHART_COLOURS,
     KINDS,
@@ -20,7 +21,6 @@ from mini_cmit.tasks.charts import (
     series,
     trend_of,
 )
-from mini_cmit.pretraining.scene import SIDE, Scene, Turn, multiple_choice
 
 # Other words than the tasks': pretraining teaches to see a trend, not how a task wants it told.
 _TREND_NAMES: dict[Trend, str] = {

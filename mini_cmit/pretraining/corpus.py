@@ -26,10 +26,10 @@ import torch
 
 from dmole.arithmetic import arithmetic
 from dmole.checkpoint import file_digest
-from mini_cmit.tasks.build import material_origin
 from dmole.files import write_atomically
 from mini_cmit.model.stem import STEM_CHANNELS, STEM_STRIDE, EfficientNetLite0, stem_digest
 from mini_cmit.pretraining.scene import SIDE, Scene, Turn
+from mini_cmit.tasks.build import material_origin
 
 GRID = SIDE // STEM_STRIDE
 _CHUNK = 64

@@ -7,8 +7,8 @@ import random
 
 from PIL import Image
 
-from mini_cmit.tasks.icons import Icon, drawings_in_pool, icon_image, icons_in_pool
 from mini_cmit.pretraining.scene import COLOURS, SIDE, Scene, Turn, background, box_text, multiple_choice
+from mini_cmit.tasks.icons import Icon, drawings_in_pool, icon_image, icons_in_pool
 
 _PLACES = ("top left", "top right", "bottom left", "bottom right")
 

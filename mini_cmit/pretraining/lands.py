@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import random
 
-from mini_cmit.tasks.countries import countries, draw_country, random_rendering
 from mini_cmit.pretraining.scene import SIDE, Scene, Turn, multiple_choice
+from mini_cmit.tasks.countries import countries, draw_country, random_rendering
 
 _REGIONS = ("Africa", "Americas", "Asia", "Europe", "Oceania")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import random
 
-from mini_cmit.tasks.regions import MAP_COLOURS, draw_map, place, regions
 from mini_cmit.pretraining.scene import SIDE, Scene, Turn, multiple_choice
+from mini_cmit.tasks.regions import MAP_COLOURS, draw_map, place, regions
 
 
 def _side_of(box: tuple[int, int, int, int]) -> str:

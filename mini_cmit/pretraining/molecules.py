@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import random
 
-from mini_cmit.tasks.compounds import ELEMENTS, GROUPS, compounds, draw_compound
 from mini_cmit.pretraining.scene import SIDE, Scene, Turn, multiple_choice
+from mini_cmit.tasks.compounds import ELEMENTS, GROUPS, compounds, draw_compound
 
 
 def molecule_scene(rng: random.Random) -> Scene:

@@ -8,12 +8,12 @@ from functools import cache
 
 from PIL import Image
 
-from mini_cmit.tasks.countries import countries
-from mini_cmit.tasks.films import films_in_pool
-from mini_cmit.tasks.sources import read_table
 from mini_cmit.pretraining.scene import SIDE, Scene, Turn, multiple_choice
 from mini_cmit.pretraining.words import words
 from mini_cmit.pretraining.writing import FONTS, contrast, text_layer
+from mini_cmit.tasks.countries import countries
+from mini_cmit.tasks.films import films_in_pool
+from mini_cmit.tasks.sources import read_table
 
 _PLACES = ("top", "middle", "bottom")
 

@@ -12,10 +12,10 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mini_cmit.tasks import building
 from mini_cmit.pretraining.scene import COLOURS, Turn, multiple_choice
 from mini_cmit.pretraining.shapes import SHAPES
 from mini_cmit.pretraining.words import words
+from mini_cmit.tasks import building
 
 _PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
 _NAMES = ("Alma", "Bor", "Cora", "Dell", "Elm", "Fargo", "Gale", "Hill", "Iona", "Jura", "Kent", "Lee", "Mesa", "Nova")

@@ -12,8 +12,8 @@ Beside it, the image's tokens v_t alone have to name what the open answers speak
 The vision tower first trains on that alone (`vision_share` of the time), at several times the speed of the whole model.
 Without it both towers start blind: 24,000 images brought the answers no further than the words' frequencies.
 
-Every step of the whole model also reads a batch of scenes told in words (`mini_cmit.pretraining.told`), whose text stands
-where the image's tokens stand.
+Every step of the whole model also reads a batch of scenes told in words (`mini_cmit.pretraining.told`), whose text
+stands where the image's tokens stand.
 
 Turns are shuffled anew each epoch, so each of them is often the first, which is the form of the benchmark.
 
@@ -45,10 +45,10 @@ from torch.nn import functional as F
 from transformers import SiglipVisionConfig
 
 from dmole.data.collate import IGNORE
+from dmole.models.multimodal import MultimodalModel, load_model
 from mini_cmit.model.architecture import build_mini_network, train_tokenizer
 from mini_cmit.model.image_processing import MiniImageProcessor
 from mini_cmit.model.processing import CHAT_TEMPLATE, MiniProcessor
-from dmole.models.multimodal import MultimodalModel, load_model
 from mini_cmit.pretraining.batches import Batch, PretrainingData
 from mini_cmit.pretraining.corpus import Shard, read_shard
 from mini_cmit.pretraining.scene import SIDE, Turn
@@ -119,7 +119,7 @@ class Pretraining:
         texts = (t for shard in self.shards for turns in shard.turns for turn in turns for t in _texts(turn))
         tokenizer = train_tokenizer(texts, self.settings.vocabulary)
         mean, deviation = channel_statistics(self.shards)
-        processor = MiniProcessor(
+        processor = MiniProcessor(  # type: ignore[no-untyped-call]
             image_processor=MiniImageProcessor(
                 size={"height": SIDE, "width": SIDE}, image_mean=_shortest(mean), image_std=_shortest(deviation)
             ),

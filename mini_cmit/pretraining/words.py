@@ -11,8 +11,8 @@ from collections import Counter
 from functools import cache
 from pydoc_data.topics import topics
 
-from mini_cmit.tasks.icons import icons_in_pool
 from mini_cmit.pretraining.scene import COLOURS
+from mini_cmit.tasks.icons import icons_in_pool
 
 _SHORTEST, _LONGEST = 2, 9
 

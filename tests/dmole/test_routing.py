@@ -18,10 +18,10 @@ from transformers import PreTrainedTokenizerFast
 from dmole.data.sample import Sample
 from dmole.method_settings import RouterSettings
 from dmole.models.adapters import add_experts, attach
-from mini_cmit.model.tiny import build_tiny_model
 from dmole.models.multimodal import MultimodalModel
 from dmole.routing import FeatureStore, Router, router_features, train_autoencoder
 from dmole_kernels import ExpertGates
+from mini_cmit.model.tiny import build_tiny_model
 
 FAST = RouterSettings(hidden=16, epochs=30, batch_size=16, learning_rate=1e-2, final_learning_rate=1e-3)
 

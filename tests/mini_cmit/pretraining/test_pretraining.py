@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from mini_cmit.tasks.countries import countries
-from mini_cmit.tasks.films import films_in_pool
 from dmole.models.multimodal import load_model
 from mini_cmit.pretraining.corpus import read_shard, write_corpus
 from mini_cmit.pretraining.curriculum import CURRICULUM
@@ -15,6 +13,8 @@ from mini_cmit.pretraining.posters import place_names
 from mini_cmit.pretraining.scene import SIDE, box_text
 from mini_cmit.pretraining.shapes import odd_one_scene, shapes_scene
 from mini_cmit.pretraining.train import PretrainingSettings, pretrain
+from mini_cmit.tasks.countries import countries
+from mini_cmit.tasks.films import films_in_pool
 
 
 @pytest.mark.parametrize("family", CURRICULUM)

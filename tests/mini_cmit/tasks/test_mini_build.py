@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
+from dmole.data.reading import read_stream
 from mini_cmit.tasks import build, films
 from mini_cmit.tasks.build import MANIFEST, TASKS, build_mini, task_rows
 from mini_cmit.tasks.building import PRETRAINING, SPLITS, BuildContext, pool_of
 from mini_cmit.tasks.contact_sheet import contact_sheet, write_contact_sheets
 from mini_cmit.tasks.icons import drawings_in_pool
-from dmole.data.reading import read_stream
 
 SIZES = {"image_side": 96, "train": 24, "validation": 8, "test": 12}
 
