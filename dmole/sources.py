@@ -35,7 +35,7 @@ def open_stream(name: str, console: Console) -> Stream:
     if name in known:
         folder = known[name].load()(lambda line: console.print(line, highlight=False))
         # Checked by the package that made it; decoding every image again would cost seconds for nothing.
-        return read_stream(folder, check_images=False)
+        return read_stream(Path(folder), check_images=False)
     _check_folder("stream", "stream.yaml", name, known)
     return read_stream(Path(name))
 
@@ -54,7 +54,8 @@ def open_model(name: str) -> MultimodalModel:
 
 def _check_folder(setting: str, content: str, name: str, known: dict[str, EntryPoint]) -> None:
     if not Path(name).is_dir():
-        names = f"one of {', '.join(known)}" if known else "a registered name (none is: pip install dmole again)"
+        none = "a registered name, of which there is none: install dmole with pip, in a checkout with -e"
+        names = f"one of {', '.join(known)}" if known else none
         raise ConfigError(
             f"{setting}: got {name!r}, which is no folder; expected a folder with {content}, or {names}. "
             f"Check the name and the folder that the command runs in."

@@ -81,8 +81,8 @@ class MiniImageProcessor(SquareImageProcessor):
             held = getattr(self, name)
             if len(held) != STEM_CHANNELS:
                 raise ValueError(
-                    f"{name}: got {len(held)} numbers; expected {STEM_CHANNELS}, one a channel of the stem. Load the processor from "
-                    f"the model's folder."
+                    f"{name}: got {len(held)} numbers; expected {STEM_CHANNELS}, one a channel of the stem. Load the "
+                    f"processor from the model's folder."
                 )
 
     def _preprocess(
