@@ -160,11 +160,8 @@ def load_model(folder: str | Path, *, candidates: Sequence[str] = ()) -> Multimo
             raise FileNotFoundError(
                 f"model: {folder / name} does not exist; expected a folder written by MultimodalModel.save."
             )
-    # On a CPU the backward of the flash kernel costs a quarter of a step on sequences this short; on a GPU either does.
     with _no_progress_bar():
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
-        )
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     model, found = loaded
     missing, unexpected = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
     if missing or unexpected:

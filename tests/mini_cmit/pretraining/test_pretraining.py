@@ -80,4 +80,5 @@ def test_a_small_run_is_written_and_loads(tmp_path: Path) -> None:
     pretrain(tmp_path / "corpus", list(families), settings, tmp_path / "model", processes=1)
     assert "phase,step,images" in (tmp_path / "model" / "pretraining.csv").read_text()
     model = load_model(tmp_path / "model")
+    assert model.model.config._attn_implementation == "eager"
     assert model.image_tokens == 25 and sum(p.numel() for p in model.model.parameters()) > 6e6
