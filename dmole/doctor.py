@@ -202,11 +202,11 @@ def _of_packages() -> list[Finding]:
     for point in sorted(importlib.metadata.entry_points(group="dmole.doctor"), key=lambda point: point.name):
         try:
             findings += point.load()()
-        except ImportError as error:
+        except Exception as error:  # said as a finding: a library that fails to import raises whatever it likes
             findings.append(
                 Finding(
                     what=point.name,
-                    found=f"cannot be imported: {error}",
+                    found=f"fails with {type(error).__name__}: {error}",
                     ok=False,
                     fix="install what is missing above, then run dmole doctor again",
                 )

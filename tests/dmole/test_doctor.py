@@ -50,9 +50,7 @@ def test_a_version_outside_the_tested_range() -> None:
     assert not finding.ok and "outside the tested <1" in finding.found and finding.fix == 'pip install "torch<1"'
 
 
-def test_a_package_adds_its_lines_and_one_that_cannot_be_imported_is_a_line(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_package_adds_its_lines_and_one_that_fails_is_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     written = tmp_path / "site"
     (written / "somebody-1.0.dist-info").mkdir(parents=True)
     (written / "somebody-1.0.dist-info" / "METADATA").write_text(
@@ -70,7 +68,7 @@ def test_a_package_adds_its_lines_and_one_that_cannot_be_imported_is_a_line(
     findings = {finding.what: finding for finding in doctor.examine()}
     assert findings["theirs"].ok
     assert not findings["broken"].ok
-    assert findings["broken"].found == "cannot be imported: No module named 'no_such_module'"
+    assert findings["broken"].found == "fails with ModuleNotFoundError: No module named 'no_such_module'"
 
 
 def test_the_whole_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The nine tasks as files: the same bytes twice, readable, and nothing crosses a split or comes from pretraining."""
 
+import functools
 import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 from dmole.data.reading import read_stream
+from mini_cmit.stream import mini_stream
 from mini_cmit.tasks import build, films
+from mini_cmit.tasks.__main__ import WRONG_INPUT, main
 from mini_cmit.tasks.build import MANIFEST, TASKS, build_mini, task_rows
 from mini_cmit.tasks.building import PRETRAINING, SPLITS, BuildContext, pool_of
 from mini_cmit.tasks.contact_sheet import contact_sheet, write_contact_sheets
@@ -129,7 +133,7 @@ def test_a_matching_build_is_reused_and_a_damaged_one_is_built_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(build, "TASKS", ("number_reading",))
-    sizes = {"image_side": 64, "train": 2, "validation": 1, "test": 1}
+    sizes = {"image_side": 64, "train": 2, "validation": 1, "test": 2}
     folder = build.build_mini(tmp_path / "mini", workers=1, **sizes)
     first = (folder / MANIFEST).stat().st_mtime_ns
     assert build.build_mini(folder, workers=1, **sizes) == folder
@@ -170,6 +174,35 @@ def test_a_folder_of_somebody_else_is_refused(tmp_path: Path) -> None:
 def test_sizes_that_make_no_stream_are_errors(name: str, value: int, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"^{name} is {value}; expected at least"):
         build_mini(tmp_path / "mini", **{**SIZES, name: value})
+
+
+def test_the_command_builds_or_finds_and_says_where(
+    stream_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = bytes_of(stream_folder)
+    main(output=stream_folder, sheets=tmp_path / "sheets", **SIZES)
+    first, *sheets = capsys.readouterr().out.splitlines()
+    assert first == str(stream_folder) and bytes_of(stream_folder) == before
+    assert sheets == [str(tmp_path / "sheets" / f"{task}.png") for task in sorted(TASKS)]
+    with pytest.raises(typer.Exit) as stopped:
+        main(output=tmp_path / "none", **{**SIZES, "train": 1})
+    assert stopped.value.exit_code == WRONG_INPUT
+    assert capsys.readouterr().err == "error: train is 1; expected at least 2. Leave it out for the default.\n"
+
+
+def test_the_registered_stream_is_built_once_into_the_cache_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DMOLE_CACHE", str(tmp_path))
+    # The real builder at another size: the default takes a minute.
+    sizes = {"image_side": 64, "train": 2, "validation": 1, "test": 2}
+    monkeypatch.setattr(build, "build_mini", functools.partial(build_mini, workers=1, **sizes))
+    said: list[str] = []
+    folder = mini_stream(said.append)
+    assert folder == tmp_path / "mini" and read_stream(folder).task_names == TASKS
+    assert said == [f"building the mini benchmark in {folder} (once)"]
+    built = bytes_of(folder)
+    assert mini_stream(said.append) == folder and len(said) == 1 and bytes_of(folder) == built
 
 
 def test_an_unknown_task_is_an_error(tmp_path: Path) -> None:
