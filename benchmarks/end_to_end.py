@@ -242,7 +242,7 @@ def mini_demo(
 
     config = mini_small()
     console = Console(stderr=True)
-    model = open_model(config.model, console)
+    model = open_model(config.model)
     stream = open_stream(config.stream, console).limit(
         train=config.train_samples, validation=config.validation_samples, test=config.test_samples
     )

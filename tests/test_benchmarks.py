@@ -334,5 +334,7 @@ def test_no_row_of_the_summary_is_slower_than_before_the_layer_was_rewritten() -
     record = json.loads(path.read_text(encoding="utf-8"))
     slow = {row: found["new_over_old"] for row, found in record["rows"].items() if found["new_over_old"] > 1.02}
     assert not slow
-    assert {"bf16_top2", "fp32_top2", "experts_256", "proxy_exact", "proxy_sketch", "router_score"} <= set(record["rows"])
+    assert {"bf16_top2", "fp32_top2", "experts_256", "proxy_exact", "proxy_sketch", "router_score"} <= set(
+        record["rows"]
+    )
     assert record["about"]["old"].startswith("6f24d32") and "+" not in record["about"]["new"]

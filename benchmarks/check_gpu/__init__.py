@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-    python -m dmole_kernels check-gpu [--output check_gpu]
+    python -m benchmarks.check_gpu [--output check_gpu]
 
 Checks this package on the GPU at hand, from the root of a checkout, in under ten minutes: correctness of every kernel
 (`correctness`), compute-sanitizer (`sanitizer`), a few other launch configurations (`dmole_kernels._tune`), and times
@@ -10,7 +10,3 @@ tuned.json; exits with 1 for a wrong result or an error that the sanitizer found
 Every step has a time budget and reports what it left out. Without a GPU everything but the sanitizer runs in Triton's
 interpreter on tiny shapes: this shows that the command works; its times mean nothing.
 """
-
-from benchmarks.check_gpu.command import main
-
-__all__ = ["main"]

@@ -143,7 +143,7 @@ def _finished(run: Callable[[], StepResult]) -> StepResult:
 
 
 def main(arguments: Sequence[str] = ()) -> int:
-    parser = argparse.ArgumentParser(prog="python -m dmole_kernels check-gpu", description="Checks the GPU kernels.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.check_gpu", description="Checks the GPU kernels.")
     parser.add_argument("--output", type=Path, default=Path("check_gpu"), help="folder for what it writes")
     options = parser.parse_args(arguments)
     console = Console(highlight=False, soft_wrap=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m dmole_kernels check-gpu`: its whole path in the interpreter, and that it fails when a kernel is wrong."""
+"""`python -m benchmarks.check_gpu`: its whole path in the interpreter, and that it fails when a kernel is wrong."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[3]
 def test_the_command_runs_without_a_gpu_and_says_so(tmp_path: Path) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "", "PYTHONWARNINGS": "error"}
     done = subprocess.run(
-        [sys.executable, "-m", "dmole_kernels", "check-gpu", "--output", str(tmp_path / "found")],
+        [sys.executable, "-m", "benchmarks.check_gpu", "--output", str(tmp_path / "found")],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
