@@ -27,9 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dmole.models.drawn import drawn_conversation, drawn_image
 from dmole.models.identity import weight_bytes
+from dmole.models.prompts import Encoded
 from dmole.models.towers import LANGUAGE, VISION, Calls
-from dmole.models.vision_language import EncodedBatch, VisionLanguageModel
+from dmole.models.vision_language import VisionLanguageModel
 from dmole_kernels import ExpertHandle, GradNormRecorder, convert
 
 EXPERTS = ("contract_a", "contract_b")
@@ -60,10 +62,29 @@ class Probes:
     alone: each sample of the latter by itself; () where batches were made by hand and cannot be taken apart.
     """
 
-    one_two_one: EncodedBatch
-    two_none_one: EncodedBatch
-    prompts: EncodedBatch
-    alone: tuple[EncodedBatch, ...] = ()
+    one_two_one: Encoded
+    two_none_one: Encoded
+    prompts: Encoded
+    alone: tuple[Encoded, ...] = ()
+
+
+def drawn_probes(vlm: VisionLanguageModel) -> Probes:
+    """The batches of a model with a processor: drawn images of unequal shapes, questions of unequal length."""
+    shapes = ((64, 64), (128, 64), (64, 160), (96, 96))
+    images = [drawn_image(*shape, seed=number) for number, shape in enumerate(shapes)]
+    questions = ["What is this?", "Which of these is the larger one, and why?", "Name the colours."]
+
+    def conversations(owners: Sequence[int]) -> list[list[dict[str, Any]]]:
+        own = [[image for image, owner in zip(images, owners, strict=False) if owner == s] for s in range(SAMPLES)]
+        return [drawn_conversation(mine, question) for mine, question in zip(own, questions, strict=True)]
+
+    owned = conversations([0, 0, 2])
+    return Probes(
+        one_two_one=vlm.encode(conversations([0, 1, 1, 2]), with_answers=True),
+        two_none_one=vlm.encode(owned, with_answers=True),
+        prompts=vlm.encode(owned, with_answers=False),
+        alone=tuple(vlm.encode([conversation], with_answers=True) for conversation in owned),
+    )
 
 
 def check(vlm: VisionLanguageModel, probes: Probes, *, save: bool | None = None) -> list[Finding]:
@@ -112,7 +133,7 @@ def _finding(point: int, name: str, tower: str, ok: bool, figure: str, remedy: s
 # 1, 2
 
 
-def _saved(vlm: VisionLanguageModel, batch: EncodedBatch, save: bool | None) -> Iterator[Finding]:
+def _saved(vlm: VisionLanguageModel, batch: Encoded, save: bool | None) -> Iterator[Finding]:
     size = weight_bytes(vlm.model)
     if save is False or (save is None and size > SAVED_BYTES):
         yield _finding(1, "save and load", "", True, f"not tried: {size / 2**30:.1f} GiB of weights")
@@ -131,7 +152,7 @@ def _saved(vlm: VisionLanguageModel, batch: EncodedBatch, save: bool | None) -> 
     )  # fmt: skip
 
 
-def _structure(vlm: VisionLanguageModel, batch: EncodedBatch) -> Iterator[Finding]:
+def _structure(vlm: VisionLanguageModel, batch: Encoded) -> Iterator[Finding]:
     names = [name for tower in vlm.candidates.values() for name in tower]
     twice = len(names) - len(set(names))
     other = [name for name in names if type(vlm.model.get_submodule(name)) is not nn.Linear]
@@ -152,11 +173,11 @@ def _structure(vlm: VisionLanguageModel, batch: EncodedBatch) -> Iterator[Findin
 # 3, 9
 
 
-def _same_logits(vlm: VisionLanguageModel, before: Tensor, batch: EncodedBatch) -> Iterator[Finding]:
+def _same_logits(vlm: VisionLanguageModel, before: Tensor, batch: Encoded) -> Iterator[Finding]:
     yield _unchanged(3, "attached, no gates", before, _logits(vlm, batch))
 
 
-def _same_text(vlm: VisionLanguageModel, before: Tensor, prompts: EncodedBatch) -> Iterator[Finding]:
+def _same_text(vlm: VisionLanguageModel, before: Tensor, prompts: Encoded) -> Iterator[Finding]:
     yield _unchanged(9, "generate, no gates", before, _generated(vlm, prompts, beams=1))
 
 
@@ -173,7 +194,7 @@ def _unchanged(point: int, name: str, before: Tensor, after: Tensor) -> Finding:
 
 @contextmanager
 def _gated(
-    vlm: VisionLanguageModel, handles: Mapping[str, ExpertHandle], towers: Sequence[str], batch: EncodedBatch,
+    vlm: VisionLanguageModel, handles: Mapping[str, ExpertHandle], towers: Sequence[str], batch: Encoded,
     gate: Sequence[Sequence[float]],
 ) -> Iterator[None]:  # fmt: skip
     units = vlm.units(batch)
@@ -206,7 +227,7 @@ def _uniform(sample: int) -> list[tuple[float, float]]:
 
 
 def _swap(
-    vlm: VisionLanguageModel, handles: Mapping[str, ExpertHandle], tower: str, batch: EncodedBatch, name: str
+    vlm: VisionLanguageModel, handles: Mapping[str, ExpertHandle], tower: str, batch: Encoded, name: str
 ) -> Iterator[Finding]:
     off = _logits(vlm, batch)
     with _gated(vlm, handles, [tower], batch, MIXED):
@@ -231,7 +252,7 @@ def _swap(
 
 
 def _gradients(
-    vlm: VisionLanguageModel, handles: Mapping[str, ExpertHandle], tower: str, batch: EncodedBatch
+    vlm: VisionLanguageModel, handles: Mapping[str, ExpertHandle], tower: str, batch: Encoded
 ) -> Iterator[Finding]:
     parameters = handles[tower].parameters()
 
@@ -256,7 +277,7 @@ def _gradients(
 
 
 def _generation(
-    vlm: VisionLanguageModel, handles: Mapping[str, ExpertHandle], prompts: EncodedBatch, beams: int, name: str
+    vlm: VisionLanguageModel, handles: Mapping[str, ExpertHandle], prompts: Encoded, beams: int, name: str
 ) -> Iterator[Finding]:
     towers = list(handles)
     with _gated(vlm, handles, towers, prompts, MIXED):
@@ -274,7 +295,7 @@ def _generation(
 # 6, 7, 10
 
 
-def _norms(vlm: VisionLanguageModel, batch: EncodedBatch) -> Iterator[Finding]:
+def _norms(vlm: VisionLanguageModel, batch: Encoded) -> Iterator[Finding]:
     """On the first, middle and last candidate of each tower: autograd keeps a gradient of a whole weight for each."""
     for tower, names in vlm.candidates.items():
         chosen = {n: vlm.model.get_submodule(n) for n in dict.fromkeys((names[0], names[len(names) // 2], names[-1]))}
@@ -304,7 +325,7 @@ def _norms(vlm: VisionLanguageModel, batch: EncodedBatch) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def _loss(vlm: VisionLanguageModel, batch: EncodedBatch) -> Iterator[Finding]:
+def _loss(vlm: VisionLanguageModel, batch: Encoded) -> Iterator[Finding]:
     assert batch.labels is not None
     inputs = vlm.on_device(batch.inputs)
     with torch.no_grad():
@@ -328,13 +349,13 @@ def _tolerance(vlm: VisionLanguageModel) -> float:
     return 1e-2 if vlm.model.dtype in (torch.float32, torch.float64) else 0.1
 
 
-def _logits(vlm: VisionLanguageModel, batch: EncodedBatch, *, grad: bool = False) -> Tensor:
+def _logits(vlm: VisionLanguageModel, batch: Encoded, *, grad: bool = False) -> Tensor:
     with torch.set_grad_enabled(grad):
         found: Tensor = vlm.model(**vlm.on_device(batch.inputs)).logits
     return found
 
 
-def _own(logits: Tensor, batch: EncodedBatch, sample: int) -> Tensor:
+def _own(logits: Tensor, batch: Encoded, sample: int) -> Tensor:
     """The logits of the sample's real tokens. Some models put image features before the text: the mask ends there."""
     mask = batch.inputs.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.dim() != 2 or logits.shape[1] < mask.shape[1]:
@@ -343,11 +364,11 @@ def _own(logits: Tensor, batch: EncodedBatch, sample: int) -> Tensor:
     return logits[sample, -len(real) :][real]
 
 
-def _distance(one: Tensor, other: Tensor, batch: EncodedBatch, sample: int) -> float:
+def _distance(one: Tensor, other: Tensor, batch: Encoded, sample: int) -> float:
     return float((_own(one, batch, sample) - _own(other, batch, sample)).abs().max())
 
 
-def _generated(vlm: VisionLanguageModel, prompts: EncodedBatch, *, beams: int) -> Tensor:
+def _generated(vlm: VisionLanguageModel, prompts: Encoded, *, beams: int) -> Tensor:
     with torch.no_grad():
         found: Tensor = vlm.model.generate(
             **vlm.on_device(prompts.inputs), max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False,

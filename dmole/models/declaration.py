@@ -39,6 +39,7 @@ class Declaration:
         text_features: qualified name of the module whose last hidden state is the router's text feature.
         logits_to_keep: whether the loss asks the head for the last positions only; None: where forward names it.
         labels: how the answer's tokens are found, see `dmole.models.prompts`.
+        plain_markers: texts of the chat template that look like special tokens and that the model reads as plain text.
     """
 
     vision: str | None = None
@@ -49,6 +50,7 @@ class Declaration:
     text_features: str | None = None
     logits_to_keep: bool | None = None
     labels: Labels = "prefix"
+    plain_markers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("vision", "language", "text_features"):
@@ -72,6 +74,11 @@ class Declaration:
         require(
             self.labels in get_args(Labels), "declaration.labels", self.labels, f"one of {', '.join(get_args(Labels))}"
         )
+        markers: object = self.plain_markers
+        require(
+            isinstance(markers, tuple) and all(isinstance(text, str) for text in markers),
+            "declaration.plain_markers", self.plain_markers, "texts such as ['<user>']",
+        )  # fmt: skip
         token = self.image_token_id
         require(
             token is None or (isinstance(token, int) and not isinstance(token, bool) and token >= 0),
@@ -101,8 +108,9 @@ def read_declaration(plain: Mapping[str, Any]) -> Declaration:
             near = difflib.get_close_matches(str(key), known, 1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"declaration: got the key {key!r}; expected some of {', '.join(known)}.{hint}")
-    if isinstance(values.get("candidates"), list):
-        values["candidates"] = tuple(values["candidates"])
+    for key in ("candidates", "plain_markers"):
+        if isinstance(values.get(key), list):
+            values[key] = tuple(values[key])
     return Declaration(**values)
 
 

@@ -4,34 +4,25 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import inspect
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from dmole.models import identity
+from dmole.models import identity, prompts
+from dmole.models.chat_template import Conversation
 from dmole.models.declaration import Declaration, declared
+from dmole.models.drawn import drawn_conversation, drawn_image
+from dmole.models.prompts import IGNORE, Encoded
 from dmole.models.towers import LANGUAGE, VISION, Calls, find_candidates, find_towers, refuse_uncalled
-from dmole.models.units import measured_rows, vision_units
+from dmole.models.units import image_tokens, measured_rows, rule_of, vision_units
 
-IGNORE = -100  # the label of a token that is no answer's
-Conversation = Sequence[Mapping[str, Any]]  # transformers' messages: [{"role": ..., "content": ...}, ...]
-
-
-class EncodedBatch(Protocol):
-    """What `dmole.models.prompts.encode` returns."""
-
-    @property
-    def inputs(self) -> Mapping[str, Any]: ...
-    @property
-    def labels(self) -> Tensor | None: ...
-    @property
-    def images(self) -> tuple[int, ...]: ...
+# Square, wide, tall; small ones and ones that processors cut into tiles.
+SHAPES = ((48, 48), (96, 32), (32, 96), (448, 448), (896, 448), (224, 672))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,15 +62,14 @@ class VisionLanguageModel:
                 return found
         return None
 
-    def encode(self, conversations: Sequence[Conversation], *, with_answers: bool) -> Any:
-        """Conversations as a batch, see `dmole.models.prompts.encode`; on the model's device."""
+    def encode(self, conversations: Sequence[Conversation], *, with_answers: bool) -> Encoded:
+        """Conversations as a batch on the CPU, see `dmole.models.prompts.encode`."""
         if self.processor is None:
             raise ValueError(
                 "processor: got None; expected the processor of the model. Load the model with dmole.models.load, or "
                 "pass wrap(model, processor)."
             )
-        encode = importlib.import_module("dmole.models.prompts").encode
-        return encode(self.processor, conversations, with_answers=with_answers, declaration=self.declaration)
+        return prompts.encode(self.processor, conversations, with_answers=with_answers, declaration=self.declaration)
 
     def on_device(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The inputs on the device of the model's embeddings; floating ones in the model's dtype."""
@@ -93,7 +83,7 @@ class VisionLanguageModel:
 
         return {name: moved(value) for name, value in inputs.items()}
 
-    def units(self, encoded: EncodedBatch) -> dict[str, list[int]]:
+    def units(self, encoded: Encoded) -> dict[str, list[int]]:
         """By tower, how much of its input belongs to each sample of the batch: `units` of `ExpertGates.use`.
 
         With rows "auto", the vision tower's rows are measured by a forward that is left at its first candidate
@@ -106,7 +96,7 @@ class VisionLanguageModel:
             found[LANGUAGE] = [1] * len(encoded.images)
         return found
 
-    def _vision_units(self, encoded: EncodedBatch) -> list[int]:
+    def _vision_units(self, encoded: Encoded) -> list[int]:
         rows, length = self.declaration.rows, None
         if rows == "auto" and any(encoded.images):
             length = self.vision_rows(encoded)
@@ -115,11 +105,11 @@ class VisionLanguageModel:
             config=self.model.config, length=length,
         )  # fmt: skip
 
-    def vision_rows(self, encoded: EncodedBatch) -> int:
+    def vision_rows(self, encoded: Encoded) -> int:
         """L of the vision tower's first candidate in this batch."""
         return measured_rows(self.model, self.candidates[VISION], self.on_device(encoded.inputs))
 
-    def loss(self, encoded: EncodedBatch) -> Tensor:
+    def loss(self, encoded: Encoded) -> Tensor:
         """The model's own loss for the labels, mean over the answers' tokens. Everything that the processor returned
         goes to forward: without `token_type_ids` Gemma 3 and PaliGemma compute another loss.
 
@@ -166,8 +156,10 @@ class VisionLanguageModel:
 
     @property
     def end_token_ids(self) -> frozenset[int]:
-        """What ends an answer: the tokenizer's end token and those of the generation config."""
+        """What ends an answer: the template's end of turn, the tokenizer's end and those of the generation config."""
         found = [getattr(self.tokenizer, "eos_token_id", None)]
+        if self.processor is not None:
+            found.append(prompts.template_of(self.processor, self.declaration).end_id)
         configured = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
         found += configured if isinstance(configured, list) else [configured]
         return frozenset(int(token) for token in found if token is not None)
@@ -198,7 +190,29 @@ class VisionLanguageModel:
         """Which base this is, see `dmole.models.identity.base_identity`."""
         return identity.base_identity(self.model, self.source, full=full)
 
-    def refuse_uncalled_candidates(self, encoded: EncodedBatch) -> None:
+    def ready(self) -> VisionLanguageModel:
+        """Call it before training: the same model with "auto" rows resolved, after what is assumed has been checked.
+
+        Images of several shapes are drawn; the rows of the vision tower are measured for each (`units.rule_of`), and
+        one forward has to call every candidate. Raises ValueError that names the field to set.
+        """
+        declaration = self.declaration
+        if VISION in self.candidates and declaration.rows == "auto":
+            declaration = replace(declaration, rows=rule_of([self._measured(*shape) for shape in SHAPES]))
+        # Two images, for the units that a text-only tower needs none of.
+        self.refuse_uncalled_candidates(
+            self.encode([drawn_conversation([drawn_image(*SHAPES[0])] * 2)], with_answers=True)
+        )
+        return replace(self, declaration=declaration)
+
+    def _measured(self, width: int, height: int) -> tuple[int, int | None]:
+        """Rows of the vision tower and image tokens of a sample with two equal images."""
+        # Two: of one image [1, T, d] the second dimension would be counted.
+        encoded = self.encode([drawn_conversation([drawn_image(width, height)] * 2)], with_answers=True)
+        tokens = image_tokens(encoded.inputs, self.image_token_id)
+        return self.vision_rows(encoded), None if tokens is None else tokens[0]
+
+    def refuse_uncalled_candidates(self, encoded: Encoded) -> None:
         """Runs one forward, without gradients, of a batch with images and text. Raises ValueError, with the field to
         set, for a candidate that it does not call: an expert there would never act."""
         names = [name for tower in self.candidates.values() for name in tower]

@@ -4,29 +4,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import pytest
-from torch import Tensor
 
 from dmole.models.contract import Probes, check
+from dmole.models.prompts import Encoded
 from dmole.models.vision_language import VisionLanguageModel, wrap
 from tests.kernels.families.tiny import FAMILIES, Family
 
 SAMPLES = 3
 # Every point that needs no processor.
 POINTS = {1, 2, 3, 4, 5, 6, 7, 9}
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A batch as `dmole.models.prompts.encode` returns it, made by hand."""
-
-    inputs: dict[str, Any]
-    labels: Tensor | None
-    images: tuple[int, ...]
-    units: list[int]  # the vision tower's, written down in tiny.py
 
 
 def encoded(family: Family, owners: Sequence[int]) -> Encoded:
@@ -36,7 +24,9 @@ def encoded(family: Family, owners: Sequence[int]) -> Encoded:
     for row, length in zip(labels, mask.sum(1).tolist(), strict=True):
         row[: length - 3] = -100
         row[length:] = -100
-    return Encoded(batch.arguments, labels, tuple(owners.count(s) for s in range(SAMPLES)), batch.units)
+    images = tuple(owners.count(s) for s in range(SAMPLES))
+    lengths = tuple(length - 3 for length in mask.sum(1).tolist())
+    return Encoded(inputs=batch.arguments, labels=labels, images=images, prompt_lengths=lengths)
 
 
 def probes(family: Family) -> Probes:
@@ -63,8 +53,8 @@ def test_every_point_holds(family: Family, vlm: VisionLanguageModel) -> None:
 
 @pytest.mark.parametrize("owners", [[0, 1, 1, 2], [0, 0, 2], [1]], ids=["one_two_one", "two_none_one", "none_one_none"])
 def test_units_are_the_sizes_written_by_hand(family: Family, vlm: VisionLanguageModel, owners: list[int]) -> None:
-    batch = encoded(family, owners)
-    units = vlm.units(batch)
+    units = vlm.units(encoded(family, owners))
+    truth = family.batch(owners, SAMPLES).units
     # In proportion: 3 tiles an image are one image.
-    assert [a * sum(batch.units) for a in units["vision"]] == [b * sum(units["vision"]) for b in batch.units]
+    assert [a * sum(truth) for a in units["vision"]] == [b * sum(units["vision"]) for b in truth]
     assert units["language"] == [1, 1, 1]
