@@ -198,10 +198,9 @@ def _gated(
     gate: Sequence[Sequence[float]],
 ) -> Iterator[None]:  # fmt: skip
     units = vlm.units(batch)
-    device = vlm.model.get_input_embeddings().weight.device
     with ExitStack() as stack:
         for tower in towers:
-            stack.enter_context(handles[tower].use(torch.tensor(gate, device=device), EXPERTS, units=units[tower]))
+            stack.enter_context(handles[tower].use(torch.tensor(gate, device=vlm.device), EXPERTS, units=units[tower]))
         yield
 
 

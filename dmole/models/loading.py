@@ -44,6 +44,8 @@ def load(
     from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, AutoModelForImageTextToText
 
     source = str(name_or_folder)
+    if not Path(source).is_dir() and (source.startswith(("/", ".", "~")) or source.count("/") > 1):
+        raise ValueError(f"model: the folder {source!r} does not exist; expected one, or a hub id. Check the path.")
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise ValueError(
             f"model: {source!r} has no config.json; expected a folder that save_pretrained wrote. Check the path."

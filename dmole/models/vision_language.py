@@ -62,6 +62,14 @@ class VisionLanguageModel:
                 return found
         return None
 
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go: the device of the embeddings, or the one that they are loaded to for their forward."""
+        embeddings = self.model.get_input_embeddings()
+        hook = getattr(embeddings, "_hf_hook", None)
+        elsewhere = getattr(hook, "execution_device", None) if embeddings.weight.is_meta else None
+        return embeddings.weight.device if elsewhere is None else torch.device(elsewhere)
+
     def encode(self, conversations: Sequence[Conversation], *, with_answers: bool) -> Encoded:
         """Conversations as a batch on the CPU, see `dmole.models.prompts.encode`."""
         if self.processor is None:
@@ -73,13 +81,12 @@ class VisionLanguageModel:
 
     def on_device(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The inputs on the device of the model's embeddings; floating ones in the model's dtype."""
-        weight = self.model.get_input_embeddings().weight
-        dtype = self.model.dtype
+        device, dtype = self.device, self.model.dtype
 
         def moved(value: Any) -> Any:
             if not isinstance(value, Tensor):
                 return value
-            return value.to(weight.device, dtype) if value.is_floating_point() else value.to(weight.device)
+            return value.to(device, dtype) if value.is_floating_point() else value.to(device)
 
         return {name: moved(value) for name, value in inputs.items()}
 
