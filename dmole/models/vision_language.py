@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from dmole.models import identity, prompts
+from dmole.models import features, identity, prompts
 from dmole.models.chat_template import Conversation
 from dmole.models.declaration import Declaration, declared
 from dmole.models.drawn import drawn_conversation, drawn_image
@@ -114,7 +114,9 @@ class VisionLanguageModel:
 
     def vision_rows(self, encoded: Encoded) -> int:
         """L of the vision tower's first candidate in this batch."""
-        return measured_rows(self.model, self.candidates[VISION], self.on_device(encoded.inputs))
+        # A tower of convolutions has no candidates, and its features have rows as well.
+        layers = self.candidates.get(VISION, (self.towers[VISION],))
+        return measured_rows(self.model, layers, self.on_device(encoded.inputs))
 
     def loss(self, encoded: Encoded) -> Tensor:
         """The model's own loss for the labels, mean over the answers' tokens. Everything that the processor returned
@@ -149,6 +151,22 @@ class VisionLanguageModel:
             return self.declaration.logits_to_keep
         config = self.model.config
         return not getattr(config, "is_encoder_decoder", False) and takes(self.model, "logits_to_keep")
+
+    def vision_features(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
+        """The router's vision features [B, D] and which samples have any, see `dmole.models.features`."""
+        if VISION not in self.towers:
+            raise ValueError(
+                f"vision: got towers {self.towers}; expected a vision tower, which the router reads. Set "
+                f"declaration.vision."
+            )
+        units = self._vision_units(encoded)
+        return features.vision_features(self.model, self.towers[VISION], self.on_device(encoded.inputs), units)
+
+    def text_features(self, texts: Sequence[str]) -> Tensor:
+        """The router's text features [B, D] of instructions alone, see `dmole.models.features`."""
+        ids, mask = prompts.instruction_ids(self.processor, texts)
+        module = self.towers[LANGUAGE] if self.declaration.text_features is None else self.declaration.text_features
+        return features.text_features(self.model, module, ids.to(self.device), mask.to(self.device))
 
     def decode(self, ids: Sequence[int] | Tensor) -> str:
         """Generated tokens as text, cut at the first end token."""
