@@ -76,6 +76,12 @@ def load(
 def _processor(source: str) -> Any:
     from transformers import AutoProcessor
 
+    names = ("processor_config.json", "preprocessor_config.json")
+    if Path(source).is_dir() and not any((Path(source) / name).is_file() for name in names):
+        raise ValueError(
+            f"processor: {source!r} has neither {' nor '.join(names)}; expected the model's processor. Save it beside "
+            f"the model with processor.save_pretrained."
+        )
     auto: Any = AutoProcessor
     processor = auto.from_pretrained(source)
     lacking = [part for part in ("image_processor", "tokenizer") if getattr(processor, part, None) is None]

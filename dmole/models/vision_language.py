@@ -149,8 +149,7 @@ class VisionLanguageModel:
         and a forward that takes the keyword by **kwargs may drop it."""
         if self.declaration.logits_to_keep is not None:
             return self.declaration.logits_to_keep
-        config = self.model.config
-        return not getattr(config, "is_encoder_decoder", False) and takes(self.model, "logits_to_keep")
+        return not self.model.config.is_encoder_decoder and takes(self.model, "logits_to_keep")
 
     def vision_features(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
         """The router's vision features [B, D] and which samples have any, see `dmole.models.features`."""
@@ -253,6 +252,11 @@ def wrap(
     """Towers and candidates of a model that is there; freezes it. Raises ValueError, see `dmole.models.towers`."""
     config: Any = getattr(model, "config", None)
     resolved = declared(getattr(config, "model_type", ""), declaration or Declaration())
+    if resolved.logits_to_keep and getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            "declaration.logits_to_keep: got true for an encoder-decoder, whose labels are a sequence of their own; "
+            "expected false, or the loss would be that of other tokens. Leave it out."
+        )
     towers = find_towers(model, resolved)
     candidates = find_candidates(model, towers, resolved)
     model.requires_grad_(False).eval()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The contract on folders that save_pretrained wrote, through their own processors, with images that it draws itself."""
+"""The contract on folders that save_pretrained wrote, through their own processors, with images that are drawn."""
 
 from __future__ import annotations
 
