@@ -101,8 +101,10 @@ def test_a_folder_without_a_processor_is_refused(folder_of: FolderOf, tmp_path: 
 
 def test_a_part_that_auto_processor_takes_for_a_processor_is_refused(folder_of: FolderOf, tmp_path: Path) -> None:
     """A vision-encoder-decoder has no processor class: what comes back is one of its parts."""
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(folder_of("llava") / name, tmp_path)
+    shutil.copy(folder_of("llava") / "tokenizer.json", tmp_path)
+    settings = json.loads((folder_of("llava") / "tokenizer_config.json").read_text())
+    settings.pop("processor_class")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     parts = {"encoder": {"model_type": "vit"}, "decoder": {"model_type": "gpt2"}}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vision-encoder-decoder", **parts}))
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "CLIPImageProcessorPil"}))
