@@ -74,8 +74,9 @@ def saved(vlm: VisionLanguageModel, batch: Encoded, save: bool | None) -> Iterat
         )
         again.eval().to(vlm.model.device)
         loss = float(dataclasses.replace(vlm, model=again).loss(batch))
+    # Not to the bit: a product's last bits may depend on where its operands are in memory.
     yield finding(
-        1, "save and load", "", loss == own, f"loss {own:.6g}, loaded {loss:.6g}",
+        1, "save and load", "", abs(loss - own) <= 1e-5 * max(abs(own), 1.0), f"loss {own:.6g}, loaded {loss:.6g}",
         "save_pretrained or from_pretrained of this family loses weights: train from the original folder only.",
     )  # fmt: skip
 
@@ -207,6 +208,12 @@ def text_swap(
     vlm: VisionLanguageModel, handles: Mapping[str, ExpertHandle], prompts: Encoded, beams: int, name: str
 ) -> Iterator[Finding]:
     towers = list(handles)
+    try:
+        generated(vlm, prompts, beams=beams)
+    except ValueError as error:
+        # Llama 4 does not repeat its images for beams: no fault of the experts.
+        yield finding(5, name, "", True, f"not tried, the base model refuses it: {error}"[:200])
+        return
     with gated(vlm, handles, towers, prompts, MIXED):
         mixed = generated(vlm, prompts, beams=beams)
     differ = []
@@ -290,8 +297,12 @@ def tolerance(vlm: VisionLanguageModel) -> float:
 
 
 def logits(vlm: VisionLanguageModel, batch: Encoded, *, grad: bool = False) -> Tensor:
+    inputs = vlm.on_device(batch.inputs)
+    if vlm.model.config.is_encoder_decoder and batch.labels is not None:
+        # The decoder's inputs are made of them.
+        inputs["labels"] = batch.labels.to(vlm.device)
     with torch.set_grad_enabled(grad):
-        found: Tensor = vlm.model(**vlm.on_device(batch.inputs)).logits
+        found: Tensor = vlm.model(**inputs).logits
     return found
 
 

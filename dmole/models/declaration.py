@@ -123,7 +123,10 @@ KNOWN: dict[str, Declaration] = {
     "granite4_vision": Declaration(rows="tiles"),
     # The tower gets as many images for every sample, black ones where a sample has fewer.
     "mllama": Declaration(rows="padded"),
-    "idefics": Declaration(rows="padded"),
+    # Cross-attention to the image is a stack of its own, beside that of the decoder's layers.
+    "idefics": Declaration(rows="padded", candidates=r".*layers\.\d+\..*"),
+    # Encoder and decoder are two stacks of unlike layers.
+    "florence2": Declaration(candidates=r".*(layers|blocks)\.\d+\..*"),
 }
 
 

@@ -77,6 +77,11 @@ class VisionLanguageModel:
                 "processor: got None; expected the processor of the model. Load the model with dmole.models.load, or "
                 "pass wrap(model, processor)."
             )
+        if with_answers and self.model.config.is_encoder_decoder:
+            raise ValueError(
+                f"model: got {type(self.model).__name__}, an encoder-decoder, for which a conversation with its answer "
+                f"would put the answer into the encoder's input; expected a decoder-only model. Choose another one."
+            )
         return prompts.encode(self.processor, conversations, with_answers=with_answers, declaration=self.declaration)
 
     def on_device(self, inputs: Mapping[str, Any]) -> dict[str, Any]:

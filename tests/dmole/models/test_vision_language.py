@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import Tensor, nn
 
 from dmole.models.declaration import KNOWN, Declaration, declared, read_declaration
@@ -17,7 +16,8 @@ from dmole.models.drawn import drawn_conversation, drawn_image
 from dmole.models.loading import load
 from dmole.models.prompts import Encoded
 from dmole.models.vision_language import VisionLanguageModel, takes, wrap
-from tests.kernels.families.tiny import FAMILIES, TEXT_SIZES, VIT_SIZES, made
+from tests.dmole.models.families.wide import WIDE
+from tests.kernels.families.tiny import FAMILIES, TEXT_SIZES, VIT_SIZES
 
 FolderOf = Callable[[str], Path]
 
@@ -73,54 +73,33 @@ def test_a_batch_without_labels_has_no_loss() -> None:
         vlm.loss(batch)
 
 
-def florence2() -> nn.Module:
-    config = transformers.Florence2Config(
-        vision_config=dict(
-            depths=[1, 1, 1, 1], patch_size=[7, 3, 3, 3], patch_stride=[4, 2, 2, 2], patch_padding=[3, 1, 1, 1],
-            patch_prenorm=[False, True, True, True], embed_dim=[16, 16, 32, 32], num_heads=[4, 4, 4, 4],
-            num_groups=[4, 4, 4, 4], window_size=4, projection_dim=32, max_position_embeddings=8,
-            max_temporal_embeddings=4,
-        ),
-        text_config=dict(
-            model_type="bart", d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
-            decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, vocab_size=64,
-            max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2,
-        ),
-        image_token_id=5,
-    )  # fmt: skip
-    return made(config, "Florence2ForConditionalGeneration")
-
-
 def test_an_encoder_decoder_is_not_asked_for_the_last_logits() -> None:
     """Its labels are the decoder's own sequence: sliced ones with sliced logits would be another loss."""
-    vlm = wrap(florence2())
+    vlm = wrap(WIDE["florence2"].build())
     assert not vlm.keeps_logits
     assert wrap(FAMILIES["llava"].build()).keeps_logits
 
 
 def test_an_encoder_decoder_cannot_be_made_to_keep_logits() -> None:
     with pytest.raises(ValueError, match=r"declaration.logits_to_keep: got true for an encoder-decoder"):
-        wrap(florence2(), declaration=Declaration(logits_to_keep=True))
-
-
-def video_llama_3() -> nn.Module:
-    config = transformers.VideoLlama3Config(
-        vision_config=dict(
-            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, patch_size=4
-        ),
-        text_config=dict(model_type="qwen2", **TEXT_SIZES), image_token_id=5, video_token_id=6,
-    )  # fmt: skip
-    return made(config, "VideoLlama3ForConditionalGeneration")
+        wrap(WIDE["florence2"].build(), declaration=Declaration(logits_to_keep=True))
 
 
 def test_a_forward_that_swallows_logits_to_keep_is_not_asked_for_it() -> None:
-    vlm = wrap(video_llama_3())
+    vlm = wrap(WIDE["video_llama_3"].build())
     assert not takes(vlm.model, "logits_to_keep") and not vlm.keeps_logits
     batch = encoded("llava", [])
     text = {name: value for name, value in batch.inputs.items() if name != "pixel_values"}
     assert batch.labels is not None
     found = vlm.loss(dataclasses.replace(batch, inputs=text))
     torch.testing.assert_close(found, cross_entropy(vlm.model(**text).logits, batch.labels))
+
+
+def test_an_encoder_decoder_is_refused_for_training(folder_of: FolderOf) -> None:
+    """The encoder would read the answer that the decoder learns to write."""
+    vlm = wrap(WIDE["florence2"].build(), load(folder_of("llava")).processor)
+    with pytest.raises(ValueError, match=r"model: got Florence2ForConditionalGeneration, an encoder-decoder"):
+        vlm.encode([drawn_conversation([])], with_answers=True)
 
 
 # -- units ---------------------------------------------------------------------------------------------------------

@@ -3,35 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 
-from dmole.models.contract import Probes, check
-from dmole.models.prompts import Encoded
+from dmole.models.contract import check
 from dmole.models.vision_language import VisionLanguageModel, wrap
+from tests.dmole.models.families.batches import POINTS, SAMPLES, encoded, probes
+from tests.dmole.models.families.wide import WIDE
 from tests.kernels.families.tiny import FAMILIES, Family
-
-SAMPLES = 3
-# Every point that needs no processor.
-POINTS = {1, 2, 3, 4, 5, 6, 7, 9}
-
-
-def encoded(family: Family, owners: Sequence[int]) -> Encoded:
-    batch = family.batch(owners, SAMPLES)
-    ids, mask = batch.arguments["input_ids"], batch.arguments["attention_mask"]
-    labels = ids.clone()
-    for row, length in zip(labels, mask.sum(1).tolist(), strict=True):
-        row[: length - 3] = -100
-        row[length:] = -100
-    images = tuple(owners.count(s) for s in range(SAMPLES))
-    lengths = tuple(length - 3 for length in mask.sum(1).tolist())
-    return Encoded(inputs=batch.arguments, labels=labels, images=images, prompt_lengths=lengths)
-
-
-def probes(family: Family) -> Probes:
-    owned = encoded(family, [0, 0, 2])
-    return Probes(one_two_one=encoded(family, [0, 1, 1, 2]), two_none_one=owned, prompts=owned)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -58,3 +36,17 @@ def test_units_are_the_sizes_written_by_hand(family: Family, vlm: VisionLanguage
     # In proportion: 3 tiles an image are one image.
     assert [a * sum(truth) for a in units["vision"]] == [b * sum(units["vision"]) for b in truth]
     assert units["language"] == [1, 1, 1]
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("name", WIDE)
+def test_every_point_holds_in_more_families(name: str) -> None:
+    family = WIDE[name]
+    vlm = wrap(family.build())
+    findings = check(vlm, probes(family))
+    assert [finding for finding in findings if not finding.ok] == []
+    assert {finding.point for finding in findings} == POINTS
+    if "vision" in vlm.candidates:
+        units, truth = vlm.units(encoded(family, [0, 0, 2]))["vision"], family.batch([0, 0, 2], SAMPLES).units
+        assert [a * sum(truth) for a in units] == [b * sum(units) for b in truth]
