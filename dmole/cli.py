@@ -6,6 +6,7 @@
     dmole report results/mini                 the tables again
     dmole readme README.md --check            tables inside Markdown files against committed results
     dmole tasks check my_stream               find everything wrong with a data set
+    dmole inspect MODEL --check               towers, candidates and budget of a model; does the contract hold for it?
     dmole doctor                              what is installed, what is missing, what to type
 
 Imports happen inside the commands: torch takes seconds, and `dmole --help` should not.
@@ -322,6 +323,32 @@ def check_tasks(
         sizes = ", ".join(f"{len(getattr(task, split))} {split}" for split in ("train", "validation", "test"))
         print(f"{task.name}: {task.metric}, {sizes}")
     print(f"{stream.name}: {len(stream.tasks)} task{'s' * (len(stream.tasks) != 1)}, nothing wrong")
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="A folder or hub id of a vision-language model of transformers.")],
+    check: Annotated[
+        bool, typer.Option("--check", help="Run the contract test on these weights; exit 1 if it fails.")
+    ] = False,
+    declaration: Annotated[Path | None, typer.Option(help="YAML file of what the rules cannot find out.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Such as bfloat16; default: as in the checkpoint.")] = None,
+    device_map: Annotated[str | None, typer.Option(help="Such as auto or cuda:0; default: the CPU.")] = None,
+    quantization: Annotated[str | None, typer.Option(help="int8 (torchao, weights only).")] = None,
+    full: Annotated[bool, typer.Option("--full", help="Hash every byte of the weights.")] = False,
+) -> None:
+    """Show the towers, candidates, rows and budget of a model, and how many weights each method would train on it."""
+    from dmole import inspect_model
+    from dmole.models.contract import check as contract
+    from dmole.models.contract import drawn_probes
+    from dmole.models.loading import load
+
+    declared = inspect_model.declaration_from(declaration)
+    vlm = load(model, dtype=dtype, device_map=device_map, quantization=quantization, declaration=declared).ready()
+    console = Console()
+    inspect_model.show(console, inspect_model.inspect(vlm, full=full))
+    if check and not inspect_model.show_findings(console, contract(vlm, drawn_probes(vlm))):
+        raise typer.Exit(FAILED)
 
 
 @app.command()
