@@ -57,9 +57,7 @@ def expanded_spans(
     """
     text, spans = answer_spans(processor, template, row, labels)
     turns = _turns(row)
-    last_image = max(
-        (i for i, m in enumerate(row) if any(part["type"] == "image" for part in m["content"])), default=-1
-    )
+    seen = [i for i, message in enumerate(row) if any(part["type"] == "image" for part in message["content"])]
     found: Spans = []
     for turn, (start, end) in zip(turns, spans, strict=True):
         whole, placed = ids, text

@@ -88,13 +88,14 @@ def _check(
     expansions: dict[Sizes, int],
 ) -> None:
     training = max_new_tokens is None
-    check_row(processor, template_of(processor, declaration), normalised(messages, with_answers=training))
+    answered = bool(messages) and messages[-1]["role"] == "assistant"
+    check_row(processor, template_of(processor, declaration), normalised(messages, with_answers=training or answered))
     length = prompt_length(processor, messages, with_answers=training, declaration=declaration, expansions=expansions)
     if max_new_tokens is None:
         answer_length(processor, messages, declaration=declaration)
     else:
         length += max_new_tokens
-        if messages and messages[-1]["role"] == "assistant":
+        if answered:
             answer = answer_length(processor, messages, declaration=declaration)
             if answer > max_new_tokens:
                 raise ValueError(

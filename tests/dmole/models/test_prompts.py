@@ -3,24 +3,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from dmole.models.prompts import IGNORE, Encoded, encode, instruction_ids
 
+from .conversations import LATER, NONE, ONE, SMALL, TALK, TWO, Declared, assistant, user
 from .folders import END_OF_TURN, FAMILIES, write_folder
-
-
-@dataclass(frozen=True)
-class Declared:
-    labels: str = "prefix"
-    plain_markers: tuple[str, ...] = ()
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -43,26 +36,6 @@ def model(folder: Path) -> Any:
     return AutoModelForImageTextToText.from_pretrained(folder).eval()
 
 
-def picture(width: int, height: int, seed: int) -> Image.Image:
-    pixels = torch.randint(1, 256, (height, width, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-    return Image.fromarray(pixels.numpy())
-
-
-def user(text: str, *images: Image.Image) -> dict[str, Any]:
-    parts = [{"type": "image", "image": image} for image in images]
-    return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
-
-
-def assistant(text: str) -> dict[str, Any]:
-    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
-
-
-WIDE, TALL, SMALL = picture(40, 20, 0), picture(20, 40, 1), picture(16, 16, 2)
-ONE = [user("What is it?", WIDE), assistant("a red letter")]
-TWO = [user("Compare the two.", TALL, SMALL), assistant("yes")]
-NONE = [user("What is the capital of this country?"), assistant("A B C")]
-LATER = [user("What is it?", WIDE), assistant("red"), user("And this?", TALL), assistant("blue yes")]
-TALK = [user("Yes or no?"), assistant("yes"), user("Why?"), assistant("blue")]
 BATCHES = {
     "one": [ONE],
     "two": [TWO],
