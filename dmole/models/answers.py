@@ -137,9 +137,12 @@ def _marked(processor: ProcessorMixin, template: ChatTemplate, row: Conversation
     runs = list(zip(edges[::2], edges[1::2], strict=True))
     spans: Spans = []
     for number, (start, limit) in enumerate(runs):
-        ended = not template.appended or number == len(runs) - 1
-        end = _end(template, ids, start, limit, f"generation block {number + 1}") if ended else limit
-        spans.append((start, end))
+        if not template.appended:
+            limit = _end(template, ids, start, limit, f"generation block {number + 1}")
+        elif number == len(runs) - 1:
+            # The end that we append is in no block; nor is what the template writes between the answer and it.
+            limit = _end(template, ids, start, len(ids), f"generation block {number + 1}")
+        spans.append((start, limit))
     texts = ["".join(p["text"] for p in row[turn]["content"] if p["type"] == "text") for turn in _turns(row)]
     marked = [cast(str, tokenizer.decode(ids[start:end])) for start, end in spans]
     if list(map(_letters, marked)) != [

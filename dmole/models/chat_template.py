@@ -134,10 +134,7 @@ def _checked(processor: ProcessorMixin, source: str, plain: tuple[str, ...], _vo
                 "tokenizer.eos_token: got none, and the chat template writes no token after an answer; expected one "
                 "of both, since nothing else tells the model to stop. Set tokenizer.eos_token and save the processor."
             )
-        end = f"{{{{ {tokenizer.eos_token!r} }}}}"
-        if generation:
-            end = f"{{% generation %}}{end}{{% endgeneration %}}"
-        used += f"{{% if not add_generation_prompt %}}{end}{{% endif %}}"
+        used += f"{{% if not add_generation_prompt %}}{{{{ {tokenizer.eos_token!r} }}}}{{% endif %}}"
     end_id = ends[0] if ends else cast(int, tokenizer.eos_token_id)
     written = {str(token) for token in tokenizer.added_tokens_decoder.values() if str(token) in source}
     placed = {value for name, value in vars(processor).items() if name.endswith("_token") and isinstance(value, str)}
