@@ -52,7 +52,7 @@ class ChatTemplate:
 
 
 def chat_template(processor: ProcessorMixin, *, plain_markers: Sequence[str] = ()) -> ChatTemplate:
-    """The processor's template, after every check that needs no data.
+    """The template of the processor, or of its tokenizer where it has none, after every check that needs no data.
 
     Args:
         plain_markers: markers such as "<|user|>" that the model was trained to read as plain text.
