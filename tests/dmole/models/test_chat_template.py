@@ -70,8 +70,8 @@ def test_a_marker_that_the_tokenizer_lacks_is_refused(words: bool, missing: str)
         trained(processor)
     assert str(raised.value) == (
         f"tokenizer: got no token {missing!r}, which the chat template writes; expected every marker of the template "
-        f"to be a token. Take tokenizer.json from the model's own folder, or add {missing!r} to declaration.plain_markers "
-        f"if the model was trained to read it as text."
+        f"to be a token. Take tokenizer.json from the model's own folder, or add {missing!r} to "
+        f"declaration.plain_markers if the model was trained to read it as text."
     )
     whole = llava_with(tokenizer(["<image>", "<|im_start|>", "<|im_end|>"], words=words, eos_token="</s>"), MARKED)
     assert (trained(whole) != IGNORE).any()

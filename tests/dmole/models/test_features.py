@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText, AutoProcessor, SiglipVisionConfig
+from transformers.modeling_outputs import BaseModelOutput
 
 from dmole.models.features import text_features, vision_features
 from dmole.models.prompts import Encoded, encode, instruction_ids
@@ -42,8 +43,9 @@ def loaded(family: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, 
         model: Any = AutoModelForImageTextToText.from_pretrained(folder)
         processor: Any = AutoProcessor.from_pretrained(folder)
     else:
-        torch.manual_seed(0)
-        model, processor = PADDED[family]()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model, processor = PADDED[family]()
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         if parameter.dim() > 1:
@@ -58,6 +60,9 @@ CONVERSATIONS = [
     [user("Yes or no?", picture(16, 16, 3))],
 ]
 
+TEXT_ONLY = 1
+TILES = [3, 0, 6, 3]  # LLaVA-NeXT's: the whole image and its two parts, for each image
+
 
 def units(family: str, processor: Any, encoded: Encoded) -> list[int]:
     """As the declarations have it: images, image tokens, or one a sample."""
@@ -67,26 +72,31 @@ def units(family: str, processor: Any, encoded: Encoded) -> list[int]:
     return [1] * len(encoded.images) if family == "mllama" and any(encoded.images) else list(encoded.images)
 
 
-def features(family: str, loaded: tuple[Any, Any], conversations: list[Any], tiles: list[int]) -> tuple[Tensor, Tensor]:
+def features(family: str, loaded: tuple[Any, Any], samples: list[int]) -> tuple[Tensor, Tensor]:
+    """Of some of CONVERSATIONS."""
     model, processor = loaded
-    encoded = encode(processor, conversations, with_answers=False, declaration=Declared())
-    given = tiles if family == "llava_next" else units(family, processor, encoded)
-    width = 64 if family == "mllama" else None
-    return vision_features(model, TOWERS[family], encoded.inputs, given, width=width)
+    some = [CONVERSATIONS[s] for s in samples]
+    encoded = encode(processor, some, with_answers=False, declaration=Declared())
+    given = [TILES[s] for s in samples] if family == "llava_next" else units(family, processor, encoded)
+    return vision_features(model, TOWERS[family], encoded.inputs, given, width=64 if family == "mllama" else None)
 
 
-TILES = [3, 0, 6, 3]  # LLaVA-NeXT's: the whole image and its two parts, for each image
+def mixed(family: str) -> list[int]:
+    """All samples; Mllama's batches cannot mix samples with and without images."""
+    return [0, 2, 3] if family == "mllama" else [0, 1, 2, 3]
 
 
 def test_vision_features_do_not_depend_on_batch_mates(family: str, loaded: tuple[Any, Any]) -> None:
-    together, seen = features(family, loaded, CONVERSATIONS, TILES)
-    assert seen.tolist() == [True, False, True, True]
-    assert not together[1].any() and together.isfinite().all() and together.dtype == torch.float32
-    for s, conversation in enumerate(CONVERSATIONS):
-        alone, has_image = features(family, loaded, [conversation], [TILES[s]])
-        assert has_image.tolist() == [seen[s]]
-        torch.testing.assert_close(together[s], alone[0], rtol=1e-4, atol=1e-5)
-    distances = torch.cdist(together, together) + 10 * torch.eye(4)
+    samples = mixed(family)
+    together, seen = features(family, loaded, samples)
+    assert seen.tolist() == [s != TEXT_ONLY for s in samples]
+    assert together.isfinite().all() and together.dtype == torch.float32
+    for row, s in enumerate(samples):
+        alone, has_image = features(family, loaded, [s])
+        assert has_image.tolist() == [s != TEXT_ONLY]
+        assert bool(together[row].any()) == (s != TEXT_ONLY)
+        torch.testing.assert_close(together[row], alone[0], rtol=1e-4, atol=1e-5)
+    distances = torch.cdist(together, together) + 10 * torch.eye(len(samples))
     assert distances.min() > 0.05
 
 
@@ -102,6 +112,113 @@ def test_text_features_do_not_depend_on_batch_mates(family: str, loaded: tuple[A
 
 
 def test_a_batch_without_images_has_zeros(family: str, loaded: tuple[Any, Any]) -> None:
-    found, seen = features(family, loaded, [CONVERSATIONS[1]] * 2, [0, 0])
-    width = features(family, loaded, CONVERSATIONS, TILES)[0].shape[1]
+    found, seen = features(family, loaded, [TEXT_ONLY, TEXT_ONLY])
+    width = features(family, loaded, [0])[0].shape[1]
     assert found.shape == (2, width) and not found.any() and seen.tolist() == [False, False]
+
+
+def test_features_are_the_plain_maxima_of_the_towers(family: str, loaded: tuple[Any, Any]) -> None:
+    """LLaVA's are what `vision_tower` and `language_model` return when they are called by hand, bit for bit."""
+    model, processor = loaded
+    if family != "llava":
+        pytest.skip("the other towers' calls are the models' own")
+    encoded = encode(processor, CONVERSATIONS[:1] + CONVERSATIONS[3:], with_answers=False, declaration=Declared())
+    found, _ = vision_features(model, TOWERS[family], encoded.inputs, encoded.images)
+    hidden = model.model.vision_tower(pixel_values=encoded.inputs["pixel_values"]).last_hidden_state
+    assert torch.equal(found, hidden.amax(1))
+    ids, mask = instruction_ids(processor, ["What is it?", "Describe the image in one sentence."])
+    hidden = model.model.language_model(input_ids=ids, attention_mask=mask).last_hidden_state
+    assert torch.equal(
+        text_features(model, "model.language_model", ids, mask),
+        hidden.masked_fill(mask[..., None] == 0, float("-inf")).amax(1),
+    )
+
+
+def test_nothing_is_made_on_the_default_device(family: str, loaded: tuple[Any, Any]) -> None:
+    model, processor = loaded
+    expected, _ = features(family, loaded, mixed(family))
+    ids, mask = instruction_ids(processor, ["What is it?", "A B"])
+    tower = LANGUAGE.get(family, "model.language_model")
+    texts = text_features(model, tower, ids, mask)
+    torch.set_default_device("meta")
+    try:
+        found, seen = features(family, loaded, mixed(family))
+        zeros, _ = features(family, loaded, [TEXT_ONLY])
+        again = text_features(model, tower, ids, mask)
+    finally:
+        torch.set_default_device(None)
+    assert {value.device.type for value in (found, seen, zeros, again)} == {"cpu"}
+    assert torch.equal(found, expected) and torch.equal(again, texts)
+
+
+class Tower(nn.Module):
+    """Returns what it is given, as a tower of any family might."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.config = SiglipVisionConfig(hidden_size=3)
+
+    def forward(self, pixel_values: Any) -> Any:
+        return pixel_values
+
+
+class Model(nn.Module):
+    """Calls its tower with the pieces of `pieces`, one call each, or not at all."""
+
+    def __init__(self, *pieces: Any) -> None:
+        super().__init__()
+        self.tower, self.pieces = Tower(), pieces
+
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> None:
+        for piece in self.pieces:
+            self.tower(piece)
+
+
+ROWS = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+OUTPUTS = {
+    "rows": [ROWS],
+    "one_row_of_rows": [ROWS[None]],
+    "images_of_tokens": [ROWS.view(3, 2, 3)],
+    "tuple": [(ROWS, None)],
+    "output": [BaseModelOutput(last_hidden_state=ROWS)],
+    "list_of_images": [[ROWS[:1], ROWS[1:4], ROWS[4:]]],
+    "calls": [ROWS[None, :1], ROWS[None, 1:4], ROWS[None, 4:]],
+}
+
+
+@pytest.mark.parametrize("shape", OUTPUTS)
+def test_towers_of_every_output_shape(shape: str) -> None:
+    """Three images, of samples 0, 2 and 2."""
+    unequal = shape in ("list_of_images", "calls")
+    parts = (ROWS[:1], ROWS[1:]) if unequal else (ROWS[:2], ROWS[2:])
+    inputs = {"input_ids": torch.zeros(3, 1, dtype=torch.long), "pixel_values": torch.ones(3, 3, 2, 2)}
+    found, seen = vision_features(Model(*OUTPUTS[shape]), "tower", inputs, [1, 0, 2])
+    assert torch.equal(found, torch.stack([parts[0].amax(0), torch.zeros(3), parts[1].amax(0)]))
+    assert seen.tolist() == [True, False, True]
+
+
+def test_towers_that_do_not_fit_are_refused() -> None:
+    inputs = {"input_ids": torch.zeros(2, 1, dtype=torch.long), "pixel_values": torch.ones(2, 3, 2, 2)}
+    with pytest.raises(ValueError, match=r"units: got \[1, 3\] for the 6 rows .* Set declaration.rows"):
+        vision_features(Model(ROWS), "tower", inputs, [1, 3])
+    with pytest.raises(ValueError, match="declaration.vision: got 'tower', which a batch with images does not call"):
+        vision_features(Model(), "tower", inputs, [1, 1])
+    silent = Model(ROWS)
+    del silent.tower.config
+    with pytest.raises(ValueError, match="width: got none for a batch without images"):
+        vision_features(silent, "tower", inputs, [0, 0])
+    assert vision_features(silent, "tower", inputs, [0, 0], width=5)[0].shape == (2, 5)
+    with pytest.raises(ValueError, match=r"declaration.text_features: got a last hidden state None from 'tower'"):
+        text_features(TextModel(), "tower", inputs["input_ids"], torch.ones(2, 1, dtype=torch.long))
+
+
+class TextModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tower = TextTower()
+
+
+class TextTower(nn.Module):
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return input_ids
