@@ -129,20 +129,21 @@ def _marked(processor: ProcessorMixin, template: ChatTemplate, row: Conversation
     tokenizer = tokenizer_of(processor)
     # The tokenizer's mask, not the processor's: that one is shifted by images in some families (Idefics2, Mllama).
     encoded: Any = tokenizer.apply_chat_template(
-        [dict(message) for message in row], chat_template=template.text, tokenize=True, return_dict=True,
+        [dict(message) for message in row], chat_template=template.source, tokenize=True, return_dict=True,
         return_assistant_tokens_mask=True,
     )  # fmt: skip
     ids, mask = cast("list[int]", encoded["input_ids"]), encoded["assistant_masks"]
     edges = [i for i, (a, b) in enumerate(pairwise([0, *mask, 0])) if a != b]
-    runs = list(zip(edges[::2], edges[1::2], strict=True))
-    spans: Spans = []
-    for number, (start, limit) in enumerate(runs):
-        if not template.appended:
-            limit = _end(template, ids, start, limit, f"generation block {number + 1}")
-        elif number == len(runs) - 1:
-            # The end that we append is in no block; nor is what the template writes between the answer and it.
-            limit = _end(template, ids, start, len(ids), f"generation block {number + 1}")
-        spans.append((start, limit))
+    spans: Spans = list(zip(edges[::2], edges[1::2], strict=True))
+    if template.appended and spans:
+        # The end that we append comes right after the last answer, and is in no block.
+        ids = tokens(processor, template.render(processor, row))
+        spans[-1] = (spans[-1][0], len(ids))
+    else:
+        spans = [
+            (start, _end(template, ids, start, end, f"generation block {number}"))
+            for number, (start, end) in enumerate(spans, 1)
+        ]
     texts = ["".join(p["text"] for p in row[turn]["content"] if p["type"] == "text") for turn in _turns(row)]
     marked = [cast(str, tokenizer.decode(ids[start:end])) for start, end in spans]
     if list(map(_letters, marked)) != [

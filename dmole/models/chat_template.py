@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The chat template of a processor: what it writes around a conversation, checked once before anything is trained.
 
-A template that writes no special token after an answer (LLaVA 1.5) gets the tokenizer's `eos_token` after the last one:
-a model trained without it would never stop.
+A template that writes no special token after an answer (LLaVA 1.5) gets the tokenizer's `eos_token` right after the
+last one: a model trained without it would never stop.
 """
 
 from __future__ import annotations
@@ -61,9 +61,11 @@ def chat_template(processor: ProcessorMixin, *, plain_markers: Sequence[str] = (
         ValueError: no template; a token that the template or the processor writes and the tokenizer lacks; no token
             that ends an answer; no padding token.
     """
-    # Whatever may change the answer is part of the key.
     source = _source(processor)
-    return _checked(processor, source, tuple(plain_markers), len(cast(Any, processor).tokenizer))
+    tokenizer = tokenizer_of(processor)
+    # Whatever may change the answer is part of the key.
+    state = (len(tokenizer), *map(str, tokenizer.special_tokens_map.items()))
+    return _checked(processor, source, tuple(plain_markers), state)
 
 
 def check_texts(template: ChatTemplate, messages: Conversation) -> None:
@@ -111,7 +113,7 @@ def _render(processor: ProcessorMixin, source: str, messages: Conversation, prom
 
 
 @functools.lru_cache(maxsize=16)
-def _checked(processor: ProcessorMixin, source: str, plain: tuple[str, ...], _vocabulary: int) -> ChatTemplate:
+def _checked(processor: ProcessorMixin, source: str, plain: tuple[str, ...], _state: tuple[Any, ...]) -> ChatTemplate:
     tokenizer = tokenizer_of(processor)
     if tokenizer.pad_token is None:
         raise ValueError(
@@ -134,7 +136,10 @@ def _checked(processor: ProcessorMixin, source: str, plain: tuple[str, ...], _vo
                 "tokenizer.eos_token: got none, and the chat template writes no token after an answer; expected one "
                 "of both, since nothing else tells the model to stop. Set tokenizer.eos_token and save the processor."
             )
-        used += f"{{% if not add_generation_prompt %}}{{{{ {tokenizer.eos_token!r} }}}}{{% endif %}}"
+        used = _ended(source, tokenizer.eos_token)
+        for messages, prompt, end in ((asked, True, None), (answered, False, tokenizer.eos_token)):
+            text = _render(processor, source, messages, prompt)
+            assert _render(processor, used, messages, prompt) == (text if end is None else text.rstrip() + end)
     end_id = ends[0] if ends else cast(int, tokenizer.eos_token_id)
     written = {str(token) for token in tokenizer.added_tokens_decoder.values() if str(token) in source}
     placed = {value for name, value in vars(processor).items() if name.endswith("_token") and isinstance(value, str)}
@@ -148,6 +153,16 @@ def _checked(processor: ProcessorMixin, source: str, plain: tuple[str, ...], _vo
         # The longest first, so that the message names all of it.
         control=re.compile("|".join(map(re.escape, reversed(control)))),
         generation=generation,
+    )
+
+
+def _ended(source: str, end: str) -> str:
+    """The template with `end` right after the last answer: a space there would be one more token to learn."""
+    # Jinja drops one line feed at the end of a source, and one after a block.
+    inner = "{{ '' }}" + source.removesuffix("\n")
+    return (
+        f"{{% set whole_text %}}{inner}{{% endset %}}{{% if add_generation_prompt %}}{{{{ whole_text }}}}{{% else %}}"
+        f"{{{{ whole_text.rstrip() + {end!r} }}}}{{% endif %}}"
     )
 
 

@@ -120,6 +120,13 @@ def template_of(processor: ProcessorMixin, declaration: LabelRule | None) -> Cha
     return chat_template(processor, plain_markers=getattr(declaration, "plain_markers", ()))
 
 
+def stop_ids(processor: ProcessorMixin, generation_config: Any, *, declaration: LabelRule) -> list[int]:
+    """For `generate(eos_token_id=...)`: the end of turn that is trained, and where the model has stopped so far."""
+    own = generation_config.eos_token_id
+    own = [] if own is None else [own] if isinstance(own, int) else list(own)
+    return sorted({template_of(processor, declaration).end_id, *map(int, own)})
+
+
 def normalised(messages: Conversation, *, with_answers: bool) -> list[dict[str, Any]]:
     """The messages with lists as content, ending where training or generation wants them to end.
 
@@ -170,7 +177,8 @@ def instruction_ids(
         ValueError: a text without a token.
     """
     template = template_of(processor, declaration)
-    rows = [_ids_in_prompt(processor, template, text) for text in texts]
+    before, *_ = _asked(processor, template, PROBE).split(PROBE)
+    rows = [_ids_in_prompt(processor, template, before, text) for text in texts]
     for text, row in zip(texts, rows, strict=True):
         if not row:
             raise ValueError(
@@ -184,18 +192,17 @@ def instruction_ids(
     return torch.tensor(ids, device="cpu", dtype=torch.long), torch.tensor(mask, device="cpu", dtype=torch.long)
 
 
-def _ids_in_prompt(processor: ProcessorMixin, template: ChatTemplate, text: str) -> list[int]:
+def _asked(processor: ProcessorMixin, template: ChatTemplate, text: str) -> str:
+    row = [{"role": "user", "content": [{"type": "text", "text": text}]}]
+    return template.render(processor, row, prompt=True)
+
+
+def _ids_in_prompt(processor: ProcessorMixin, template: ChatTemplate, before: str, text: str) -> list[int]:
     tokenizer = cast(Any, processor).tokenizer
     text = text.strip()
     if not text or not tokenizer.is_fast:
         return cast(list[int], tokenizer.encode(text, add_special_tokens=False))
-
-    def asked(words: str) -> str:
-        row = [{"role": "user", "content": [{"type": "text", "text": words}]}]
-        return template.render(processor, row, prompt=True)
-
-    before, *_ = asked(PROBE).split(PROBE)
-    rendered = asked(text)
+    rendered = _asked(processor, template, text)
     start = rendered.find(text, len(before))
     if start < 0 or not rendered.startswith(before):
         raise ValueError(

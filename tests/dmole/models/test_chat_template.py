@@ -46,6 +46,19 @@ def test_the_end_of_turn_is_the_one_of_the_template(folders: dict[str, Path], fa
     assert template.appended == family.startswith("llava")
 
 
+@pytest.mark.parametrize(
+    "source", ["{}\n", "\n{}", "{}{{% if true %}}\n\n{{% endif %}}\n"], ids=["after", "before", "blank"]
+)
+def test_an_appended_end_leaves_the_template_as_it_is(llava: Any, source: str) -> None:
+    llava.chat_template = source.format(llava.chat_template)
+    template = chat_template(llava)
+    assert template.appended
+    assert template.render(llava, ONE[:1], prompt=True) == llava.apply_chat_template(
+        ONE[:1], add_generation_prompt=True
+    )
+    assert template.render(llava, ONE) == llava.apply_chat_template(ONE).rstrip() + "</s>"
+
+
 def test_no_chat_template_is_refused(llava: Any) -> None:
     llava.chat_template = None
     assert (trained(llava) != IGNORE).any()  # the tokenizer's own template

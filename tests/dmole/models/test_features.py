@@ -117,11 +117,10 @@ def test_a_batch_without_images_has_zeros(family: str, loaded: tuple[Any, Any]) 
     assert found.shape == (2, width) and not found.any() and seen.tolist() == [False, False]
 
 
+@pytest.mark.parametrize("family", ["llava"], indirect=True)
 def test_features_are_the_plain_maxima_of_the_towers(family: str, loaded: tuple[Any, Any]) -> None:
-    """LLaVA's are what `vision_tower` and `language_model` return when they are called by hand, bit for bit."""
+    """What `vision_tower` and `language_model` return when they are called by hand, bit for bit."""
     model, processor = loaded
-    if family != "llava":
-        pytest.skip("the other towers' calls are the models' own")
     encoded = encode(processor, CONVERSATIONS[:1] + CONVERSATIONS[3:], with_answers=False, declaration=Declared())
     found, _ = vision_features(model, TOWERS[family], encoded.inputs, encoded.images)
     hidden = model.model.vision_tower(pixel_values=encoded.inputs["pixel_values"]).last_hidden_state

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
-from dmole.models.prompts import IGNORE, Encoded, encode, instruction_ids
+from dmole.models.prompts import IGNORE, Encoded, encode, instruction_ids, stop_ids
 
 from .conversations import LATER, NONE, ONE, SMALL, TALK, TWO, Declared, assistant, picture, user
 from .folders import END_OF_TURN, FAMILIES, write_folder
@@ -78,6 +78,7 @@ def test_labels_are_the_answer_and_the_end_of_turn(processor: Any, family: str, 
     encoded = encode(processor, BATCHES[batch], with_answers=True, declaration=Declared())
     expected = ["".join(row[-1]["content"][0]["text"].split()) + END_OF_TURN[family] for row in BATCHES[batch]]
     assert answers(processor, encoded) == expected
+    assert all(labels[-1] != IGNORE or family in ("idefics3", "gemma3") for _, labels in rows(encoded))
     assert encoded.images == tuple(
         sum(p["type"] == "image" for m in row for p in m["content"]) for row in BATCHES[batch]
     )
@@ -170,6 +171,13 @@ def test_another_image_gives_other_logits(processor: Any, model: Any) -> None:
         assert (model(**first).logits[0, -1] - model(**second).logits[0, -1]).abs().max() > 0.01
 
 
+def test_generation_stops_where_the_answer_ended(processor: Any, model: Any, family: str) -> None:
+    end = processor.tokenizer.convert_tokens_to_ids(END_OF_TURN[family])
+    assert end in stop_ids(processor, model.generation_config, declaration=Declared())
+    for own, expected in ((None, [end]), (end, [end]), ([0, end], [0, end])):
+        assert stop_ids(processor, GenerationConfig(eos_token_id=own), declaration=Declared()) == expected
+
+
 def test_padding_side_of_the_tokenizer_is_kept(processor: Any) -> None:
     for side in ("left", "right"):
         processor.tokenizer.padding_side = side
@@ -202,7 +210,7 @@ def test_tensors_are_on_the_cpu_whatever_the_default_device(processor: Any, defa
     assert moved.inputs["input_ids"].dtype == torch.int64
 
 
-def test_two_calls_of_the_processor_give_the_same_labels(processor: Any) -> None:
+def test_two_calls_of_the_processor_give_the_same_labels(processor: Any, family: str) -> None:
     """The prefix rule as it is defined, on expanded ids: prompt and conversation each by the processor."""
     for conversation in (ONE, TWO, NONE):
         prompt = processor.apply_chat_template(
@@ -214,9 +222,10 @@ def test_two_calls_of_the_processor_give_the_same_labels(processor: Any) -> None
         assert ids[: len(prompt)] == prompt
         taught = [label for label in labels if label != IGNORE]
         rest = ids[len(prompt) :]
-        # What the template writes after the end of turn is not taught; an end that it does not write is.
-        assert taught == rest[: len(taught)] or taught[:-1] == rest
-        assert set(processor.tokenizer.decode(rest[len(taught) :])) <= {"\n"}
+        # What the template writes after the answer is not taught; an end of turn that it does not write is.
+        assert taught[:-1] == rest[: len(taught) - 1]
+        assert processor.tokenizer.decode(taught[-1]) == END_OF_TURN[family]
+        assert processor.tokenizer.decode(rest[len(taught) - 1 :]).strip() in ("", END_OF_TURN[family])
         assert found[: len(prompt)] == prompt
 
 
@@ -254,7 +263,7 @@ def test_assistant_masks_give_the_labels_of_the_prefix_rule(processor: Any, fami
 
 def test_generation_blocks_that_mark_more_than_the_answers_are_refused(processor: Any, family: str) -> None:
     if family == "llava":
-        found = r"labels: got generation blocks around \['yes USER:', 'blue </s>'\]; expected them around the answers"
+        found = r"labels: got generation blocks around \['yes USER:', 'blue</s>'\]; expected them around the answers"
     elif family == "llava_next":
         processor.chat_template = processor.chat_template.replace(
             "{{ content['text'] + ' ' }}{% endif %}",
