@@ -26,15 +26,17 @@ Spans = list[tuple[int, int]]
 
 
 def answer_spans(
-    processor: ProcessorMixin, template: ChatTemplate, row: Conversation, labels: Labels
+    processor: ProcessorMixin, template: ChatTemplate, row: Conversation, labels: Labels, text: str
 ) -> tuple[list[int], Spans]:
-    """The ids of the template's text, and [start, end) of every assistant turn in them.
+    """The ids of `text`, the rendered conversation, and [start, end) of every assistant turn in them.
 
     Raises:
         ValueError: a prompt is no prefix of its conversation; the generation blocks are missing or mark other text
             than the answers; a turn has no end.
     """
-    return _marked(processor, template, row) if labels == "assistant_mask" else _after_prompts(processor, template, row)
+    find = _marked if labels == "assistant_mask" else _after_prompts
+    ids = tokens(processor, text)
+    return ids, find(processor, template, row, ids)
 
 
 def expanded_spans(
@@ -43,29 +45,31 @@ def expanded_spans(
     row: Conversation,
     labels: Labels,
     *,
+    text: str,
     ids: Sequence[int],
     process: Callable[[Conversation], list[int]],
 ) -> Spans:
     """[start, end) of every assistant turn in `ids`, the processor's, in which every image has its full length.
 
     Args:
+        text: the rendered conversation.
         process: a conversation -> the processor's ids of it; called for turns that images come after, since the
             positions after the last image keep their distance from the end.
 
     Raises:
         ValueError: also where the processor changes the template's text beyond images.
     """
-    text, spans = answer_spans(processor, template, row, labels)
+    own, spans = answer_spans(processor, template, row, labels, text)
     turns = _turns(row)
     seen = [i for i, message in enumerate(row) if any(part["type"] == "image" for part in message["content"])]
     found: Spans = []
     for turn, (start, end) in zip(turns, spans, strict=True):
-        whole, placed = ids, text
+        whole, placed = ids, own
         if seen and turn < seen[-1]:
             placed = tokens(processor, template.render(processor, row[:turn]))
             whole = process(row[:turn])
         shift = len(whole) - len(placed)
-        if list(ids[start + shift : end + shift]) != text[start:end]:
+        if list(ids[start + shift : end + shift]) != own[start:end]:
             raise ValueError(
                 f"labels: got a processor that changes the text of the chat template at message {turn}; expected the "
                 f"template's tokens, with images expanded and nothing else. Correct the chat template."
@@ -78,8 +82,7 @@ def _turns(row: Conversation) -> list[int]:
     return [i for i, message in enumerate(row) if message["role"] == "assistant"]
 
 
-def _after_prompts(processor: ProcessorMixin, template: ChatTemplate, row: Conversation) -> tuple[list[int], Spans]:
-    ids = tokens(processor, template.render(processor, row))
+def _after_prompts(processor: ProcessorMixin, template: ChatTemplate, row: Conversation, ids: list[int]) -> Spans:
     turns = _turns(row)
     starts = []
     for turn in turns:
@@ -94,7 +97,7 @@ def _after_prompts(processor: ProcessorMixin, template: ChatTemplate, row: Conve
             spans.append((start, len(own)))
         else:
             spans.append((start, _end(template, ids, start, limit, f"an answer at message {turn}")))
-    return ids, spans
+    return spans
 
 
 def _end(template: ChatTemplate, ids: Sequence[int], start: int, limit: int, where: str) -> int:
@@ -119,7 +122,7 @@ def _check_prefix(processor: ProcessorMixin, prompt: list[int], ids: list[int], 
     )
 
 
-def _marked(processor: ProcessorMixin, template: ChatTemplate, row: Conversation) -> tuple[list[int], Spans]:
+def _marked(processor: ProcessorMixin, template: ChatTemplate, row: Conversation, ids: list[int]) -> Spans:
     if not template.generation:
         raise ValueError(
             "labels: got assistant_mask and a chat template without a generation block; expected {% generation %} "
@@ -132,12 +135,11 @@ def _marked(processor: ProcessorMixin, template: ChatTemplate, row: Conversation
         [dict(message) for message in row], chat_template=template.source, tokenize=True, return_dict=True,
         return_assistant_tokens_mask=True,
     )  # fmt: skip
-    ids, mask = cast("list[int]", encoded["input_ids"]), encoded["assistant_masks"]
+    mask = encoded["assistant_masks"]
     edges = [i for i, (a, b) in enumerate(pairwise([0, *mask, 0])) if a != b]
     spans: Spans = list(zip(edges[::2], edges[1::2], strict=True))
     if template.appended and spans:
         # The end that we append comes right after the last answer, and is in no block.
-        ids = tokens(processor, template.render(processor, row))
         spans[-1] = (spans[-1][0], len(ids))
     else:
         spans = [
@@ -146,15 +148,16 @@ def _marked(processor: ProcessorMixin, template: ChatTemplate, row: Conversation
         ]
     texts = ["".join(p["text"] for p in row[turn]["content"] if p["type"] == "text") for turn in _turns(row)]
     marked = [cast(str, tokenizer.decode(ids[start:end])) for start, end in spans]
-    if list(map(_letters, marked)) != [
-        _letters(text + template.end if ids[end - 1] == template.end_id else text)
-        for text, (_, end) in zip(texts, spans, strict=False)
-    ] or len(spans) != len(texts):
+    expected = [cast(str, tokenizer.decode(tokens(processor, text))) for text in texts]
+    ends = [template.end if ids[end - 1] == template.end_id else "" for _, end in spans]
+    if len(marked) != len(texts) or any(
+        _letters(found) != _letters(text + end) for found, text, end in zip(marked, expected, ends, strict=True)
+    ):
         raise ValueError(
             f"labels: got generation blocks around {marked!r}; expected them around the answers {texts!r}, each with "
             f"its end of turn. Correct the chat template, or set declaration.labels to prefix."
         )
-    return ids, spans
+    return spans
 
 
 def _letters(text: str) -> str:

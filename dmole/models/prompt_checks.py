@@ -51,7 +51,9 @@ def check_conversations(
 def answer_length(processor: ProcessorMixin, messages: Conversation, *, declaration: LabelRule) -> int:
     """How many tokens the last answer takes, with its end of turn: what `max_new_tokens` has to leave room for."""
     row = normalised(messages, with_answers=True)
-    _, spans = answer_spans(processor, template_of(processor, declaration), row, declaration.labels)
+    template = template_of(processor, declaration)
+    text = template.render(processor, row)
+    _, spans = answer_spans(processor, template, row, declaration.labels, text)
     return spans[-1][1] - spans[-1][0]
 
 

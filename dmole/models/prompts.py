@@ -83,8 +83,7 @@ def encode(
         raise ValueError("conversations: got none; expected at least one. Drop the empty batch.")
     template = template_of(processor, declaration)
     rows = [normalised(messages, with_answers=with_answers) for messages in conversations]
-    for row in rows:
-        check_row(processor, template, row)
+    texts = [check_row(processor, template, row) for row in rows]
     images = tuple(image_count(row) for row in rows)
     inputs = processed_batch(
         lambda some: _process(processor, template, some, prompt=not with_answers),
@@ -99,13 +98,14 @@ def encode(
         return Encoded(inputs=inputs, labels=None, images=images, prompt_lengths=tuple(lengths))
     labels = torch.full_like(inputs["input_ids"], IGNORE)
     starts: list[int] = []
-    for s, row in enumerate(rows):
+    for s, (row, text) in enumerate(zip(rows, texts, strict=True)):
         ids = inputs["input_ids"][s, : lengths[s]]
         spans = expanded_spans(
             processor,
             template,
             row,
             declaration.labels,
+            text=text,
             ids=ids.tolist(),
             process=lambda some: _process(processor, template, [some], prompt=False)["input_ids"][0].tolist(),
         )
@@ -221,8 +221,11 @@ def _pad_id(processor: ProcessorMixin) -> int:
     return int(cast(Any, processor).tokenizer.pad_token_id)
 
 
-def check_row(processor: ProcessorMixin, template: ChatTemplate, row: Conversation) -> None:
-    """Raise ValueError for a special token in a text, and for a text that the template leaves out."""
+def check_row(processor: ProcessorMixin, template: ChatTemplate, row: Conversation) -> str:
+    """The rendered text of a normalised conversation.
+
+    Raises ValueError for a special token in one of its texts, and for a text that the template leaves out.
+    """
     check_texts(template, row)
     text = template.render(processor, row)
     for message in row:
@@ -232,6 +235,7 @@ def check_row(processor: ProcessorMixin, template: ChatTemplate, row: Conversati
                     f"chat_template: got a template that leaves out the {message['role']}'s text {part['text']!r}; "
                     f"expected every text of the conversation. Correct the template, or the message's role."
                 )
+    return text
 
 
 def _process(
