@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,6 +28,12 @@ class Batch:
     attention_mask: Tensor
     pixel_values: Tensor
     labels: Tensor
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The batch with its tensors on `device`."""
+        names = ("input_ids", "attention_mask", "pixel_values", "labels")
+        moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names}
+        return dataclasses.replace(self, **moved)
 
 
 def collate(model: MultimodalModel, samples: Sequence[Sample], *, with_answers: bool) -> Batch:

@@ -2,6 +2,7 @@
 """Whole runs on the toy stream: what they write, what they refuse, and going on after being stopped anywhere."""
 
 import csv
+import dataclasses
 import gzip
 import io
 import json
@@ -53,7 +54,7 @@ def all_methods(tmp_path_factory: pytest.TempPathFactory, toy_folder: Path) -> P
         "methods=[seq_ft, finetune, joint, zero_shot, dmole]",
         "orders=[reversed]",
         "seeds=[5]",
-        "training={epochs: 1, batch_size: 4}",
+        "training={num_train_epochs: 1, per_device_train_batch_size: 4}",
         "evaluation={batch_size: 8, max_new_tokens: 3}",
         "lora.rank=4",
         "dmole={proxy_min_samples: 4, router: {epochs: 3, margin: 50.0}}",
@@ -164,7 +165,7 @@ def test_stopping_at_any_checkpoint_changes_nothing(
     method: str, toy_config: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     extra = ("seq_ft.mode=merge_and_restart",) if method == "seq_ft" else ()
-    config = toy_config(f"methods={method}", "checkpoint_every_steps=1", "lora.dropout=0.2", "train_samples=8", *extra)
+    config = toy_config(f"methods={method}", "training.save_steps=1", "lora.dropout=0.2", "train_samples=8", *extra)
     expected = files(run(config, console=quiet()))
     save, phases = checkpoint.save, []
 
@@ -210,7 +211,7 @@ def stopped_at(config: RunConfig, count: int, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_damaged_state_is_refused_by_name(toy_config: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = toy_config("methods=seq_ft", "checkpoint_every_steps=0")
+    config = toy_config("methods=seq_ft", "training.save_strategy='no'")
     folder = stopped_at(config, 3, monkeypatch)
     row = folder / "stages" / "1.json"
     good = row.read_bytes()
@@ -229,14 +230,15 @@ def test_damaged_state_is_refused_by_name(toy_config: Configure, monkeypatch: py
 
 def test_a_folder_of_other_settings_is_left_alone(toy_config: Configure) -> None:
     output = run(toy_config("methods=zero_shot"), console=quiet())
-    other = toy_config("methods=zero_shot", "training.epochs=2", "lora.rank=2")
+    other = toy_config("methods=zero_shot", "training.num_train_epochs=2", "lora.rank=2")
     with pytest.raises(ValueError, match=r"holds a run with other settings \(different: lora, training\).*--fresh"):
         run(other, console=quiet())
     run(other, console=quiet(), fresh=True)
     config = json.loads((output / "runs" / "zero_shot-seed0-default" / "config.json").read_text())
-    assert config["config"]["training"]["epochs"] == 2
+    assert config["config"]["training"]["num_train_epochs"] == 2
     # What changes no number may differ.
-    run(other.replace(checkpoint_every_steps=7, seeds=(0, 1)), console=quiet())
+    saving = dataclasses.replace(other.training, save_steps=7)
+    run(other.replace(training=saving, seeds=(0, 1)), console=quiet())
 
 
 def test_the_shared_row_is_refused_when_damaged_and_measured_again_when_fresh(toy_config: Configure) -> None:
