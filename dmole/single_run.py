@@ -121,7 +121,7 @@ class SingleRun:
             self.config.training,
             seed=self.plan.seed,
             profile=self.profile,
-            accelerator=self.accelerator,
+            log=self.accelerator.log if self.accelerator.trackers else None,
             first_step=sum(finished["steps"] for finished in self.position.stages),
         )
 

@@ -81,9 +81,11 @@ class StageTraining:
     """One stage between `method.begin_stage` and `method.end_stage`.
 
     Args:
-        accelerator: made by `make_accelerator` from the same settings; one without trackers unless given. The model
-            must be on its device already.
-        first_step: steps of the stages before this one, for the trackers' axis.
+        log: called as `log(values, step=...)` every `logging_steps` steps and after each validation, such as
+            `Accelerator.log`; None logs nothing.
+        first_step: steps of the stages before this one, for the axis of `log`.
+
+    The model must be on the accelerator's device (`dmole.acceleration.place`).
 
     Raises ValueError for a method that trains nothing here or whose parameters are not float32; ConfigError for
     settings that the stage's data or the device cannot satisfy.
@@ -97,7 +99,7 @@ class StageTraining:
         *,
         seed: int,
         profile: Profile,
-        accelerator: Accelerator | None = None,
+        log: Callable[..., object] | None = None,
         first_step: int = 0,
     ) -> None:
         self.method = method
@@ -105,7 +107,9 @@ class StageTraining:
         self.settings = settings
         self.seed = seed
         self.profile = profile
-        self.accelerator = accelerator or make_accelerator(settings)
+        self.log = log
+        # One a stage: an accelerator keeps every optimizer that it has prepared, moments and all.
+        self.accelerator: Accelerator = make_accelerator(settings)
         self.first_step = first_step
         self.step = 0
         self.total = stage_steps(settings, stage, processes=self.accelerator.num_processes)
@@ -155,7 +159,6 @@ class StageTraining:
         finally:
             model.train(False)
         self.validation.load_best()
-        self.accelerator.free_memory()
 
     def _windows(self) -> Generator[list[tuple[Piece, Batch]], None, None]:
         """The batches of each coming step, those of this process, on the CPU."""
@@ -220,12 +223,12 @@ class StageTraining:
         """What is due after a step: an entry of the trackers, a validation."""
         settings, place = self.settings, self.first_step + self.step
         every = settings.count("logging_steps", self.total)
-        if self.accelerator.trackers and (self.step % every == 0 or self.step == self.total):
+        if self.log is not None and (self.step % every == 0 or self.step == self.total):
             recent = self.losses[-(self.step % every or every) :]
             values = {"train/loss": math.fsum(recent) / len(recent), "train/learning_rate": self._rate}
             if self._norm is not None:
                 values["train/grad_norm"] = float(self._norm)
-            self.accelerator.log({**values, "train/stage": self.stage.index}, step=place)
+            self.log({**values, "train/stage": self.stage.index}, step=place)
         if self.due("eval"):
             with self.profile.part("validation"):
                 loss = validation_loss(self.method, self.stage.task.validation, settings, self.accelerator)
@@ -236,7 +239,8 @@ class StageTraining:
                     f"(now {settings.learning_rate:g})."
                 )
             self.validation.add(self.step, loss)
-            self.accelerator.log({"eval/loss": loss}, step=place)
+            if self.log is not None:
+                self.log({"eval/loss": loss}, step=place)
 
     def due(self, what: str) -> bool:
         """Whether `what` ("eval" or "save") happens after the step that was just taken.

@@ -66,9 +66,14 @@ def toy_stream(toy_folder: Path) -> Stream:
 
 
 @pytest.fixture(scope="session")
-def validated_stream(tmp_path_factory: pytest.TempPathFactory) -> Stream:
+def validated_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The toy stream with six validation samples a task."""
-    return read_stream(write_toy_stream(tmp_path_factory.mktemp("validated") / "stream", validation=6))
+    return write_toy_stream(tmp_path_factory.mktemp("validated") / "stream", validation=6)
+
+
+@pytest.fixture(scope="session")
+def validated_stream(validated_folder: Path) -> Stream:
+    return read_stream(validated_folder)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import dataclasses
 import gzip
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -226,6 +227,44 @@ def test_damaged_state_is_refused_by_name(toy_config: Configure, monkeypatch: py
     tensors.write_bytes(tensors.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=r"method.safetensors was truncated or edited"):
         run(config, console=quiet())
+
+
+def test_a_damaged_or_deleted_optimizer_state_is_refused_by_name(
+    toy_config: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stock checkpoints of a Trainer go on without an optimizer or random state, and say nothing."""
+    config = toy_config("methods=seq_ft", "training.save_steps=1")
+    folder = stopped_at(config, 3, monkeypatch)
+    for name in ("training.safetensors", "training.json"):
+        path = next(folder.glob(f"checkpoints/*/{name}"))
+        good = path.read_bytes()
+        flipped = bytearray(good)
+        flipped[len(good) // 2] ^= 1
+        path.write_bytes(bytes(flipped))
+        with pytest.raises(CheckpointError, match=rf"{name} was truncated or edited"):
+            run(config, console=quiet())
+        path.unlink()
+        with pytest.raises(CheckpointError, match=rf"{name} is missing"):
+            run(config, console=quiet())
+        path.write_bytes(good)
+    run(config, console=quiet())
+
+
+@pytest.mark.parametrize("method", ["dmole", "seq_ft"])
+def test_checkpoints_hold_experts_and_never_the_base(
+    method: str, toy_config: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = toy_config(f"methods={method}", "training.save_steps=1")
+    folder = stopped_at(config, 6, monkeypatch)  # inside the second stage
+    (path,) = folder.glob("checkpoints/*")
+    loaded = checkpoint.load(path)
+    tensors = {f"{file}/{name}": value for file, held in loaded.tensors.items() for name, value in held.items()}
+    experts = [name for name in tensors if name.endswith((".lora_a", ".lora_b"))]
+    assert experts and {name.partition("/")[0] for name in tensors} == {"method", "training"}
+    for name in tensors:
+        expert = re.search(r"\.bank\.experts\.\w+\.lora_[ab](/\w+)?$", name)
+        own = name.startswith(("method/router.", "method/stage.")) or name == "training/rng"
+        assert expert or own, name
 
 
 def test_a_folder_of_other_settings_is_left_alone(toy_config: Configure) -> None:
