@@ -56,7 +56,9 @@ def generation_queue(mm: MultimodalModel, tasks: Sequence[Task], batch_size: int
     >>> # tasks of 4 and 2 samples, batch_size 3 -> e.g. [[a2, b1, a4], [b2, a1, a3]]
     """
     items = [(task.name, sample) for task in tasks for sample in task.test]
-    order = torch.randperm(len(items), generator=derived_generator("generation queue", len(items))).tolist()
+    order = torch.randperm(
+        len(items), generator=derived_generator("generation queue", len(items)), device="cpu"
+    ).tolist()
     lengths = [len(mm.prompt_ids(sample.instruction)) for _, sample in items]
     window = batch_size * SORTING_WINDOW
     batches: list[list[tuple[str, Sample]]] = []
@@ -89,7 +91,7 @@ def generate(mm: MultimodalModel, batch: Batch, *, max_new_tokens: int) -> list[
         logits_to_keep=1,
     )
     positions = positions[:, -1:]
-    ended = torch.zeros(rows, dtype=torch.bool)
+    ended = torch.zeros(rows, dtype=torch.bool, device=output.logits.device)
     tokens: list[Tensor] = []
     for step in range(1, max_new_tokens + 1):
         token = output.logits[:, -1].argmax(dim=-1).masked_fill_(ended, pad)
@@ -118,8 +120,9 @@ def predict(
         with torch.inference_mode():
             with profile.part("evaluation_data"):
                 batch = collate(method.mm, [sample for _, sample in items], with_answers=False)
+                batch = batch.to(method.mm.model.device)
             with profile.part("evaluation_generate"), method.evaluation_gates(batch) as routing:
-                with torch.autocast("cpu", torch.bfloat16, enabled=settings.bf16):
+                with torch.autocast(method.mm.model.device.type, torch.bfloat16, enabled=settings.bf16):
                     answers = generate(method.mm, batch, max_new_tokens=settings.max_new_tokens)
         routes: Sequence[tuple[str, ...] | None] = [None] * len(items) if routing is None else routing.chosen
         yield [

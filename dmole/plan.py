@@ -100,7 +100,9 @@ def order_names(order: str, names: Sequence[str]) -> list[str]:
         return list(reversed(names))
     number = order.removeprefix("shuffled")
     if number != order and number.isdecimal():
-        places = torch.randperm(len(names), generator=derived_generator("task order", int(number))).tolist()
+        places = torch.randperm(
+            len(names), generator=derived_generator("task order", int(number)), device="cpu"
+        ).tolist()
         return [names[place] for place in places]
     listed = [name.strip() for name in order.split(",")]
     if sorted(listed) != sorted(names):

@@ -205,7 +205,7 @@ class GradNormRecorder:
         return hook
 
     def _forward_hook(self, name: str) -> Callable[[nn.Module, Any, Any, Tensor], Tensor | None]:
-        switch = torch.zeros((), requires_grad=True)
+        switch = torch.zeros((), requires_grad=True, device="cpu")
 
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], keywords: Any, output: Tensor) -> Tensor | None:
             if name in self._reads.inside:
@@ -331,9 +331,12 @@ class GradNormRecorder:
         return {name: self._norm(name) for name in self.linears}
 
     def _norm(self, name: str) -> GradNorm:
-        nothing = torch.zeros(0)
+        nothing = torch.zeros(0, device="cpu")
         if self.quantity == "accumulated":
-            total, bias = self._weight_sums.get(name, torch.zeros(0, 0)), self._bias_sums.get(name, nothing)
+            total, bias = (
+                self._weight_sums.get(name, torch.zeros(0, 0, device="cpu")),
+                self._bias_sums.get(name, nothing),
+            )
             return GradNorm(
                 # Rows first: one running float32 sum over a 4096 x 11008 buffer comes out 0.35 % too small.
                 weight=float(total.norm(dim=1).cpu().double().norm()),
@@ -387,5 +390,5 @@ def _sketch_side(
 ) -> None:
     """N(0, 1/size) as [width, size], one for all layers of this width: each layer's estimate is unbiased by itself."""
     if width not in sides:
-        drawn = torch.randn(width, size, generator=generator) / math.sqrt(size)
+        drawn = torch.randn(width, size, generator=generator, device="cpu") / math.sqrt(size)
         sides[width] = drawn.to(linear.weight.device, torch.promote_types(linear.weight.dtype, torch.float32))

@@ -267,7 +267,7 @@ class DMoLE(Method):
     def _evaluating(self, batch: Batch) -> Iterator[RoutingRecord | None]:
         experts = tuple(placement.expert for placement in self.pool)
         if self.options.routing == "none":
-            with experts_on(self.gates, torch.ones(len(batch.samples), len(experts)), experts):
+            with experts_on(self.gates, torch.ones(len(batch.samples), len(experts), device="cpu"), experts):
                 yield None
             return
         with self.timed("router_seconds"):

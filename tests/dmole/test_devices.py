@@ -40,17 +40,20 @@ def test_the_fixture_catches_what_it_is_for(elsewhere: None) -> None:
 
 
 @pytest.mark.parametrize("method_name", ["dmole", "seq_ft"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "checkpointing", "workers"])
+@pytest.mark.parametrize("way", ["fp32", "bf16", "checkpointing", "sketch"])
 def test_a_run_makes_every_tensor_where_its_inputs_are(
-    validated_stream: Stream, method_name: str, precision: str, request: pytest.FixtureRequest
+    validated_stream: Stream, method_name: str, way: str, request: pytest.FixtureRequest
 ) -> None:
     settings = dataclasses.replace(
         SETTINGS,
-        bf16=precision == "bf16",
-        activation_checkpointing=precision == "checkpointing",
-        dataloader_num_workers=1 if precision == "workers" else 0,
+        bf16=way == "bf16",
+        activation_checkpointing=way == "checkpointing",
     )
-    options = DMoLESettings(proxy_min_samples=4, router=RouterSettings(epochs=2, margin=50.0))
+    options = DMoLESettings(
+        proxy_min_samples=4,
+        proxy_method="sketch" if way == "sketch" else "exact",
+        router=RouterSettings(epochs=2, margin=50.0),
+    )
     model = build_tiny_model(0)
     given = MethodSettings(lora=LoraSettings(rank=4, dropout=0.2), dmole=options)
     method = method_class(method_name)(model, given, seed=3)
