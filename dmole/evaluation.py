@@ -22,6 +22,7 @@ from dmole.data.collate import Batch, collate
 from dmole.data.sample import Sample, Task
 from dmole.methods.base import Method
 from dmole.metrics import METRICS
+from dmole.processes import gathered, is_sharded, process
 from dmole.seeding import derived_generator
 from dmole.training import Profile
 
@@ -156,10 +157,20 @@ def evaluate(
     profile: Profile,
     after_batch: Callable[[int], None] = lambda samples: None,
 ) -> Evaluation:
-    """Generate for the whole queue and score `tasks`, calling `after_batch(samples)` after each batch."""
+    """Generate for the whole queue and score `tasks`, calling `after_batch(samples)` after each batch.
+
+    Several processes share the batches. Over a sharded base each computes all of them, because generation ends after a
+    number of forward passes that depends on the answers, and a forward pass needs every process.
+    """
+    number, processes = process()
+    split = processes > 1 and not is_sharded(method.mm.model)
     predictions: list[Prediction] = []
-    for answered in predict(method, queue, settings, profile=profile):
+    for answered in predict(method, queue[number::processes] if split else queue, settings, profile=profile):
         predictions += answered
         after_batch(len(answered))
+    if split:
+        own = len(predictions)
+        predictions = gathered(predictions)
+        after_batch(len(predictions) - own)
     with profile.part("evaluation_score"):
         return score(tasks, predictions)

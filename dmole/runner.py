@@ -48,21 +48,28 @@ def run(config: RunConfig, *, console: Console | None = None, fresh: bool = Fals
     output = Path(config.output)
     with _torch_settings(config):
         accelerator = make_accelerator(config.training)
-        model = open_model(config.model, console)
+        if not accelerator.is_main_process:
+            console = Console(quiet=True)
+        # What the first process builds and caches, the others read.
+        with accelerator.main_process_first():
+            model = open_model(config.model, console)
+            stream = open_stream(config.stream, console).limit(
+                train=config.train_samples, validation=config.validation_samples, test=config.test_samples
+            )
         place(model.model, accelerator)
-        stream = open_stream(config.stream, console).limit(
-            train=config.train_samples, validation=config.validation_samples, test=config.test_samples
-        )
         processes = accelerator.num_processes
         plans = plan_runs(config, stream, model, processes=processes)
         check_lengths(stream, model, config.evaluation.max_new_tokens)
         stages = {plan.folder: check_plan(plan, config, model) for plan in plans}
-        if fresh:
+        accelerator.wait_for_everyone()
+        if fresh and accelerator.is_main_process:
             for plan in plans:
                 shutil.rmtree(plan.folder, ignore_errors=True)
             shutil.rmtree(output / ZERO_SHOT, ignore_errors=True)
+        accelerator.wait_for_everyone()
         for plan in plans:
             check_folder(plan)
+        accelerator.wait_for_everyone()  # before one of them writes
         if config.threads < (cores := usable_cores()):
             console.print(
                 f"threads={config.threads} on {cores} cores; more may be faster, and the numbers depend on it",
@@ -78,8 +85,11 @@ def run(config: RunConfig, *, console: Console | None = None, fresh: bool = Fals
                     progress.note(f"{plan.folder.name}: finished earlier, kept")
                     continue
                 SingleRun(plan, config, model, progress).run()
-                write_summary(output)
-        write_summary(output)
+                if accelerator.is_main_process:
+                    write_summary(output)
+        if accelerator.is_main_process:
+            write_summary(output)
+        accelerator.wait_for_everyone()
     return output
 
 

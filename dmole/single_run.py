@@ -31,6 +31,7 @@ from dmole.methods import method_class
 from dmole.methods.base import JSON, Method, Stage
 from dmole.models.multimodal import MultimodalModel
 from dmole.plan import RunPlan, fresh_copy
+from dmole.processes import shard
 from dmole.progress import EVALUATED_SAMPLE, TRAINED_SAMPLE, RunProgress
 from dmole.reports.matrix import save_matrix_picture
 from dmole.results import (
@@ -76,6 +77,8 @@ class SingleRun:
         self.base = base
         self.accelerator = make_accelerator(config.training, folder=plan.folder)
         self.model = model = fresh_copy(base)
+        if config.training.fsdp:
+            shard(model.model, self.accelerator.device.type)
         self.progress = progress
         self.profile = Profile()
         self.position = Position()
@@ -84,16 +87,24 @@ class SingleRun:
 
     def run(self) -> None:
         folder = self.plan.folder
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob("*.partial"):
-            leftover.unlink()  # of a process killed while it wrote; a run's folder has one writer
-        self._write_config()
+        if self._writes:
+            folder.mkdir(parents=True, exist_ok=True)
+            for leftover in folder.glob("*.partial"):
+                leftover.unlink()  # of a process killed while it wrote; a run's folder has one writer
+            self._write_config()
         self.method.check(self.plan.stream)
         with tracking(self.accelerator, self.plan.folder.name, self.config.to_dict()):
             self._run_stages()
-        self._write_results()
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-        shutil.rmtree(folder / STAGES, ignore_errors=True)
+        if self._writes:
+            self._write_results()
+            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+            shutil.rmtree(folder / STAGES, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    @property
+    def _writes(self) -> bool:
+        """Of several processes one writes files; what the others need to read is there after a barrier."""
+        return bool(self.accelerator.is_main_process)
 
     def _run_stages(self) -> None:
         training = self._resume()
@@ -209,10 +220,13 @@ class SingleRun:
                 "fingerprint": self.plan.fingerprint,
                 "base_weights": self.plan.identity["base_weights"],
             }
-            checkpoint.save(self.plan.folder / CHECKPOINTS, files, documents)
+            if self._writes:
+                checkpoint.save(self.plan.folder / CHECKPOINTS, files, documents)
+            self.accelerator.wait_for_everyone()
 
     def _resume(self) -> StageTraining | None:
         """Take up the newest checkpoint; the stage's training if it stopped inside one."""
+        self.accelerator.wait_for_everyone()
         newest = checkpoint.latest(self.plan.folder / CHECKPOINTS)
         if newest is None:
             return None
@@ -259,7 +273,8 @@ class SingleRun:
 
     def _write_row(self, row: int, result: Evaluation) -> str:
         data = row_bytes(result)
-        write_atomically(self._row_path(row), data)
+        if self._writes:
+            write_atomically(self._row_path(row), data)
         return hashlib.sha256(data).hexdigest()
 
     # -- results -------------------------------------------------------------------------------------------------------

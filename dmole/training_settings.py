@@ -99,6 +99,8 @@ class TrainingSettings:
     # Recompute the activations of every layer during backward: less memory for about a third more time.
     activation_checkpointing: bool = False
     activation_checkpointing_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    # Spread the base's layers over the processes with torch's fully_shard; experts stay whole in each.
+    fsdp: bool = False
     # The loss on the stage's validation samples, every eval_steps (below 1: a share of the stage) or every epoch.
     eval_strategy: Literal["no", "steps", "epoch"] = "no"
     eval_steps: float | None = None

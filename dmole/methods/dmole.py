@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -49,6 +50,7 @@ from dmole.models.adapters import (
     freeze_expert,
     load_adapter_state,
 )
+from dmole.processes import process, shared
 from dmole.routing import FeatureStore, Router, router_features
 from dmole.seeding import derived_generator, derived_seed
 from dmole_kernels import ExpertGates
@@ -190,8 +192,18 @@ class DMoLE(Method):
         return dataclasses.replace(placement, neighbours=dict(sorted(names.items())))
 
     def _fresh_features(self, samples: Sequence[Sample]) -> Tensor:
-        # Not through the store: each set is asked for once.
-        return router_features(self.mm, samples, batch_size=self.options.router.feature_batch_size)
+        # Not through the store: each set is asked for once. The batches are those of one process, however many share
+        # them, because a batch decides the last bits of a feature.
+        size = self.options.router.feature_batch_size
+        if process()[1] == 1:
+            return router_features(self.mm, samples, batch_size=size)
+
+        def batch(place: int) -> Tensor:
+            chunk = samples[place * size : (place + 1) * size]
+            return router_features(self.mm, chunk, batch_size=size).cpu()
+
+        chunks = shared(math.ceil(len(samples) / size), batch)
+        return torch.cat(chunks).to(self.mm.model.device) if chunks else torch.empty(0, 0, device="cpu")
 
     # Training
 
