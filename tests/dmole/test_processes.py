@@ -37,7 +37,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(validated_folder: Path, output: Path, script: ModuleType) -> list[dict[str, Any]]:
+def results(validated_folder: Path, output: Path) -> list[dict[str, Any]]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(SCRIPT)]
     done = subprocess.run(
@@ -47,9 +47,8 @@ def results(validated_folder: Path, output: Path, script: ModuleType) -> list[di
     assert done.returncode == 0, done.stderr[-5000:]
     found = []
     for rank in range(2):
-        sys.modules.setdefault("__mp_main__", script)
         found.append(torch.load(output / f"results_{rank}.pt", weights_only=False))
-    assert all(result["processes"] == 2 and result["device"] == "cpu" for result in found)
+    assert all(result["processes"] == 2 and result["device"].startswith("cpu") for result in found)
     return found
 
 
@@ -66,9 +65,7 @@ def alone(validated_folder: Path, script: ModuleType) -> dict[str, Any]:
 def test_first_gradients_and_twenty_losses_are_those_of_one_process(
     results: list[dict[str, Any]], alone: dict[str, Any], way: str
 ) -> None:
-    expected = alone[way.partition("_s")[0].removesuffix("_checkpointing") if way != "seq_ft" else way]
-    if way == "seq_ft_sharded":
-        expected = alone["seq_ft"]
+    expected = alone[way.removesuffix("_sharded").removesuffix("_checkpointing")]
     truth = torch.cat([gradient.flatten() for gradient in expected["gradients"]])
     assert float(truth.norm()) > 0
     for result in results:

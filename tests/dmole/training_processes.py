@@ -13,11 +13,9 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from dmole import checkpoint
-from dmole.acceleration import make_accelerator
+from dmole.acceleration import make_accelerator, set_random_state
 from dmole.allocation import layer_scores
 from dmole.config import LoraSettings, MethodSettings, load_config
-from dmole.config_error import ConfigError
 from dmole.data.reading import read_stream
 from dmole.evaluation import evaluate, generation_queue
 from dmole.method_settings import DMoLESettings, RouterSettings
@@ -26,6 +24,7 @@ from dmole.methods.base import answer_loss
 from dmole.models.architecture import build_tiny_model
 from dmole.processes import process, shard
 from dmole.runner import run
+from dmole.single_run import SingleRun
 from dmole.training import Profile, StageTraining
 from dmole.training_settings import TrainingSettings
 
@@ -76,18 +75,24 @@ def numbers(folder: Path, method_name: str, *, sharded: bool = False, **changes:
             queue = generation_queue(model, stream.tasks, 4)
             found["row"] = evaluate(method, stream.tasks, queue, EVALUATION, profile=Profile())
             running = StageTraining(method, stage, chosen, seed=3, profile=Profile())
-            gradients: list[Tensor] = []
-
-            def keep(optimizer: object, arguments: object, keywords: object) -> None:
-                if not gradients:
-                    gradients.extend(torch.zeros_like(p) if p.grad is None else p.grad.clone()
-                                     for p in running.parameters.values())  # fmt: skip
-
-            running.optimizer.optimizer.register_step_pre_hook(keep)
+            gradients = keep_first_gradients(running)
             running.run(lambda running: None)
             found |= {"gradients": gradients, "losses": running.losses, "validation": running.validation.history}
         method.end_stage(stage.index, stage.task)
     return found
+
+
+def keep_first_gradients(running: StageTraining) -> list[Tensor]:
+    """What the optimizer sees in the first step; filled when it comes."""
+    gradients: list[Tensor] = []
+
+    def keep(optimizer: object, arguments: object, keywords: object) -> None:
+        if not gradients:
+            for parameter in running.parameters.values():
+                gradients.append(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone())
+
+    running.optimizer.optimizer.register_step_pre_hook(keep)
+    return gradients
 
 
 EVALUATION = load_config(overrides=["evaluation={batch_size: 4, max_new_tokens: 3}"]).evaluation
@@ -101,7 +106,8 @@ def configuration(folder: Path, output: Path, processes: int) -> Any:
     return load_config(
         overrides=[
             f"stream={folder}", "model=tiny", f"output={output}", "threads=1", "methods=[dmole, seq_ft]",
-            f"training={{num_train_epochs: 1, per_device_train_batch_size: {GLOBAL_BATCH // processes}, save_steps: 1}}",
+            f"training={{num_train_epochs: 1, per_device_train_batch_size: {GLOBAL_BATCH // processes}}}",
+            "training.save_steps=1",
             "evaluation={batch_size: 8, max_new_tokens: 3}", "lora={rank: 4, dropout: 0.2}",
             "dmole={proxy_min_samples: 4, router: {epochs: 3}}",
         ]
@@ -110,15 +116,7 @@ def configuration(folder: Path, output: Path, processes: int) -> Any:
 
 def stopped_and_resumed(config: Any) -> int:
     """The run of `config`, left after every fifth checkpoint and taken up again; how often it was left."""
-    save, count, stops = checkpoint.save, 0, 0
-
-    def barrier_and_stop(folder: Path, tensors: Any, documents: Any) -> Path:
-        return save(folder, tensors, documents)
-
-    checkpoint.save = barrier_and_stop
-    from dmole.single_run import SingleRun
-
-    original = SingleRun._save
+    count, stops, original = 0, 0, SingleRun._save
 
     def counted(self: Any, *arguments: Any) -> None:
         nonlocal count
@@ -147,11 +145,6 @@ def main(folder: Path, output: Path) -> None:
         folder, "dmole", activation_checkpointing=True, activation_checkpointing_kwargs={"use_reentrant": True}
     )
     try:
-        results["other_count"] = ""
-        state = StageTraining.__new__(StageTraining)
-        state.accelerator = accelerator
-        from dmole.acceleration import set_random_state
-
         set_random_state(accelerator, torch.get_rng_state()[None])
     except ValueError as error:
         results["other_count"] = str(error)
