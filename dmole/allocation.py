@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from dmole.batches import pieces_of
 from dmole.curriculum import floor_count
 from dmole.data.collate import collate
 from dmole.models.adapters import as_pretrained
+from dmole.processes import process
 from dmole_kernels import GradNormRecorder, MultiLoRALinear
 
 if TYPE_CHECKING:
@@ -187,6 +189,8 @@ def layer_scores(
     L_b is ``loss(model, batch)``, the mean cross-entropy over the batch's answer tokens (`methods.base.answer_loss`).
     Experts that are attached stay out: no gates are set. ``candidates`` is all of ``mm.candidates`` unless given.
 
+    Several processes share the batches and sum the gradients before the norm is taken.
+
     Memory: one fp32 buffer per candidate ("exact") or its sketch. Every parameter is frozen for the time of the pass:
     no weight gradient outside the candidates is ever computed, and none at all is written to a ``.grad``.
 
@@ -200,9 +204,13 @@ def layer_scores(
     linears = {name: _base_linear(mm.model, name) for names in towers.values() for name in names}
     recorder = GradNormRecorder(linears, quantity="accumulated", method=method, model=mm.model)
     with as_pretrained(mm.model), recorder:
-        for start in range(0, len(samples), batch_size):
-            batch = collate(mm, samples[start : start + batch_size], with_answers=True)
-            torch.autograd.backward(loss(mm.model, batch))
+        number, processes = process()
+        for piece in pieces_of(range(len(samples)), batch_size, process=number, processes=processes):
+            batch = collate(mm, [samples[place] for place in piece.places], with_answers=True).to(mm.model.device)
+            value = loss(mm.model, batch)
+            torch.autograd.backward(value if piece.counts else 0.0 * value)
+        if processes > 1:
+            recorder.reduce_()
         norms = recorder.norms()
     return {tower: {name: norms[name].weight + norms[name].bias for name in names} for tower, names in towers.items()}
 

@@ -110,7 +110,8 @@ def run(
     recipe: Annotated[str | None, typer.Option(help="Start from a recipe's configuration.")] = None,
     config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML file of settings.")] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="One setting, such as training.epochs=2. May be repeated.")
+        list[str] | None,
+        typer.Option("--set", help="One setting, such as training.num_train_epochs=2. May be repeated."),
     ] = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Where results go.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what is in the output folder.")] = False,

@@ -29,6 +29,7 @@ import yaml
 
 from dmole.config_error import ConfigError, require
 from dmole.method_settings import DMoLESettings
+from dmole.training_settings import RENAMED, TrainingSettings
 
 T = TypeVar("T")
 
@@ -47,33 +48,6 @@ class LoraSettings:
         require(self.rank >= 1, "lora.rank", self.rank, "an integer of at least 1")
         require(self.alpha > 0, "lora.alpha", self.alpha, "a number above 0")
         require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "a number in [0, 1)")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingSettings:
-    """AdamW in fp32 with a linear warm-up and a cosine to zero, once per stage."""
-
-    epochs: int = 3
-    # Tasks that train longer than the others (D-MoLE: SK-VG, VizWiz-VQA and IconQA take 5 epochs, the rest 1).
-    epochs_of: Mapping[str, int] = field(default_factory=dict)
-    batch_size: int = 16
-    learning_rate: float = 1e-3
-    warmup: float = 0.03
-    weight_decay: float = 0.01
-    # Largest gradient norm; 0 leaves gradients as they are.
-    max_grad_norm: float = 1.0
-    # Autocast of the forward pass; trainable weights, optimizer and loss stay fp32 either way.
-    bf16: bool = False
-
-    def __post_init__(self) -> None:
-        require(self.epochs >= 1, "training.epochs", self.epochs, "an integer of at least 1")
-        for name, epochs in self.epochs_of.items():
-            require(epochs >= 1, f"training.epochs_of.{name}", epochs, "an integer of at least 1")
-        require(self.batch_size >= 1, "training.batch_size", self.batch_size, "an integer of at least 1")
-        require(self.learning_rate > 0, "training.learning_rate", self.learning_rate, "a number above 0")
-        require(0 <= self.warmup < 1, "training.warmup", self.warmup, "a share of the steps in [0, 1)")
-        require(self.weight_decay >= 0, "training.weight_decay", self.weight_decay, "a number of at least 0")
-        require(self.max_grad_norm >= 0, "training.max_grad_norm", self.max_grad_norm, "0 (no clipping) or above")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,8 +122,6 @@ class RunConfig:
     # Options of single methods by method name; see the module docstring for how YAML spells them.
     options: Mapping[str, Any] = field(default_factory=dict)
     output: str = "runs"
-    # A checkpoint inside a stage every so many optimizer steps; 0 keeps stage boundaries only.
-    checkpoint_every_steps: int = 200
     # Threads of torch. A setting, not the machine's number of cores, because results depend on it: losses with one and
     # with two threads differ in their last bits at first, and later in more.
     threads: int = 1
@@ -173,7 +145,6 @@ class RunConfig:
         for name, least in (("train_samples", 2), ("validation_samples", 0), ("test_samples", 1)):
             value = getattr(self, name)
             require(value is None or value >= least, name, value, f"none (all samples) or an integer from {least} on")
-        require(self.checkpoint_every_steps >= 0, "checkpoint_every_steps", self.checkpoint_every_steps, "0 or more")
         require(self.threads >= 1, "threads", self.threads, "a number of threads, at least 1: results depend on it")
         try:
             re.compile(self.candidates)
@@ -223,6 +194,8 @@ def build_config(plain: Mapping[str, Any]) -> RunConfig:
             options[key] = _build(method_class(key).Options, value, key)
         elif key in own:
             rest[key] = value
+        elif key == "checkpoint_every_steps":
+            raise ConfigError(f"unknown key {key!r}: it is now called training.{RENAMED[key]}. Rename it.")
         else:
             raise ConfigError(f"unknown key {key!r}; {_nearest(str(key), [*sorted(own), *method_names()])}")
     return typing.cast(RunConfig, _build(RunConfig, rest, "", options=options))
@@ -246,7 +219,7 @@ def load_config(path: Path | None = None, *, base: RunConfig | None = None, over
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key.strip():
-            raise ConfigError(f"--set got {override!r}; expected key=value, such as training.epochs=3.")
+            raise ConfigError(f"--set got {override!r}; expected key=value, such as training.num_train_epochs=3.")
         try:
             value: Any = yaml.safe_load(text)
         except yaml.YAMLError as error:
@@ -281,7 +254,8 @@ def _build(kind: type[Any], plain: object, where: str, **given: Any) -> Any:
     for key, value in plain.items():
         path = f"{where}.{key}" if where else str(key)
         if key not in known:
-            raise ConfigError(f"unknown key {path!r}; {_nearest(str(key), known)}")
+            explained = kind.unknown(str(key), path) if hasattr(kind, "unknown") else None
+            raise explained or ConfigError(f"unknown key {path!r}; {_nearest(str(key), known)}")
         values[key] = _convert(hints[key], value, path)
     return kind(**values)
 

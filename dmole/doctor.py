@@ -161,7 +161,8 @@ def _machine() -> list[Finding]:
                 what="memory",
                 found=f"{memory:.1f} GiB",
                 ok=memory >= MINIMUM_MEMORY_GIB,
-                fix="use a machine with more memory, or lower training.batch_size and evaluation.batch_size",
+                fix="use a machine with more memory, or lower training.per_device_train_batch_size and "
+                "evaluation.batch_size",
             )
         )
     return findings

@@ -22,6 +22,7 @@ from dmole.data.collate import Batch, collate
 from dmole.data.sample import Sample, Task
 from dmole.methods.base import Method
 from dmole.metrics import METRICS
+from dmole.processes import gathered, is_sharded, process
 from dmole.seeding import derived_generator
 from dmole.training import Profile
 
@@ -56,7 +57,9 @@ def generation_queue(mm: MultimodalModel, tasks: Sequence[Task], batch_size: int
     >>> # tasks of 4 and 2 samples, batch_size 3 -> e.g. [[a2, b1, a4], [b2, a1, a3]]
     """
     items = [(task.name, sample) for task in tasks for sample in task.test]
-    order = torch.randperm(len(items), generator=derived_generator("generation queue", len(items))).tolist()
+    order = torch.randperm(
+        len(items), generator=derived_generator("generation queue", len(items)), device="cpu"
+    ).tolist()
     lengths = [len(mm.prompt_ids(sample.instruction)) for _, sample in items]
     window = batch_size * SORTING_WINDOW
     batches: list[list[tuple[str, Sample]]] = []
@@ -89,7 +92,7 @@ def generate(mm: MultimodalModel, batch: Batch, *, max_new_tokens: int) -> list[
         logits_to_keep=1,
     )
     positions = positions[:, -1:]
-    ended = torch.zeros(rows, dtype=torch.bool)
+    ended = torch.zeros(rows, dtype=torch.bool, device=output.logits.device)
     tokens: list[Tensor] = []
     for step in range(1, max_new_tokens + 1):
         token = output.logits[:, -1].argmax(dim=-1).masked_fill_(ended, pad)
@@ -118,8 +121,9 @@ def predict(
         with torch.inference_mode():
             with profile.part("evaluation_data"):
                 batch = collate(method.mm, [sample for _, sample in items], with_answers=False)
+                batch = batch.to(method.mm.model.device)
             with profile.part("evaluation_generate"), method.evaluation_gates(batch) as routing:
-                with torch.autocast("cpu", torch.bfloat16, enabled=settings.bf16):
+                with torch.autocast(method.mm.model.device.type, torch.bfloat16, enabled=settings.bf16):
                     answers = generate(method.mm, batch, max_new_tokens=settings.max_new_tokens)
         routes: Sequence[tuple[str, ...] | None] = [None] * len(items) if routing is None else routing.chosen
         yield [
@@ -153,10 +157,20 @@ def evaluate(
     profile: Profile,
     after_batch: Callable[[int], None] = lambda samples: None,
 ) -> Evaluation:
-    """Generate for the whole queue and score `tasks`, calling `after_batch(samples)` after each batch."""
+    """Generate for the whole queue and score `tasks`, calling `after_batch(samples)` after each batch.
+
+    Several processes share the batches. Over a sharded base each computes all of them, because generation ends after a
+    number of forward passes that depends on the answers, and a forward pass needs every process.
+    """
+    number, processes = process()
+    split = processes > 1 and not is_sharded(method.mm.model)
     predictions: list[Prediction] = []
-    for answered in predict(method, queue, settings, profile=profile):
+    for answered in predict(method, queue[number::processes] if split else queue, settings, profile=profile):
         predictions += answered
         after_batch(len(answered))
+    if split:
+        own = len(predictions)
+        predictions = gathered(predictions)
+        after_batch(len(predictions) - own)
     with profile.part("evaluation_score"):
         return score(tasks, predictions)

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from dmole import checkpoint
+from dmole.batches import samples_per_step
 from dmole.config import ORDER_HELP, RunConfig, fingerprint
 from dmole.config_error import ConfigError
 from dmole.data.sample import Stream
@@ -26,7 +27,8 @@ from dmole.methods.base import JSON, Stage
 from dmole.models.multimodal import MultimodalModel
 from dmole.progress import EVALUATED_SAMPLE, TRAINED_SAMPLE
 from dmole.seeding import derived_generator
-from dmole.training import stage_steps
+from dmole.training import check_validation, stage_steps
+from dmole.training_settings import WITHOUT_EFFECT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +48,11 @@ class RunPlan:
         return fingerprint(self.identity)
 
 
-def plan_runs(config: RunConfig, stream: Stream, model: MultimodalModel) -> list[RunPlan]:
-    """Every (order, seed, method) of the configuration, in the order in which they run."""
+def plan_runs(config: RunConfig, stream: Stream, model: MultimodalModel, *, processes: int = 1) -> list[RunPlan]:
+    """Every (order, seed, method) of the configuration, in the order in which they run.
+
+    processes: how many train together; a step sees so many times the samples of one.
+    """
     for name in config.training.epochs_of:
         if name not in stream.task_names:
             raise ConfigError(f"training.epochs_of has {name!r}; expected a task of {', '.join(stream.task_names)}.")
@@ -55,6 +60,7 @@ def plan_runs(config: RunConfig, stream: Stream, model: MultimodalModel) -> list
     plain = config.to_dict()
     # Where results go and how often state is saved changes no number.
     shared = {key: plain[key] for key in ("training", "evaluation", "lora", "candidates", "threads")}
+    shared["training"] = {key: value for key, value in plain["training"].items() if key not in WITHOUT_EFFECT}
     plans: list[RunPlan] = []
     for order in config.orders:
         ordered = stream.reorder(order_names(order, stream.task_names))
@@ -69,6 +75,7 @@ def plan_runs(config: RunConfig, stream: Stream, model: MultimodalModel) -> list
                     "inputs": inputs,
                     "options": plain.get(method, {}),
                     "dmole": plain["dmole"],
+                    "processes": processes,
                     **shared,
                 }
                 folder = Path(config.output) / "runs" / f"{method}-seed{seed}-{order_label(order)}"
@@ -93,7 +100,9 @@ def order_names(order: str, names: Sequence[str]) -> list[str]:
         return list(reversed(names))
     number = order.removeprefix("shuffled")
     if number != order and number.isdecimal():
-        places = torch.randperm(len(names), generator=derived_generator("task order", int(number))).tolist()
+        places = torch.randperm(
+            len(names), generator=derived_generator("task order", int(number)), device="cpu"
+        ).tolist()
         return [names[place] for place in places]
     listed = [name.strip() for name in order.split(",")]
     if sorted(listed) != sorted(names):
@@ -130,7 +139,10 @@ def check_plan(plan: RunPlan, config: RunConfig, model: MultimodalModel) -> list
     """The stages of a run; raises ValueError for whatever would fail hours into it."""
     method = method_class(plan.method)(fresh_copy(model), config.method_settings(plan.method), seed=plan.seed)
     method.check(plan.stream)
-    return method.stages(plan.stream)
+    stages = method.stages(plan.stream)
+    for stage in stages:
+        check_validation(config.training, stage)
+    return stages
 
 
 def check_lengths(stream: Stream, model: MultimodalModel, max_new_tokens: int) -> None:
@@ -183,8 +195,9 @@ def check_folder(plan: RunPlan) -> None:
     )
 
 
-def work_units(stages: Sequence[Stage], stream: Stream, config: RunConfig) -> float:
+def work_units(stages: Sequence[Stage], stream: Stream, config: RunConfig, *, processes: int = 1) -> float:
     tests = {task.name: len(task.test) for task in stream.tasks}
-    trained = sum(stage_steps(config.training, stage) for stage in stages) * config.training.batch_size
+    steps = sum(stage_steps(config.training, stage, processes=processes) for stage in stages)
+    trained = steps * samples_per_step(config.training, processes)
     tested = sum(tests.values()) + sum(tests[name] for stage in stages for name in stage.evaluates)
     return TRAINED_SAMPLE * trained + EVALUATED_SAMPLE * tested

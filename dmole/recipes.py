@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from dmole.config import EvaluationSettings, LoraSettings, RunConfig, TrainingSettings
+from dmole.config import EvaluationSettings, LoraSettings, RunConfig
 from dmole.method_settings import DMoLESettings, RouterSettings
+from dmole.training_settings import TrainingSettings
 
 # Attention projections of both towers, under the names that transformers' model families give them.
 ATTENTION = r"\.(q_proj|k_proj|v_proj|o_proj|out_proj|qkv|qkv_proj|proj|projection_layer)$"
@@ -29,7 +30,7 @@ def mini() -> RunConfig:
         methods=("zero_shot", "finetune", "joint", "seq_ft", "dmole"),
         seeds=(0, 1, 2),
         lora=LoraSettings(rank=16, alpha=32.0, dropout=0.0),
-        training=TrainingSettings(epochs=2, batch_size=16, learning_rate=2e-3, bf16=True),
+        training=TrainingSettings(num_train_epochs=2.0, per_device_train_batch_size=16, learning_rate=2e-3, bf16=True),
         evaluation=EvaluationSettings(batch_size=64, max_new_tokens=32, bf16=True),
         test_samples=100,
         # A hundred epochs make the error a tenth smaller and the router four times as slow.
@@ -63,11 +64,11 @@ def paper(stream: str, model: str) -> RunConfig:
         lora=LoraSettings(rank=8, alpha=16.0, dropout=0.05, dropout_mode="per_expert"),
         candidates=ATTENTION,
         training=TrainingSettings(
-            epochs=1,
-            epochs_of=dict.fromkeys(FIVE_EPOCHS, 5),
-            batch_size=80,
+            num_train_epochs=1.0,
+            epochs_of=dict.fromkeys(FIVE_EPOCHS, 5.0),
+            per_device_train_batch_size=80,
             learning_rate=1e-4,
-            warmup=0.03,
+            warmup_steps=0.03,
             weight_decay=0.01,
         ),
         options={"dmole": DMoLESettings(budget_fraction=0.5, router=RouterSettings(epochs=100, learning_rate=1e-3))},

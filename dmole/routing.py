@@ -61,7 +61,7 @@ def router_features(mm: MultimodalModel, samples: Sequence[Sample], *, batch_siz
                 dim=1,
             )
             chunks.append(F.normalize(z_BD, dim=1))
-    return torch.cat(chunks) if chunks else torch.empty(0, 0)
+    return torch.cat(chunks) if chunks else torch.empty(0, 0, device="cpu")
 
 
 def _instructions(mm: MultimodalModel, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
@@ -73,10 +73,10 @@ def _instructions(mm: MultimodalModel, samples: Sequence[Sample]) -> tuple[Tenso
                 f"which the router reads. Write an instruction."
             )
     width = max(len(row) for row in rows)
-    input_ids = torch.full((len(rows), width), int(mm.tokenizer.pad_token_id or 0))
+    input_ids = torch.full((len(rows), width), int(mm.tokenizer.pad_token_id or 0), device="cpu")
     attention_mask = torch.zeros_like(input_ids)
     for i, row in enumerate(rows):
-        input_ids[i, : len(row)] = torch.tensor(row)
+        input_ids[i, : len(row)] = torch.tensor(row, device="cpu")
         attention_mask[i, : len(row)] = 1
     return input_ids, attention_mask
 
@@ -132,7 +132,12 @@ def train_autoencoder(
     def uniform(*shape: int, fan_in: int) -> Tensor:
         # What nn.Linear draws, from our generator.
         bound = 1.0 / math.sqrt(fan_in)
-        return torch.empty(*shape).uniform_(-bound, bound, generator=generator).to(device).requires_grad_(True)
+        return (
+            torch.empty(*shape, device="cpu")
+            .uniform_(-bound, bound, generator=generator)
+            .to(device)
+            .requires_grad_(True)
+        )
 
     w1, b1 = uniform(settings.hidden, width, fan_in=width), uniform(settings.hidden, fan_in=width)
     w2, b2 = uniform(width, settings.hidden, fan_in=settings.hidden), uniform(width, fan_in=settings.hidden)
@@ -144,7 +149,7 @@ def train_autoencoder(
         rate = settings.final_learning_rate + (settings.learning_rate - settings.final_learning_rate) * cosine
         for group in optimizer.param_groups:
             group["lr"] = rate
-        order = torch.randperm(n, generator=generator).to(device)
+        order = torch.randperm(n, generator=generator, device="cpu").to(device)
         summed = torch.zeros((), device=device)  # read once an epoch: a step must not wait for the device
         for start in range(0, n, settings.batch_size):
             z_BD = features_ND[order[start : start + settings.batch_size]]
@@ -187,7 +192,7 @@ class Router:
         self.tasks: tuple[str, ...] = ()
         self.training_errors: dict[str, tuple[float, float]] = {}  # first and last epoch
         self._weights: dict[str, Tensor] = {}  # stacked over tasks: the arguments of router_score
-        self._thresholds_T = torch.empty(0)
+        self._thresholds_T = torch.empty(0, device="cpu")
 
     @property
     def thresholds(self) -> dict[str, float]:
@@ -279,7 +284,7 @@ class Router:
             raise ValueError(f"mode: got {mode!r}; expected 'per_sample' or 'per_task'.")
         n = len(features_ND)
         if not self.tasks:
-            return torch.full((n,), -1, dtype=torch.int64)
+            return torch.full((n,), -1, dtype=torch.int64, device="cpu")
         error_NT = self.errors(features_ND)
         if mode == "per_task":
             error_NT = error_NT.mean(dim=0, keepdim=True).expand(n, -1)
@@ -309,4 +314,4 @@ class Router:
         self.tasks = tasks
         self.training_errors = {task: (first, last) for task, (first, last) in meta["training_errors"].items()}
         self._weights = {name: tensors[name].clone() for name in tensors if name != "threshold_T"}
-        self._thresholds_T = tensors["threshold_T"].clone() if tasks else torch.empty(0)
+        self._thresholds_T = tensors["threshold_T"].clone() if tasks else torch.empty(0, device="cpu")

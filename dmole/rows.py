@@ -17,6 +17,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from accelerate import PartialState
+
 from dmole.arithmetic import arithmetic
 from dmole.checkpoint import CheckpointError
 from dmole.config import RunConfig, fingerprint
@@ -71,6 +73,8 @@ def zero_shot_row(
     Raises CheckpointError for a damaged file.
     """
     file = shared_row_file(Path(config.output), plan)
+    everyone = PartialState()
+    everyone.wait_for_everyone()
     if file.exists():
         result = _read_shared(file)
         after_batch(sum(len(task.test) for task in plan.stream.tasks))
@@ -81,9 +85,12 @@ def zero_shot_row(
     # A profile of its own: later runs read this row from its file, so it is in no run's time.
     result = evaluate(method, tasks, queue, config.evaluation, profile=Profile(), after_batch=after_batch)
     body = row_bytes(result)
-    write_atomically(
-        file, json.dumps({"sha256": _digest(body), "evaluation": json.loads(body)}, ensure_ascii=False).encode()
-    )
+    everyone.wait_for_everyone()
+    if everyone.is_main_process:
+        write_atomically(
+            file, json.dumps({"sha256": _digest(body), "evaluation": json.loads(body)}, ensure_ascii=False).encode()
+        )
+    everyone.wait_for_everyone()
     return result
 
 

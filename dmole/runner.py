@@ -6,15 +6,15 @@
         row 0                     the pretrained model on all test sets (once per model and stream)
         for stage in method.stages(stream):
             begin_stage           checkpoint       phase "train", step 0
-            steps                 checkpoint every `checkpoint_every_steps`
+            steps                 checkpoint every `training.save_steps`
             end_stage             checkpoint       phase "evaluate"
             evaluation            stages/<row>.json, checkpoint       phase "begin" of the next stage
         results                   see `dmole.results`
 
 A process killed anywhere goes on from the last checkpoint and meets the same numbers, because everything random is
-seeded by name (`dmole.seeding`) or saved (AdamW, dropout's random state). The number of threads is a setting, and what
-is cached does not depend on who computed it (`dmole.arithmetic`): the same configuration gives the same bytes on one
-machine, whatever the caches hold, however many cores there are and however busy they are.
+seeded by name (`dmole.seeding`) or saved (the optimizer, dropout's random state). The number of threads is a setting,
+and what is cached does not depend on who computed it (`dmole.arithmetic`): the same configuration gives the same bytes
+on one machine, whatever the caches hold, however many cores there are and however busy they are.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from dmole.acceleration import make_accelerator, place
 from dmole.arithmetic import usable_cores
 from dmole.config import RunConfig
 from dmole.plan import check_folder, check_lengths, check_plan, plan_runs, work_units
@@ -46,25 +47,37 @@ def run(config: RunConfig, *, console: Console | None = None, fresh: bool = Fals
     console = console or Console()
     output = Path(config.output)
     with _torch_settings(config):
-        model = open_model(config.model)
-        stream = open_stream(config.stream, console).limit(
-            train=config.train_samples, validation=config.validation_samples, test=config.test_samples
-        )
-        plans = plan_runs(config, stream, model)
+        accelerator = make_accelerator(config.training)
+        if not accelerator.is_main_process:
+            console = Console(quiet=True)
+        # What the first process builds and caches, the others read.
+        with accelerator.main_process_first():
+            model = open_model(config.model)
+            stream = open_stream(config.stream, console).limit(
+                train=config.train_samples, validation=config.validation_samples, test=config.test_samples
+            )
+        place(model.model, accelerator)
+        processes = accelerator.num_processes
+        plans = plan_runs(config, stream, model, processes=processes)
         check_lengths(stream, model, config.evaluation.max_new_tokens)
         stages = {plan.folder: check_plan(plan, config, model) for plan in plans}
-        if fresh:
+        accelerator.wait_for_everyone()
+        if fresh and accelerator.is_main_process:
             for plan in plans:
                 shutil.rmtree(plan.folder, ignore_errors=True)
             shutil.rmtree(output / ZERO_SHOT, ignore_errors=True)
+        accelerator.wait_for_everyone()
         for plan in plans:
             check_folder(plan)
+        accelerator.wait_for_everyone()  # before one of them writes
         if config.threads < (cores := usable_cores()):
             console.print(
                 f"threads={config.threads} on {cores} cores; more may be faster, and the numbers depend on it",
                 highlight=False,
             )
-        units = {plan.folder: work_units(stages[plan.folder], plan.stream, config) for plan in plans}
+        units = {
+            plan.folder: work_units(stages[plan.folder], plan.stream, config, processes=processes) for plan in plans
+        }
         with RunProgress(console, sum(units.values())) as progress:
             for plan in plans:
                 if (plan.folder / "result.json").exists():
@@ -72,8 +85,11 @@ def run(config: RunConfig, *, console: Console | None = None, fresh: bool = Fals
                     progress.note(f"{plan.folder.name}: finished earlier, kept")
                     continue
                 SingleRun(plan, config, model, progress).run()
-                write_summary(output)
-        write_summary(output)
+                if accelerator.is_main_process:
+                    write_summary(output)
+        if accelerator.is_main_process:
+            write_summary(output)
+        accelerator.wait_for_everyone()
     return output
 
 

@@ -22,4 +22,4 @@ def derived_seed(*parts: int | str) -> int:
 
 def derived_generator(*parts: int | str) -> torch.Generator:
     """A CPU generator seeded with `derived_seed(*parts)`."""
-    return torch.Generator().manual_seed(derived_seed(*parts))
+    return torch.Generator(device="cpu").manual_seed(derived_seed(*parts))

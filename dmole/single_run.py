@@ -19,7 +19,9 @@ import numpy as np
 import torch
 
 from dmole import checkpoint
+from dmole.acceleration import make_accelerator, tracking
 from dmole.arithmetic import arithmetic
+from dmole.batches import samples_per_step
 from dmole.checkpoint import CheckpointError
 from dmole.config import RunConfig
 from dmole.environment import describe_environment, peak_memory_gib
@@ -29,6 +31,7 @@ from dmole.methods import method_class
 from dmole.methods.base import JSON, Method, Stage
 from dmole.models.multimodal import MultimodalModel
 from dmole.plan import RunPlan, fresh_copy
+from dmole.processes import shard
 from dmole.progress import EVALUATED_SAMPLE, TRAINED_SAMPLE, RunProgress
 from dmole.reports.matrix import save_matrix_picture
 from dmole.results import (
@@ -72,7 +75,10 @@ class SingleRun:
         self.plan = plan
         self.config = config
         self.base = base
+        self.accelerator = make_accelerator(config.training, folder=plan.folder)
         self.model = model = fresh_copy(base)
+        if config.training.fsdp:
+            shard(model.model, self.accelerator.device.type)
         self.progress = progress
         self.profile = Profile()
         self.position = Position()
@@ -80,24 +86,36 @@ class SingleRun:
         self.stages = self.method.stages(plan.stream)
 
     def run(self) -> None:
-        folder, label = self.plan.folder, self.plan.folder.name
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob("*.partial"):
-            leftover.unlink()  # of a process killed while it wrote; a run's folder has one writer
-        self._write_config()
+        folder = self.plan.folder
+        if self._writes:
+            folder.mkdir(parents=True, exist_ok=True)
+            for leftover in folder.glob("*.partial"):
+                leftover.unlink()  # of a process killed while it wrote; a run's folder has one writer
+            self._write_config()
         self.method.check(self.plan.stream)
+        with tracking(self.accelerator, self.plan.folder.name, self.config.to_dict()):
+            self._run_stages()
+        if self._writes:
+            self._write_results()
+            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+            shutil.rmtree(folder / STAGES, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    @property
+    def _writes(self) -> bool:
+        """Of several processes one writes files; what the others need to read is there after a barrier."""
+        return bool(self.accelerator.is_main_process)
+
+    def _run_stages(self) -> None:
         training = self._resume()
         self._zero_shot_row()
         while self.position.stage < len(self.stages):
             stage = self.stages[self.position.stage]
-            self.progress.describe(f"{label}: stage {stage.index}/{len(self.stages)} {stage.task.name}")
+            self.progress.describe(f"{self.plan.folder.name}: stage {stage.index}/{len(self.stages)} {stage.task.name}")
             if self.position.phase != "evaluate":
                 self._train(stage, training or self._begin(stage))
                 training = None
             self._evaluate(stage)
-        self._write_results()
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-        shutil.rmtree(folder / STAGES, ignore_errors=True)
 
     def _begin(self, stage: Stage) -> StageTraining:
         torch.manual_seed(derived_seed(self.plan.seed, "begin", stage.index))
@@ -108,19 +126,29 @@ class SingleRun:
         return training
 
     def _training(self, stage: Stage) -> StageTraining:
-        return StageTraining(self.method, stage, self.config.training, seed=self.plan.seed, profile=self.profile)
+        return StageTraining(
+            self.method,
+            stage,
+            self.config.training,
+            seed=self.plan.seed,
+            profile=self.profile,
+            log=self.accelerator.log if self.accelerator.trackers else None,
+            first_step=sum(finished["steps"] for finished in self.position.stages),
+        )
+
+    @property
+    def _units_per_step(self) -> float:
+        # Every step counts as a full window, as in the total.
+        return TRAINED_SAMPLE * samples_per_step(self.config.training, self.accelerator.num_processes)
 
     def _train(self, stage: Stage, training: StageTraining) -> None:
-        every = self.config.checkpoint_every_steps
-        # Every step counts as a full batch, as in the total.
-        per_step = TRAINED_SAMPLE * self.config.training.batch_size
-
         def after_step(training: StageTraining) -> None:
-            self.progress.advance(per_step)
-            if every and training.step % every == 0 and training.step < training.total:
+            self.progress.advance(self._units_per_step)
+            if training.due("save"):
                 self._save("train", training)
 
         training.run(after_step)
+        self.progress.skip(self._units_per_step * (training.total - training.step))
         torch.manual_seed(derived_seed(self.plan.seed, "end", stage.index))
         with self.profile.part("end_stage"):
             self.method.end_stage(stage.index, stage.task)
@@ -128,9 +156,11 @@ class SingleRun:
             {
                 "stage": stage.index,
                 "task": stage.task.name,
-                "steps": training.total,
+                "steps": training.step,
+                "planned_steps": training.total,
                 "trainable_parameters": training.trainable_count,
                 "losses": training.losses,
+                "validation": training.validation.history,
             }
         )
         self._save("evaluate")
@@ -190,10 +220,13 @@ class SingleRun:
                 "fingerprint": self.plan.fingerprint,
                 "base_weights": self.plan.identity["base_weights"],
             }
-            checkpoint.save(self.plan.folder / CHECKPOINTS, files, documents)
+            if self._writes:
+                checkpoint.save(self.plan.folder / CHECKPOINTS, files, documents)
+            self.accelerator.wait_for_everyone()
 
     def _resume(self) -> StageTraining | None:
         """Take up the newest checkpoint; the stage's training if it stopped inside one."""
+        self.accelerator.wait_for_everyone()
         newest = checkpoint.latest(self.plan.folder / CHECKPOINTS)
         if newest is None:
             return None
@@ -228,19 +261,20 @@ class SingleRun:
 
     def _skip_finished_units(self, training: StageTraining | None) -> None:
         tests = {task.name: len(task.test) for task in self.plan.stream.tasks}
-        per_step = TRAINED_SAMPLE * self.config.training.batch_size
-        steps = sum(stage["steps"] for stage in self.position.stages) + (training.step if training else 0)
+        # A stage that stopped early has no steps left either.
+        steps = sum(stage["planned_steps"] for stage in self.position.stages) + (training.step if training else 0)
         tested = sum(tests.values()) + sum(
             tests[name] for stage in self.stages[: self.position.stage] for name in stage.evaluates
         )
-        self.progress.skip(per_step * steps + EVALUATED_SAMPLE * tested)
+        self.progress.skip(self._units_per_step * steps + EVALUATED_SAMPLE * tested)
 
     def _row_path(self, row: int | str) -> Path:
         return self.plan.folder / STAGES / f"{row}.json"
 
     def _write_row(self, row: int, result: Evaluation) -> str:
         data = row_bytes(result)
-        write_atomically(self._row_path(row), data)
+        if self._writes:
+            write_atomically(self._row_path(row), data)
         return hashlib.sha256(data).hexdigest()
 
     # -- results -------------------------------------------------------------------------------------------------------
@@ -328,6 +362,7 @@ class SingleRun:
                 "step_ms_by_part": by_part,
             },
             "routing": routing,
+            "validation_losses": {stage["task"]: stage["validation"] for stage in self.position.stages},
             "well_formed": {str(row): result.well_formed for row, result in rows.items()},
             "method": self.method.report(),
             "peak_memory_gib": round(peak_memory_gib(), 3),

@@ -137,7 +137,9 @@ class ExpertBank(nn.Module):
         alpha = check_alpha(alpha, f"expert {name!r}")
         # kaiming_uniform(a = sqrt 5) has bound sqrt(6 / ((1 + 5) fan_in)).
         bound = 1.0 / math.sqrt(self.in_features)
-        lora_a = torch.empty(rank, self.in_features, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+        drawn_on = "cpu" if generator is None else generator.device
+        lora_a = torch.empty(rank, self.in_features, dtype=torch.float32, device=drawn_on)
+        lora_a.uniform_(-bound, bound, generator=generator)
         device, dtype = self._place()
         expert = Expert(
             lora_a.to(device=device, dtype=dtype),

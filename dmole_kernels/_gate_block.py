@@ -90,7 +90,7 @@ class GateBlock(AmbientBlock):
                 self.canonical_names = canonical_names
                 self.canonical_gate = _InOrder.apply(gate, self.names, canonical_names)  # type: ignore[no-untyped-call]
             if self.units is not None:
-                self.counts = torch.tensor(self.units, dtype=torch.int64)
+                self.counts = torch.tensor(self.units, dtype=torch.int64, device="cpu")
         self._kept: dict[object, LayerGate] = {}
         self._bytes = 0
         self.ran: set[int] = set()  # ids of the layers whose forward this block gated

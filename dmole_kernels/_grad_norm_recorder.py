@@ -304,7 +304,7 @@ class GradNormRecorder:
         return {name: self._norm(name) for name in self.linears}
 
     def _norm(self, name: str) -> GradNorm:
-        nothing = torch.zeros(0)
+        nothing = torch.zeros(0, device="cpu")
         relative_std, weights, biases = 0.0, nothing, nothing
         if self.quantity == "accumulated":
             total = self._weight_sums.get(name, nothing)
@@ -365,5 +365,5 @@ def _sketch_side(
 ) -> None:
     """N(0, 1/size) as [width, size], one for all layers of this width: the estimate of each layer is unbiased."""
     if width not in sides:
-        drawn = torch.randn(width, size, generator=generator) / math.sqrt(size)
+        drawn = torch.randn(width, size, generator=generator, device="cpu") / math.sqrt(size)
         sides[width] = drawn.to(linear.weight.device, torch.promote_types(linear.weight.dtype, torch.float32))

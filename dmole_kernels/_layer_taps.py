@@ -120,7 +120,7 @@ class LayerTaps:
         return lambda module, inputs: self._running.add(name)
 
     def _forward_hook(self, name: str) -> Callable[..., Tensor | None]:
-        switch = torch.zeros((), requires_grad=True)
+        switch = torch.zeros((), requires_grad=True, device="cpu")
 
         def hook(
             module: nn.Module, inputs: tuple[Tensor, ...], keywords: Mapping[str, Tensor], output: Tensor

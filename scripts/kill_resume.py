@@ -3,6 +3,9 @@
 
     python scripts/kill_resume.py --config config.yaml --kills 10 --output results/kill_resume.json
 
+--inside-writes adds kills at random file operations of the run (open, rename, delete, fsync ...), because a random
+moment is seldom one inside the write of a checkpoint.
+
 Both runs happen in processes of their own, forked from a server that has imported everything once. What must be equal,
 byte for byte: matrix.csv, predictions.jsonl.gz, references.jsonl.gz and losses.csv of every run. Exit status 1 if
 anything differs.
@@ -14,7 +17,10 @@ import argparse
 import hashlib
 import json
 import multiprocessing
+import multiprocessing.util
+import os
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -28,10 +34,33 @@ from dmole.recipes import RECIPES
 COMPARED = ("matrix.csv", "predictions.jsonl.gz", "references.jsonl.gz", "losses.csv")
 
 
-def worker(plain: dict[str, Any]) -> None:
+FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
+
+
+def kill_at(folder: Path, number: int, *, counter: Path | None = None) -> None:
+    """SIGKILL this process right before its file operation number `number` below `folder`, from 1; 0 never.
+
+    counter: a file that gets the count when the process ends by itself.
+    """
+    seen, below = 0, str(folder)
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal seen
+        if event in FILE_EVENTS and any(isinstance(a, str | Path) and str(a).startswith(below) for a in arguments):
+            seen += 1
+            if seen == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    if counter is not None:
+        multiprocessing.util.Finalize(None, lambda: counter.write_text(str(seen)), exitpriority=1)
+
+
+def worker(plain: dict[str, Any], event: int = 0, counter: Path | None = None) -> None:
     """The process that is killed: a run, as `dmole run` makes it."""
     from dmole.runner import run
 
+    kill_at(Path(plain["output"]), event, counter=counter)
     run(build_config(plain))
 
 
@@ -45,17 +74,17 @@ def _context() -> Any:
     return context
 
 
-def start(config: RunConfig) -> Any:
-    """A fresh process on `config`."""
-    process = _context().Process(target=worker, args=(config.to_dict(),))
+def start(config: RunConfig, event: int = 0, counter: Path | None = None) -> Any:
+    """A fresh process on `config`, which kills itself at its file operation number `event` if that is not 0."""
+    process = _context().Process(target=worker, args=(config.to_dict(), event, counter))
     process.start()
     return process
 
 
-def finish(config: RunConfig) -> float:
+def finish(config: RunConfig, counter: Path | None = None) -> float:
     """Run to the end; seconds it took."""
     began = time.monotonic()
-    process = start(config)
+    process = start(config, counter=counter)
     process.join()
     if process.exitcode != 0:
         raise SystemExit(f"the run ended with status {process.exitcode}; its error is above.")
@@ -73,24 +102,32 @@ def position(output: Path) -> str:
 
 
 def kill_and_resume(
-    config: RunConfig, kills: int, seconds: float, chance: random.Random, root: Path
+    config: RunConfig, kills: int, inside_writes: int, seconds: float, events: int, chance: random.Random, root: Path
 ) -> tuple[list[dict[str, Any]], list[Path]]:
-    """Start, kill after a random while, start again ...; in the end let it finish.
+    """Start, kill after a random while or at a random file operation, start again ...; in the end let it finish.
+
+    events: file operations of a run that nobody disturbs.
 
     Returns the moments and the output folders. A run that is done before the last kill is followed by another one.
     """
     record: list[dict[str, Any]] = []
     outputs = [root / "disturbed0"]
-    while len(record) < kills:
+    plan = [False] * kills + [True] * inside_writes
+    chance.shuffle(plan)
+    while len(record) < len(plan):
         disturbed = config.replace(output=str(outputs[-1]))
-        process = start(disturbed)
-        # So short that the kills are spread over the run: each one loses what came after the last checkpoint.
-        wait = chance.uniform(0.0, 2.0 * seconds / (kills + 1))
-        process.join(wait)
+        inside = plan[len(record)]
+        # So early that the kills are spread over the run: each one loses what came after the last checkpoint.
+        event = chance.randint(1, max(1, 2 * events // (len(plan) + 1))) if inside else 0
+        wait = chance.uniform(0.0, 2.0 * seconds / (len(plan) + 1))
+        process = start(disturbed, event)
+        process.join(None if inside else wait)
         if process.exitcode is None:
             process.kill()
             process.join()
             record.append({"after_seconds": round(wait, 3), "left": position(outputs[-1])})
+        elif process.exitcode == -signal.SIGKILL:
+            record.append({"at_file_operation": event, "left": position(outputs[-1])})
         elif process.exitcode == 0:
             outputs.append(root / f"disturbed{len(outputs)}")
         else:
@@ -114,6 +151,7 @@ def main() -> None:
     parser.add_argument("--recipe", choices=sorted(RECIPES), help="start from this recipe")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
     parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--inside-writes", type=int, default=0, help="further kills, at random file operations")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
     parser.add_argument("--output", type=Path, default=Path("results/kill_resume.json"))
     options = parser.parse_args()
@@ -125,15 +163,17 @@ def main() -> None:
         warm = _context().Process(target=_nothing)
         warm.start()
         warm.join()
-        seconds = finish(config.replace(output=str(root / "calm")))
+        seconds = finish(config.replace(output=str(root / "calm")), counter=root / "events")
+        events = int((root / "events").read_text())
         chance = random.Random(options.seed)
-        record, outputs = kill_and_resume(config, options.kills, seconds, chance, root)
+        record, outputs = kill_and_resume(config, options.kills, options.inside_writes, seconds, events, chance, root)
         expected = digests(root / "calm")
         got = [digests(output) for output in outputs]
     different = sorted({name for found in got for name in {*expected, *found} if expected.get(name) != found.get(name)})
     result = {
         "equal": not different,
         "kills": len(record),
+        "inside_writes": options.inside_writes,
         "disturbed_runs": len(outputs),
         "different_files": different,
         "files": expected,

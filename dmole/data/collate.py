@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,6 +29,12 @@ class Batch:
     pixel_values: Tensor
     labels: Tensor
 
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The batch with its tensors on `device`."""
+        names = ("input_ids", "attention_mask", "pixel_values", "labels")
+        moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names}
+        return dataclasses.replace(self, **moved)
+
 
 def collate(model: MultimodalModel, samples: Sequence[Sample], *, with_answers: bool) -> Batch:
     """``with_answers``: prompt + ``answers[0]``, right-padded, labels on it. Else the prompt, left-padded."""
@@ -35,14 +42,14 @@ def collate(model: MultimodalModel, samples: Sequence[Sample], *, with_answers: 
     answers = [model.answer_ids(sample.answers[0]) if with_answers else [] for sample in samples]
     lengths = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
     width = max(lengths)
-    input_ids = torch.full((len(prompts), width), int(model.tokenizer.pad_token_id or 0))
+    input_ids = torch.full((len(prompts), width), int(model.tokenizer.pad_token_id or 0), device="cpu")
     attention_mask = torch.zeros_like(input_ids)
     labels = torch.full_like(input_ids, IGNORE)
     for row, (prompt, answer, length) in enumerate(zip(prompts, answers, lengths, strict=True)):
         start = 0 if with_answers else width - length
-        input_ids[row, start : start + length] = torch.tensor(prompt + answer)
+        input_ids[row, start : start + length] = torch.tensor(prompt + answer, device="cpu")
         attention_mask[row, start : start + length] = 1
-        labels[row, start + len(prompt) : start + length] = torch.tensor(answer, dtype=torch.long)
+        labels[row, start + len(prompt) : start + length] = torch.tensor(answer, dtype=torch.long, device="cpu")
     return Batch(
         samples=tuple(samples),
         input_ids=input_ids,

@@ -7,8 +7,8 @@ One run, in the order of the calls (`check` before any training of any method st
     method.check(stream)
     for stage in method.stages(stream):
         method.begin_stage(stage.index, stage.task)
-        for batch in ...:                           # AdamW on trainable_parameters()
-            method.loss(batch).backward()
+        for batch in ...:                           # an optimizer on trainable_parameters()
+            with method.training_gates(batch): method.loss(batch).backward()
         method.end_stage(stage.index, stage.task)
         for batch in ...:                           # all test sets, tasks mixed in a batch
             with method.evaluation_gates(batch) as routing: generate(batch)
@@ -114,10 +114,17 @@ class Method(ABC):
     def evaluation_gates(self, batch: Batch) -> AbstractContextManager[RoutingRecord | None]:
         """The same at test, where no task is known; yields who serves each sample, or None for unrouted methods."""
 
+    def validation_gates(self, batch: Batch) -> AbstractContextManager[None]:
+        """The same for validation samples of the task that is being trained, before its stage ends."""
+        return self.training_gates(batch)
+
     def loss(self, batch: Batch) -> Tensor:
-        """The scalar to minimise: the model's own cross-entropy on the answer tokens, mean over the batch's tokens."""
-        with self.training_gates(batch):
-            return answer_loss(self.mm.model, batch)
+        """The scalar to minimise: the model's own cross-entropy on the answer tokens, mean over the batch's tokens.
+
+        Opens no gates. The caller does, around this and around backward: activation checkpointing runs the layers
+        again during backward, where gates that were open during forward alone are gone.
+        """
+        return answer_loss(self.mm.model, batch)
 
     def end_stage(self, stage: int, task: Task) -> None:  # noqa: B027 - an optional hook
         """Called once after the last step of a stage."""

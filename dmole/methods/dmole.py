@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -49,6 +50,7 @@ from dmole.models.adapters import (
     freeze_expert,
     load_adapter_state,
 )
+from dmole.processes import process, shared
 from dmole.routing import FeatureStore, Router, router_features
 from dmole.seeding import derived_generator, derived_seed
 from dmole_kernels import ExpertGates
@@ -194,19 +196,24 @@ class DMoLE(Method):
     def _open_stage(self, task: Task, placement: Placement) -> Placement:
         """The task's features, and who is nearest to each of its samples; returns the placement with their counts."""
         features_ND = self._fresh_features(task.train)
-        mode = self.options.training_neighbour
-        if mode == "none":
-            neighbour_N = torch.full((len(features_ND),), -1, dtype=torch.int64)
-        else:
-            within = self.options.neighbour_within_threshold
-            neighbour_N = self.router.nearest(features_ND, mode=mode, within_threshold=within)
+        neighbour_N = self._neighbours(features_ND)
         self._stage = _StageMemory.of([sample.id for sample in task.train], features_ND, neighbour_N)
         names = Counter(self.router.tasks[i] if i >= 0 else "" for i in neighbour_N.tolist())
         return dataclasses.replace(placement, neighbours=dict(sorted(names.items())))
 
     def _fresh_features(self, samples: Sequence[Sample]) -> Tensor:
-        # Not through the store: each set is asked for once.
-        return router_features(self.mm, samples, batch_size=self.options.router.feature_batch_size)
+        # Not through the store: each set is asked for once. The batches are those of one process, however many share
+        # them, because a batch decides the last bits of a feature.
+        size = self.options.router.feature_batch_size
+        if process()[1] == 1:
+            return router_features(self.mm, samples, batch_size=size)
+
+        def batch(place: int) -> Tensor:
+            chunk = samples[place * size : (place + 1) * size]
+            return router_features(self.mm, chunk, batch_size=size).cpu()
+
+        chunks = shared(math.ceil(len(samples) / size), batch)
+        return torch.cat(chunks).to(self.mm.model.device) if chunks else torch.empty(0, 0, device="cpu")
 
     # Training
 
@@ -214,18 +221,38 @@ class DMoLE(Method):
         return {name: p for name, p in expert_parameters(self.adapters).items() if p.requires_grad}
 
     def training_gates(self, batch: Batch) -> AbstractContextManager[None]:
-        placements = tuple(self.pool)
-        if not placements:
+        if not len(self.pool):
             raise ValueError("training_gates: got a batch before begin_stage; expected begin_stage first.")
-        old, new = placements[:-1], placements[-1]
+        neighbour_S = None if self._stage is None else self._stage.neighbour_N[self._rows(batch)]
+        return self._learning(neighbour_S, len(batch.samples))
+
+    def validation_gates(self, batch: Batch) -> AbstractContextManager[None]:
         if self._stage is None:
-            gate_SE = torch.ones(len(batch.samples), len(placements))
+            return self.training_gates(batch)
+        if self.options.training_neighbour == "per_task":
+            neighbour_S = self._stage.neighbour_N[:1].expand(len(batch.samples))
         else:
-            neighbour_S = self._stage.neighbour_N[self._rows(batch)]
-            # Column k is 1 where old task k is the sample's neighbour; the last one, the new expert, serves everyone.
-            old_SE = neighbour_S[:, None] == torch.arange(len(old))
-            gate_SE = torch.cat([old_SE.float(), torch.ones(len(batch.samples), 1)], dim=1)
-        return experts_on(self.gates, gate_SE, tuple(placement.expert for placement in (*old, new)))
+            neighbour_S = self._neighbours(self._features.features(batch.samples))
+        return self._learning(neighbour_S, len(batch.samples))
+
+    def _neighbours(self, features_ND: Tensor) -> Tensor:
+        """The old task whose expert is active beside the new one, for each sample: [N] int64, -1 for none."""
+        mode = self.options.training_neighbour
+        if mode == "none":
+            return torch.full((len(features_ND),), -1, dtype=torch.int64, device="cpu")
+        within = self.options.neighbour_within_threshold
+        return self.router.nearest(features_ND, mode=mode, within_threshold=within)
+
+    def _learning(self, neighbour_S: Tensor | None, samples: int) -> AbstractContextManager[None]:
+        """The new expert for everyone, and each sample's neighbour; every expert where there is no router."""
+        experts = tuple(placement.expert for placement in self.pool)
+        if neighbour_S is None:
+            gate_SE = torch.ones(samples, len(experts), device="cpu")
+        else:
+            # Column k is 1 where old task k is the sample's neighbour; the last one is the new expert.
+            old_SE = neighbour_S[:, None] == torch.arange(len(experts) - 1, device="cpu")
+            gate_SE = torch.cat([old_SE.float(), torch.ones(samples, 1, device="cpu")], dim=1)
+        return experts_on(self.gates, gate_SE, experts)
 
     def _rows(self, batch: Batch) -> Tensor:
         assert self._stage is not None
@@ -236,7 +263,7 @@ class DMoLE(Method):
                 f"batch: got samples {unknown[:3]} that are not in this stage's training data; expected samples of "
                 f"{self.pool.tasks[-1]!r}. Call begin_stage with the task that is trained."
             )
-        return torch.tensor([row[sample.id] for sample in batch.samples])
+        return torch.tensor([row[sample.id] for sample in batch.samples], device="cpu")
 
     # After training
 
@@ -262,7 +289,7 @@ class DMoLE(Method):
     def _evaluating(self, batch: Batch) -> Iterator[RoutingRecord | None]:
         experts = tuple(placement.expert for placement in self.pool)
         if self.options.routing == "none":
-            with experts_on(self.gates, torch.ones(len(batch.samples), len(experts)), experts):
+            with experts_on(self.gates, torch.ones(len(batch.samples), len(experts), device="cpu"), experts):
                 yield None
             return
         with self.timed("router_seconds"):

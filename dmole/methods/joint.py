@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Joint: one LoRA on the union of all tasks, with as many steps as the others take over all their stages.
 
-Up to the last batch of each epoch, and only while `training.epochs_of` is empty: the union trains `training.epochs`.
+Up to the last batch of each epoch, and only while `training.epochs_of` is empty: the union trains
+`training.num_train_epochs`.
 
 Its matrix has row 0 and the last row alone, so AVG and BWT are undefined.
 """
@@ -31,7 +32,7 @@ class Joint(SingleAdapter):
             name=UNION,
             metric=first.metric,
             train=tuple(sample for task in stream.tasks for sample in task.train),
-            validation=(),
+            validation=tuple(sample for task in stream.tasks for sample in task.validation),
             test=(),
         )
         every = tuple(task.name for task in stream.tasks)

@@ -23,7 +23,7 @@ TASKS = (
 )
 
 
-def write_toy_stream(root: Path, *, train: int = 10, test: int = 4) -> Path:
+def write_toy_stream(root: Path, *, train: int = 10, test: int = 4, validation: int = 0) -> Path:
     """Three tasks about plain red and green pictures, written in the package's own format."""
     chance = random.Random(0)
     listed = [f"  - {{name: {name}, metric: {metric}, directory: {name}}}" for name, metric, _ in TASKS]
@@ -31,7 +31,9 @@ def write_toy_stream(root: Path, *, train: int = 10, test: int = 4) -> Path:
     (root / "stream.yaml").write_text("name: toy\ntasks:\n" + "\n".join(listed) + "\n")
     for name, metric, instruction in TASKS:
         (root / name).mkdir()
-        for split, count in (("train", train), ("test", test)):
+        for split, count in (("train", train), ("test", test), ("validation", validation)):
+            if not count:
+                continue
             lines = []
             for number in range(count):
                 red = chance.random() < 0.5
@@ -63,6 +65,17 @@ def toy_stream(toy_folder: Path) -> Stream:
     return read_stream(toy_folder)
 
 
+@pytest.fixture(scope="session")
+def validated_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The toy stream with six validation samples a task."""
+    return write_toy_stream(tmp_path_factory.mktemp("validated") / "stream", validation=6)
+
+
+@pytest.fixture(scope="session")
+def validated_stream(validated_folder: Path) -> Stream:
+    return read_stream(validated_folder)
+
+
 @pytest.fixture
 def tiny_model() -> MultimodalModel:
     return build_tiny_model(0)
@@ -79,8 +92,8 @@ def toy_config(toy_folder: Path, tmp_path: Path) -> Callable[..., RunConfig]:
                 "model=tiny",
                 f"output={tmp_path / 'out'}",
                 "threads=1",
-                "training.epochs=1",
-                "training.batch_size=4",
+                "training.num_train_epochs=1",
+                "training.per_device_train_batch_size=4",
                 "evaluation.batch_size=8",
                 "evaluation.max_new_tokens=3",
                 "lora.rank=4",

@@ -2,6 +2,9 @@
 """A checkpoint comes back as it was, or is refused by the name of the file that is wrong."""
 
 import json
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -97,3 +100,47 @@ def test_weights_digest_sees_every_weight() -> None:
     with torch.no_grad():
         model.model.multi_modal_projector.linear_1.weight[0, 0] += 1e-3
     assert before != checkpoint.weights_digest(model)
+
+
+KILLED_IN_A_SAVE = """
+import importlib.util, itertools, os, shutil, sys
+from pathlib import Path
+import torch
+from dmole import checkpoint
+
+spec = importlib.util.spec_from_file_location("kill_resume", sys.argv[1])
+kill_resume = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(kill_resume)
+root = Path(sys.argv[2])
+
+def save(value):
+    checkpoint.save(root, {"method": {"w": torch.full((3,), float(value))}}, {"position": {"n": value}})
+
+for number in itertools.count(1):
+    shutil.rmtree(root, ignore_errors=True)
+    save(0)
+    child = os.fork()
+    if child == 0:
+        kill_resume.kill_at(root, number)
+        save(1)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    found = checkpoint.load(checkpoint.latest(root))
+    assert found.tensors["method"]["w"].tolist() == [float(found.documents["position"]["n"])] * 3
+    print(found.documents["position"]["n"], end="", flush=True)
+    save(2)
+    assert [path.name for path in root.iterdir()] == [checkpoint.latest(root).name]
+    if status == 0:
+        break
+"""
+
+
+@pytest.mark.slow
+def test_a_kill_at_any_file_operation_of_a_save_leaves_the_old_or_the_new_checkpoint(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_IN_A_SAVE, str(root / "scripts" / "kill_resume.py"), str(tmp_path / "c")],
+        capture_output=True, text=True, cwd=root, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"0{8,}1{3,}", done.stdout), done.stdout

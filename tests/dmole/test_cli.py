@@ -14,7 +14,8 @@ from dmole.cli import FAILED, USAGE_ERROR, WRONG_INPUT, run_config, status
 from dmole.recipes import RECIPES
 
 FAST = [
-    "--model", "tiny", "--set", "threads=1", "--set", "training.epochs=1", "--set", "training.batch_size=4",
+    "--model", "tiny", "--set", "threads=1", "--set", "training.num_train_epochs=1",
+    "--set", "training.per_device_train_batch_size=4",
     "--set", "evaluation.max_new_tokens=3", "--set", "lora.rank=4", "--set", "dmole.proxy_min_samples=4",
     "--set", "dmole.router.epochs=3",
 ]  # fmt: skip
@@ -103,14 +104,18 @@ def test_an_existing_run_needs_resume_or_fresh(
 
 def test_settings_come_from_recipe_file_options_and_set_in_that_order(tmp_path: Path) -> None:
     file = tmp_path / "settings.yaml"
-    file.write_text("seeds: [5]\ntraining: {epochs: 7, batch_size: 9}\nlora: {rank: 3}\n")
+    file.write_text("seeds: [5]\ntraining: {num_train_epochs: 7, per_device_train_batch_size: 9}\nlora: {rank: 3}\n")
     config = config_of(
-        recipe="demo", config=file, seeds=["6,7"], settings=["training.batch_size=11"], methods=["dmole", "joint"]
+        recipe="demo",
+        config=file,
+        seeds=["6,7"],
+        settings=["training.per_device_train_batch_size=11"],
+        methods=["dmole", "joint"],
     )
     assert config.train_samples is not None  # type: ignore[attr-defined] # the recipe's
     assert config.seeds == (6, 7)  # type: ignore[attr-defined]
-    assert config.training.epochs == 7  # type: ignore[attr-defined]
-    assert config.training.batch_size == 11  # type: ignore[attr-defined]
+    assert config.training.num_train_epochs == 7  # type: ignore[attr-defined]
+    assert config.training.per_device_train_batch_size == 11  # type: ignore[attr-defined]
     assert config.lora.rank == 3  # type: ignore[attr-defined]
     assert config.methods == ("dmole", "joint")  # type: ignore[attr-defined]
 
@@ -260,10 +265,10 @@ def test_a_missing_package_is_one_line_and_no_traceback(
 
 def test_the_benchmark_by_its_name_is_trained_as_published() -> None:
     nothing = dict.fromkeys(("stream", "methods", "seeds", "orders", "model", "recipe", "config", "output"))
-    named = run_config(**{**nothing, "stream": "mini"}, settings=["training.epochs=7"])  # type: ignore[arg-type]
+    named = run_config(**{**nothing, "stream": "mini"}, settings=["training.num_train_epochs=7"])  # type: ignore[arg-type]
     published = RECIPES["mini"]()
     assert (named.lora, named.test_samples) == (published.lora, published.test_samples)
-    assert (named.training.epochs, named.training.learning_rate) == (7, published.training.learning_rate)
+    assert (named.training.num_train_epochs, named.training.learning_rate) == (7, published.training.learning_rate)
     assert (named.methods, named.seeds, named.output) == (("dmole", "seq_ft"), (0,), "runs")
     own = run_config(**{**nothing, "stream": "my_stream"}, settings=[])  # type: ignore[arg-type]
     assert own.lora.rank == 8 and own.test_samples is None

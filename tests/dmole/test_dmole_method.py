@@ -59,8 +59,9 @@ def steps(method: DMoLE, task: Task, rate: float = 0.5) -> list[float]:
     losses = []
     parameters = method.trainable_parameters()
     for batch in batches(method, task):
-        loss = method.loss(batch)
-        loss.backward()
+        with method.training_gates(batch):
+            loss = method.loss(batch)
+            loss.backward()
         losses.append(loss.item())
         with torch.no_grad():
             for parameter in parameters.values():
@@ -183,8 +184,9 @@ def test_other_ways_to_choose_the_old_expert(stream: Stream, changes: dict[str, 
     learn(method, stream, 1)
     method.begin_stage(2, stream.tasks[1])
     gates: list[Tensor] = []
-    with watching(method, lambda tower, experts, gate: gates.append(gate)):
-        method.loss(next(batches(method, stream.tasks[1])))
+    batch = next(batches(method, stream.tasks[1]))
+    with watching(method, lambda tower, experts, gate: gates.append(gate)), method.training_gates(batch):
+        method.loss(batch)
     assert gates[0].tolist() == [[*columns, 1.0]] * 4
 
 
@@ -340,12 +342,12 @@ def test_misuse_is_refused(stream: Stream) -> None:
     method = make()
     stranger = collate(method.mm, stream.tasks[1].test, with_answers=True)
     with pytest.raises(ValueError, match="training_gates: got a batch before begin_stage"):
-        method.loss(stranger)
+        method.training_gates(stranger)
     method.begin_stage(1, stream.tasks[0])
     with pytest.raises(ValueError, match="stage: got 2 while another one is open; expected end_stage first"):
         method.begin_stage(2, stream.tasks[1])
     with pytest.raises(ValueError, match="batch: got samples .* that are not in this stage's training data"):
-        method.loss(stranger)
+        method.training_gates(stranger)
 
 
 def test_the_report_is_json_and_says_where_experts_are(stream: Stream) -> None:

@@ -2,9 +2,11 @@
 """Whole runs on the toy stream: what they write, what they refuse, and going on after being stopped anywhere."""
 
 import csv
+import dataclasses
 import gzip
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,7 +55,7 @@ def all_methods(tmp_path_factory: pytest.TempPathFactory, toy_folder: Path) -> P
         "methods=[seq_ft, finetune, joint, zero_shot, dmole]",
         "orders=[reversed]",
         "seeds=[5]",
-        "training={epochs: 1, batch_size: 4}",
+        "training={num_train_epochs: 1, per_device_train_batch_size: 4}",
         "evaluation={batch_size: 8, max_new_tokens: 3}",
         "lora.rank=4",
         "dmole={proxy_min_samples: 4, router: {epochs: 3, margin: 50.0}}",
@@ -164,7 +166,7 @@ def test_stopping_at_any_checkpoint_changes_nothing(
     method: str, toy_config: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     extra = ("seq_ft.mode=merge_and_restart",) if method == "seq_ft" else ()
-    config = toy_config(f"methods={method}", "checkpoint_every_steps=1", "lora.dropout=0.2", "train_samples=8", *extra)
+    config = toy_config(f"methods={method}", "training.save_steps=1", "lora.dropout=0.2", "train_samples=8", *extra)
     expected = files(run(config, console=quiet()))
     save, phases = checkpoint.save, []
 
@@ -210,7 +212,7 @@ def stopped_at(config: RunConfig, count: int, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_damaged_state_is_refused_by_name(toy_config: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = toy_config("methods=seq_ft", "checkpoint_every_steps=0")
+    config = toy_config("methods=seq_ft", "training.save_strategy='no'")
     folder = stopped_at(config, 3, monkeypatch)
     row = folder / "stages" / "1.json"
     good = row.read_bytes()
@@ -227,16 +229,55 @@ def test_damaged_state_is_refused_by_name(toy_config: Configure, monkeypatch: py
         run(config, console=quiet())
 
 
+def test_a_damaged_or_deleted_optimizer_state_is_refused_by_name(
+    toy_config: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stock checkpoints of a Trainer go on without an optimizer or random state, and say nothing."""
+    config = toy_config("methods=seq_ft", "training.save_steps=1")
+    folder = stopped_at(config, 3, monkeypatch)
+    for name in ("training.safetensors", "training.json"):
+        path = next(folder.glob(f"checkpoints/*/{name}"))
+        good = path.read_bytes()
+        flipped = bytearray(good)
+        flipped[len(good) // 2] ^= 1
+        path.write_bytes(bytes(flipped))
+        with pytest.raises(CheckpointError, match=rf"{name} was truncated or edited"):
+            run(config, console=quiet())
+        path.unlink()
+        with pytest.raises(CheckpointError, match=rf"{name} is missing"):
+            run(config, console=quiet())
+        path.write_bytes(good)
+    run(config, console=quiet())
+
+
+@pytest.mark.parametrize("method", ["dmole", "seq_ft"])
+def test_checkpoints_hold_experts_and_never_the_base(
+    method: str, toy_config: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = toy_config(f"methods={method}", "training.save_steps=1")
+    folder = stopped_at(config, 6, monkeypatch)  # inside the second stage
+    (path,) = folder.glob("checkpoints/*")
+    loaded = checkpoint.load(path)
+    tensors = {f"{file}/{name}": value for file, held in loaded.tensors.items() for name, value in held.items()}
+    experts = [name for name in tensors if name.endswith((".lora_a", ".lora_b"))]
+    assert experts and {name.partition("/")[0] for name in tensors} == {"method", "training"}
+    for name in tensors:
+        expert = re.search(r"\.bank\.experts\.\w+\.lora_[ab](/\w+)?$", name)
+        own = name.startswith(("method/router.", "method/stage.")) or name == "training/rng"
+        assert expert or own, name
+
+
 def test_a_folder_of_other_settings_is_left_alone(toy_config: Configure) -> None:
     output = run(toy_config("methods=zero_shot"), console=quiet())
-    other = toy_config("methods=zero_shot", "training.epochs=2", "lora.rank=2")
+    other = toy_config("methods=zero_shot", "training.num_train_epochs=2", "lora.rank=2")
     with pytest.raises(ValueError, match=r"holds a run with other settings \(different: lora, training\).*--fresh"):
         run(other, console=quiet())
     run(other, console=quiet(), fresh=True)
     config = json.loads((output / "runs" / "zero_shot-seed0-default" / "config.json").read_text())
-    assert config["config"]["training"]["epochs"] == 2
+    assert config["config"]["training"]["num_train_epochs"] == 2
     # What changes no number may differ.
-    run(other.replace(checkpoint_every_steps=7, seeds=(0, 1)), console=quiet())
+    saving = dataclasses.replace(other.training, save_steps=7)
+    run(other.replace(training=saving, seeds=(0, 1)), console=quiet())
 
 
 def test_the_shared_row_is_refused_when_damaged_and_measured_again_when_fresh(toy_config: Configure) -> None:

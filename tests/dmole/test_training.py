@@ -8,16 +8,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from dmole.config import LoraSettings, MethodSettings, TrainingSettings
+from dmole.config import LoraSettings, MethodSettings
+from dmole.config_error import ConfigError
 from dmole.data.collate import collate
 from dmole.data.sample import Stream
 from dmole.methods import method_class
 from dmole.methods.base import Method, answer_loss
 from dmole.models.multimodal import MultimodalModel
-from dmole.training import Profile, StageTraining, batch_indices, learning_rate_factor, stage_steps
+from dmole.optimization import make_optimizer, make_schedule
+from dmole.training import Profile, StageTraining, stage_steps
+from dmole.training_settings import TrainingSettings
 from mini_cmit.model.tiny import build_tiny_model
 
-SETTINGS = TrainingSettings(epochs=2, batch_size=4)
+SETTINGS = TrainingSettings(num_train_epochs=2.0, per_device_train_batch_size=4)
 
 
 def begun(toy_stream: Stream, *, dropout: float = 0.2, begin: bool = True) -> Method:
@@ -32,29 +35,34 @@ def training(method: Method, toy_stream: Stream, settings: TrainingSettings = SE
 
 
 def test_schedule_by_hand() -> None:
-    # 20 steps, 10 % warm-up: two rising steps, then a cosine over 18 that starts at 1.
-    assert learning_rate_factor(0, 20, 0.1) == 0.5
-    assert learning_rate_factor(1, 20, 0.1) == 1.0
-    assert learning_rate_factor(2, 20, 0.1) == 1.0
-    assert learning_rate_factor(11, 20, 0.1) == pytest.approx(0.5)
-    assert learning_rate_factor(19, 20, 0.1) == pytest.approx(0.5 * (1 + math.cos(math.pi * 17 / 18)))
-    assert learning_rate_factor(0, 5, 0.0) == 1.0
-    assert learning_rate_factor(0, 1, 0.03) == 1.0
+    # 20 steps, 10 % warm-up: transformers' cosine starts at 0, reaches the peak at step 2 and ends just above 0.
+    settings = TrainingSettings(learning_rate=1.0, warmup_steps=0.1)
+    optimizer = make_optimizer(settings, {"w": torch.nn.Parameter(torch.zeros(1))})
+    schedule = make_schedule(settings, optimizer, 20)
+    rates = []
+    for _ in range(20):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates[:3] == [0.0, 0.5, 1.0]
+    assert rates[11] == pytest.approx(0.5)
+    assert rates[19] == pytest.approx(0.5 * (1 + math.cos(math.pi * 17 / 18)))
 
 
-def test_batches_depend_on_seed_stage_and_epoch_alone() -> None:
-    batches = batch_indices(10, 4, seed=1, stage=2, epoch=0)
-    assert [len(batch) for batch in batches] == [4, 4, 2]
-    assert sorted(index for batch in batches for index in batch) == list(range(10))
-    torch.manual_seed(99)
-    assert batch_indices(10, 4, seed=1, stage=2, epoch=0) == batches
-    others = [(2, 2, 0), (1, 3, 0), (1, 2, 1)]
-    assert all(batch_indices(10, 4, seed=s, stage=t, epoch=e) != batches for s, t, e in others)
+def test_arguments_that_a_schedule_does_not_take_are_refused() -> None:
+    settings = TrainingSettings(lr_scheduler_kwargs={"power": 2.0})
+    optimizer = make_optimizer(settings, {"w": torch.nn.Parameter(torch.zeros(1))})
+    with pytest.raises(
+        ConfigError, match=r"lr_scheduler_kwargs is \{'power': 2.0\}; expected the arguments of the sched"
+    ):
+        make_schedule(settings, optimizer, 20)
+    settings = dataclasses.replace(settings, lr_scheduler_type="polynomial")
+    assert make_schedule(settings, optimizer, 20).get_last_lr() == [0.0]
 
 
 def test_epochs_of_single_tasks(toy_stream: Stream) -> None:
     stages = begun(toy_stream).stages(toy_stream)
-    settings = TrainingSettings(epochs=2, epochs_of={"letters": 5}, batch_size=4)
+    settings = TrainingSettings(num_train_epochs=2.0, epochs_of={"letters": 5.0}, per_device_train_batch_size=4)
     assert [stage_steps(settings, stage) for stage in stages] == [2 * 3, 5 * 3, 2 * 3]
 
 
@@ -85,14 +93,15 @@ def test_resuming_inside_a_stage_gives_the_same_bits(toy_stream: Stream) -> None
 
 
 def test_a_parameter_without_gradients_does_not_hinder_resuming(toy_stream: Stream) -> None:
+    idle = torch.nn.Parameter(torch.zeros(2))
+
     def with_idle(method: Method) -> StageTraining:
-        running = training(method, toy_stream)
-        running.parameters["idle"] = torch.nn.Parameter(torch.zeros(2))
-        return running
+        trained = type(method).trainable_parameters(method)
+        method.trainable_parameters = lambda: {**trained, "idle": idle}  # type: ignore[method-assign]
+        return training(method, toy_stream)
 
     method = begun(toy_stream)
     running = with_idle(method)
-    running.optimizer.add_param_group({"params": [running.parameters["idle"]]})
     running.run(lambda running: None)
     tensors, meta = running.state()
     assert not any(name.startswith("idle/") for name in tensors)
@@ -120,7 +129,9 @@ def test_only_the_adapter_moves_and_the_loss_falls(toy_stream: Stream) -> None:
     method = begun(toy_stream, dropout=0.0)
     names = set(method.trainable_parameters())
     before = {name: p.detach().clone() for name, p in method.mm.model.named_parameters()}
-    running = training(method, toy_stream, TrainingSettings(epochs=8, batch_size=4, learning_rate=1e-2))
+    running = training(
+        method, toy_stream, TrainingSettings(num_train_epochs=8.0, per_device_train_batch_size=4, learning_rate=1e-2)
+    )
     running.run(lambda running: None)
     moved = {n for n, p in method.mm.model.named_parameters() if not torch.equal(p, before[n])}
     assert moved == names
@@ -143,11 +154,11 @@ def test_loss_equals_cross_entropy_over_all_positions(toy_stream: Stream, tiny_m
 
 def test_bf16_autocast_keeps_weights_and_loss_in_fp32(toy_stream: Stream) -> None:
     method = begun(toy_stream)
-    running = training(method, toy_stream, dataclasses.replace(SETTINGS, epochs=1, bf16=True))
+    running = training(method, toy_stream, dataclasses.replace(SETTINGS, num_train_epochs=1.0, bf16=True))
     running.run(lambda running: None)
     assert all(math.isfinite(loss) for loss in running.losses)
     assert all(p.dtype == torch.float32 for p in method.trainable_parameters().values())
-    plain = training(begun(toy_stream), toy_stream, dataclasses.replace(SETTINGS, epochs=1))
+    plain = training(begun(toy_stream), toy_stream, dataclasses.replace(SETTINGS, num_train_epochs=1.0))
     plain.run(lambda running: None)
     assert running.losses[0] != plain.losses[0]
     assert running.losses[0] == pytest.approx(plain.losses[0], rel=0.02)
@@ -177,4 +188,4 @@ def test_parameters_that_cannot_be_trained_are_refused(toy_stream: Stream) -> No
 def test_state_of_other_parameters_is_refused(toy_stream: Stream) -> None:
     running = training(begun(toy_stream), toy_stream)
     with pytest.raises(ValueError, match=r"the optimizer state has \['other/step'\] and lacks"):
-        running.load_state({"rng": torch.get_rng_state(), "other/step": torch.zeros(())}, {"step": 0, "losses": []})
+        running.load_state({"rng": torch.get_rng_state()[None], "other/step": torch.zeros(())}, running.state()[1])
