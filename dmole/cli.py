@@ -271,7 +271,9 @@ def _show_tables(
     if len({run.tasks for run in runs}) > 1:
         shown = [tables.summary_table(runs)]
     else:
-        shown = [tables.last_table(runs), tables.well_formed_table(runs), tables.summary_table(runs)]
+        cut = tables.cut_table(runs)
+        shown = [tables.last_table(runs), tables.well_formed_table(runs), *([cut] if cut.rows else [])]
+        shown.append(tables.summary_table(runs))
     routing = tables.routing_table(runs)
     shown += [routing] if routing.rows else []
     shown.append(tables.time_table(runs))

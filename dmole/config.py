@@ -78,16 +78,52 @@ class TrainingSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
-    """Greedy generation over all test sets after every stage."""
+    """Which stages are tested, and how answers are generated; names as in transformers' GenerationConfig."""
 
-    batch_size: int = 64
+    # "all": every task after every stage, N x N tests. "diagonal": each stage tests the task that it learned. "last":
+    # each task is tested once, at the end. What is not tested is reported as not measured.
+    stages: Literal["all", "diagonal", "last"] = "all"
+    # Test the pretrained model first (row 0 of the matrix; runs of one output folder share it).
+    zero_shot: bool = True
+    # Samples in one batch of generation, on each device; tasks are mixed in a batch.
+    per_device_eval_batch_size: int = 64
+    # The longest answer in tokens, its end token included. A test answer that is longer is refused before the start.
     max_new_tokens: int = 32
-    # Autocast of generation to bfloat16, as in training.
+    # 1: greedy, or sampling with do_sample. More: beam search with so many beams.
+    num_beams: int = 1
+    # Beam search divides a sequence's log-probability by its length to this power.
+    length_penalty: float = 1.0
+    # Above 1: tokens that are in the prompt or the answer already become less likely. 1 changes nothing.
+    repetition_penalty: float = 1.0
+    # Draw each token from the model's distribution instead of taking the likeliest.
+    do_sample: bool = False
+    # Sampling: logits are divided by it; below 1 likely tokens become likelier.
+    temperature: float = 1.0
+    # Sampling: only so many of the likeliest tokens can be drawn; 0 means all of them.
+    top_k: int = 0
+    # Sampling: only the likeliest tokens whose probabilities add up to this can be drawn; 1 means all of them.
+    top_p: float = 1.0
+    # Sampling: names the random numbers, with the task and the sample's id. Every stage draws the same ones.
+    seed: int = 0
+    # Autocast of generation to bfloat16.
     bf16: bool = False
 
     def __post_init__(self) -> None:
-        require(self.batch_size >= 1, "evaluation.batch_size", self.batch_size, "an integer of at least 1")
-        require(self.max_new_tokens >= 1, "evaluation.max_new_tokens", self.max_new_tokens, "an integer of at least 1")
+        size = self.per_device_eval_batch_size
+        require(size >= 1, "evaluation.per_device_eval_batch_size", size, "an integer of at least 1")
+        for name in ("max_new_tokens", "num_beams"):
+            require(getattr(self, name) >= 1, f"evaluation.{name}", getattr(self, name), "an integer of at least 1")
+        for name in ("repetition_penalty", "temperature"):
+            require(getattr(self, name) > 0, f"evaluation.{name}", getattr(self, name), "a number above 0")
+        require(self.top_k >= 0, "evaluation.top_k", self.top_k, "0 (all tokens) or an integer above it")
+        require(0 < self.top_p <= 1, "evaluation.top_p", self.top_p, "a number in (0, 1]")
+        require(self.seed >= 0, "evaluation.seed", self.seed, "an integer of at least 0")
+        beams = "1 together with do_sample: sampled beams draw for the whole batch, so an answer depends on its batch"
+        require(not self.do_sample or self.num_beams == 1, "evaluation.num_beams", self.num_beams, beams)
+        if not self.do_sample:
+            for name, off in (("temperature", 1.0), ("top_k", 0), ("top_p", 1.0), ("seed", 0)):
+                value = getattr(self, name)
+                require(value == off, f"evaluation.{name}", value, f"{off} without do_sample; set do_sample=true")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from dmole.arithmetic import arithmetic
 from dmole.checkpoint import CheckpointError
 from dmole.config import RunConfig
 from dmole.environment import describe_environment, peak_memory_gib
-from dmole.evaluation import Evaluation, evaluate, generation_queue
+from dmole.evaluation import Evaluation, evaluate, evaluated_stages, final_rows, generation_queue
 from dmole.files import write_atomically
 from dmole.methods import method_class
 from dmole.methods.base import JSON, Method, Stage
@@ -77,7 +77,8 @@ class SingleRun:
         self.profile = Profile()
         self.position = Position()
         self.method: Method = method_class(plan.method)(model, config.method_settings(plan.method), seed=plan.seed)
-        self.stages = self.method.stages(plan.stream)
+        self.protocol = self.method.stages(plan.stream)
+        self.stages = evaluated_stages(self.protocol, config.evaluation.stages)
 
     def run(self) -> None:
         folder, label = self.plan.folder, self.plan.folder.name
@@ -137,9 +138,20 @@ class SingleRun:
 
     def _evaluate(self, stage: Stage) -> None:
         tasks = [task for task in self.plan.stream.tasks if task.name in stage.evaluates]
+        losses = self.position.stages[-1]["losses"]
+        recent = losses[-max(1, len(losses) // 10) :]
+        label = f"{self.plan.folder.name}: stage {stage.index}/{len(self.stages)} {stage.task.name}"
+        if not tasks:
+            self.position.stage += 1
+            self._save("begin")
+            self.progress.note(
+                f"{label}: loss {statistics.fmean(recent):.3f}, not measured "
+                f"(evaluation.stages={self.config.evaluation.stages}), {self.progress.time_left()} left"
+            )
+            return
         # Sorted by name, so that batches are the same whatever the order of learning.
         queue = generation_queue(
-            self.model, sorted(tasks, key=lambda task: task.name), self.config.evaluation.batch_size
+            self.model, sorted(tasks, key=lambda task: task.name), self.config.evaluation.per_device_eval_batch_size
         )
         result = evaluate(
             self.method,
@@ -152,17 +164,16 @@ class SingleRun:
         self.position.rows[str(stage.row)] = self._write_row(stage.row, result)
         self.position.stage += 1
         self._save("begin")
-        losses = self.position.stages[-1]["losses"]
-        recent = losses[-max(1, len(losses) // 10) :]
         own = f", own task {result.points[stage.task.name]:.1f}" if stage.task.name in result.points else ""
+        several = (
+            f", mean of {len(tasks)} tasks {statistics.fmean(result.points.values()):.1f}" if len(tasks) > 1 else ""
+        )
         self.progress.note(
-            f"{self.plan.folder.name}: stage {stage.index}/{len(self.stages)} {stage.task.name}: "
-            f"loss {statistics.fmean(recent):.3f}{own}, mean of {len(tasks)} tasks "
-            f"{statistics.fmean(result.points.values()):.1f}, {self.progress.time_left()} left"
+            f"{label}: loss {statistics.fmean(recent):.3f}{own}{several}, {self.progress.time_left()} left"
         )
 
     def _zero_shot_row(self) -> None:
-        if "0" in self.position.rows:
+        if "0" in self.position.rows or not self.config.evaluation.zero_shot:
             return
         self.progress.describe(f"{self.plan.folder.name}: zero-shot")
         result = zero_shot_row(
@@ -230,9 +241,9 @@ class SingleRun:
         tests = {task.name: len(task.test) for task in self.plan.stream.tasks}
         per_step = TRAINED_SAMPLE * self.config.training.batch_size
         steps = sum(stage["steps"] for stage in self.position.stages) + (training.step if training else 0)
-        tested = sum(tests.values()) + sum(
-            tests[name] for stage in self.stages[: self.position.stage] for name in stage.evaluates
-        )
+        tested = sum(tests[name] for stage in self.stages[: self.position.stage] for name in stage.evaluates)
+        if "0" in self.position.rows:
+            tested += sum(tests.values())
         self.progress.skip(per_step * steps + EVALUATED_SAMPLE * tested)
 
     def _row_path(self, row: int | str) -> Path:
@@ -286,6 +297,13 @@ class SingleRun:
         save_matrix_picture(folder / "matrix.png", matrix, tasks, title=folder.name)
         write_json(folder / "result.json", self._result(matrix, rows))
 
+    def _not_measured(self, matrix: np.ndarray) -> list[list[JSON]]:
+        """[row, task] of each cell that the method's protocol measures and `evaluation` leaves out."""
+        tasks = list(self.plan.stream.task_names)
+        planned = [(0, task) for task in tasks]
+        planned += [(stage.row, task) for stage in self.protocol for task in tasks if task in stage.evaluates]
+        return [[row, task] for row, task in planned if np.isnan(matrix[row, tasks.index(task)])]
+
     def _result(self, matrix: np.ndarray, rows: Mapping[int, Evaluation]) -> dict[str, JSON]:
         plan, seconds = self.plan, self.profile.seconds
         tasks = list(plan.stream.task_names)
@@ -293,7 +311,10 @@ class SingleRun:
             str(row): routing_statistics(result.predictions, tasks[:row]) for row, result in rows.items() if row > 0
         }
         routing = {row: values for row, values in routing.items() if values is not None}
-        last = routing.get(str(len(tasks))) or {}
+        # Shares over a part of the tasks would pass for those over all of them.
+        whole = len(tasks) in rows and set(rows[len(tasks)].points) == set(tasks)
+        last = (routing.get(str(len(tasks))) or {}) if whole else {}
+        final = final_rows(self.protocol, tasks)
         steps = sum(stage["steps"] for stage in self.position.stages)
         by_part = {part: 1000 * seconds.get(part, 0.0) / steps for part in PROFILE_PARTS} if steps else {}
         counts = [stage["trainable_parameters"] for stage in self.position.stages]
@@ -304,7 +325,7 @@ class SingleRun:
             "method": plan.method,
             "seed": plan.seed,
             "order": plan.order,
-            **aggregate_columns(matrix),
+            **aggregate_columns(matrix, [final[task] for task in tasks]),
             "trainable_parameters": round(statistics.fmean(counts)) if counts else 0,
             "train_seconds": round(train_seconds, 3),
             "proxy_seconds": round(timings.get("proxy_seconds", 0.0), 3),
@@ -329,6 +350,9 @@ class SingleRun:
             },
             "routing": routing,
             "well_formed": {str(row): result.well_formed for row, result in rows.items()},
+            "cut_at_max_new_tokens": {str(row): result.cut for row, result in rows.items()},
+            "final_rows": final,
+            "not_measured": self._not_measured(matrix),
             "method": self.method.report(),
             "peak_memory_gib": round(peak_memory_gib(), 3),
             "resumes": self.position.resumes,

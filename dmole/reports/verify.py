@@ -127,6 +127,7 @@ def _verify_run(results: Path, run: StoredRun, report: Verification) -> None:
         if task not in run.tasks or task not in references or not 0 <= stage <= len(run.tasks):
             _expect(report, name("predictions.jsonl.gz"), f"stage {stage}, task {task}", "predictions", "no such cell")
     shares: dict[str, dict[str, float]] = {}
+    cut: dict[str, dict[str, int]] = {}
     for stage in range(len(run.tasks) + 1):
         for i, task in enumerate(run.tasks):
             stored = None if math.isnan(run.matrix[stage, i]) else float(run.matrix[stage, i])
@@ -144,10 +145,19 @@ def _verify_run(results: Path, run: StoredRun, report: Verification) -> None:
                 continue
             _expect(report, name("matrix.csv"), where, stored, metric.evaluate(texts, references[task]))
             shares.setdefault(str(stage), {})[task] = metric.well_formed_share(texts, references[task])
+            if all(prediction.cut is not None for prediction in said):
+                cut.setdefault(str(stage), {})[task] = sum(bool(prediction.cut) for prediction in said)
             report.scores += 1
     _verify_tree(report, name("result.json"), "well_formed", run.result.get("well_formed"), shares)
+    _verify_tree(
+        report, name("result.json"), "cut_at_max_new_tokens", run.result.get("cut_at_max_new_tokens"), cut or None
+    )
     _verify_routing(run, cells, name("result.json"), report)
-    computed = aggregates(run.matrix)
+    for stage, task in sorted(run.not_measured):
+        # Left out by `evaluation`: there is nothing to show for it, in the matrix or in the predictions.
+        if (stage, task) in cells:
+            _expect(report, name("result.json"), f"not_measured, stage {stage}, task {task}", "left out", "predictions")
+    computed = aggregates(run.matrix, run.final_rows)
     for column, value in (("AVG", computed.avg), ("Last", computed.last), ("BWT", computed.bwt)):
         _expect(report, name("result.json"), f"summary.{column}", run.summary.get(column), value)
         report.aggregates += 1
@@ -219,7 +229,8 @@ def _verify_routing(
         if statistics:
             expected[str(stage)] = statistics
     _verify_tree(report, file, "routing", run.result.get("routing"), expected)
-    last = expected.get(str(len(run.tasks)), {})
+    whole = all((len(run.tasks), task) in cells for task in run.tasks)
+    last = expected.get(str(len(run.tasks)), {}) if whole else {}
     for column in ("routing_accuracy", "base_model_share"):
         _expect(report, file, f"summary.{column}", run.summary.get(column), last.get(column))
         report.aggregates += 1

@@ -20,7 +20,7 @@ def test_killed_runs_end_with_the_same_files(toy_folder: Path, tmp_path: Path) -
         "threads=1",
         "checkpoint_every_steps=1",
         "training={epochs: 1, batch_size: 4}",
-        "evaluation={batch_size: 8, max_new_tokens: 3}",
+        "evaluation={per_device_eval_batch_size: 8, max_new_tokens: 3}",
         "lora={rank: 4, dropout: 0.2}",
         "dmole={proxy_min_samples: 4, router: {epochs: 3}}",
     ]

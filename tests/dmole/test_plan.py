@@ -49,7 +49,13 @@ def test_plans_cover_the_grid_and_know_what_matters(
 
     same = {plan.fingerprint for plan in plans}
     assert prints("output=elsewhere", "checkpoint_every_steps=9") == same
-    changes = ("training.epochs=2", "dmole.router.top_k=1", "lora.rank=2", "evaluation.batch_size=3", "threads=2")
+    changes = (
+        "training.epochs=2",
+        "dmole.router.top_k=1",
+        "lora.rank=2",
+        "evaluation.per_device_eval_batch_size=3",
+        "threads=2",
+    )
     for override in changes:
         assert not prints(override) & same
     assert len(prints("seq_ft.mode=merge_and_restart") & same) == 4

@@ -50,9 +50,9 @@ def test_matrix(results: Path) -> None:
     assert table.title == "finetune, seed 0, order default"
     assert table.rows == (
         ("0 untrained", "0.0", "25.0", "0.0"),
-        ("1 boxes", "100.0", "", ""),
-        ("2 words", "", "75.0", ""),
-        ("3 letters", "", "", "100.0"),
+        ("1 boxes", "100.0", "not measured", "not measured"),
+        ("2 words", "not measured", "75.0", "not measured"),
+        ("3 letters", "not measured", "not measured", "100.0"),
     )
 
 
