@@ -186,6 +186,9 @@ class RunConfig:
     output: str = "runs"
     # A checkpoint inside a stage every so many optimizer steps; 0 keeps stage boundaries only.
     checkpoint_every_steps: int = 200
+    # Where there is no terminal, print a line with stage, step, loss and the time left at least every so many seconds; 0
+    # prints none.
+    heartbeat_seconds: float = 60.0
     # Threads of torch. A setting, not the machine's number of cores, because results depend on it: losses with one and
     # with two threads differ in their last bits at first, and later in more.
     threads: int = 1
@@ -210,6 +213,9 @@ class RunConfig:
             value = getattr(self, name)
             require(value is None or value >= least, name, value, f"none (all samples) or an integer from {least} on")
         require(self.checkpoint_every_steps >= 0, "checkpoint_every_steps", self.checkpoint_every_steps, "0 or more")
+        require(
+            self.heartbeat_seconds >= 0, "heartbeat_seconds", self.heartbeat_seconds, "0 (no lines) or more seconds"
+        )
         require(self.threads >= 1, "threads", self.threads, "a number of threads, at least 1: results depend on it")
         try:
             re.compile(self.candidates)

@@ -25,7 +25,7 @@ from dmole.evaluation import evaluated_stages
 from dmole.methods import method_class
 from dmole.methods.base import JSON, Stage
 from dmole.models.multimodal import MultimodalModel
-from dmole.progress import EVALUATED_SAMPLE, TRAINED_SAMPLE
+from dmole.progress import Costs
 from dmole.seeding import derived_generator
 from dmole.training import stage_steps
 
@@ -200,10 +200,11 @@ def check_folder(plan: RunPlan) -> None:
     )
 
 
-def work_units(stages: Sequence[Stage], stream: Stream, config: RunConfig) -> float:
+def work_units(stages: Sequence[Stage], stream: Stream, config: RunConfig, costs: Costs) -> float:
+    """The work of a run in the units of `costs`."""
     tests = {task.name: len(task.test) for task in stream.tasks}
     trained = sum(stage_steps(config.training, stage) for stage in stages) * config.training.batch_size
     tested = sum(tests[name] for stage in stages for name in stage.evaluates)
     if config.evaluation.zero_shot:
         tested += sum(tests.values())
-    return TRAINED_SAMPLE * trained + EVALUATED_SAMPLE * tested
+    return costs.trained_sample * trained + costs.answer * tested

@@ -11,7 +11,7 @@ import hashlib
 import shutil
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,11 +25,12 @@ from dmole.config import RunConfig
 from dmole.environment import describe_environment, peak_memory_gib
 from dmole.evaluation import Evaluation, evaluate, evaluated_stages, final_rows, generation_queue
 from dmole.files import write_atomically
+from dmole.interruption import StopSignals
 from dmole.methods import method_class
 from dmole.methods.base import JSON, Method, Stage
 from dmole.models.multimodal import MultimodalModel
 from dmole.plan import RunPlan, fresh_copy
-from dmole.progress import EVALUATED_SAMPLE, TRAINED_SAMPLE, RunProgress
+from dmole.progress import RunProgress
 from dmole.reports.matrix import save_matrix_picture
 from dmole.results import (
     PROFILE_PARTS,
@@ -44,8 +45,9 @@ from dmole.results import (
     write_matrix,
     write_references,
 )
-from dmole.rows import read_row, row_bytes, zero_shot_row
+from dmole.rows import read_row, row_bytes, shared_row_file, zero_shot_row
 from dmole.seeding import derived_seed
+from dmole.symptoms import below_zero_shot, flat_loss, malformed_answers
 from dmole.training import Profile, StageTraining
 
 CHECKPOINTS = "checkpoints"
@@ -68,12 +70,15 @@ class Position:
 class SingleRun:
     """One plan, from wherever its folder stands to its results. `base` is copied, not changed."""
 
-    def __init__(self, plan: RunPlan, config: RunConfig, base: MultimodalModel, progress: RunProgress) -> None:
+    def __init__(
+        self, plan: RunPlan, config: RunConfig, base: MultimodalModel, progress: RunProgress, stop: StopSignals
+    ) -> None:
         self.plan = plan
         self.config = config
         self.base = base
         self.model = model = fresh_copy(base)
         self.progress = progress
+        self.stop = stop
         self.profile = Profile()
         self.position = Position()
         self.method: Method = method_class(plan.method)(model, config.method_settings(plan.method), seed=plan.seed)
@@ -81,7 +86,7 @@ class SingleRun:
         self.stages = evaluated_stages(self.protocol, config.evaluation.stages)
 
     def run(self) -> None:
-        folder, label = self.plan.folder, self.plan.folder.name
+        folder = self.plan.folder
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob("*.partial"):
             leftover.unlink()  # of a process killed while it wrote; a run's folder has one writer
@@ -91,7 +96,6 @@ class SingleRun:
         self._zero_shot_row()
         while self.position.stage < len(self.stages):
             stage = self.stages[self.position.stage]
-            self.progress.describe(f"{label}: stage {stage.index}/{len(self.stages)} {stage.task.name}")
             if self.position.phase != "evaluate":
                 self._train(stage, training or self._begin(stage))
                 training = None
@@ -101,12 +105,25 @@ class SingleRun:
         shutil.rmtree(folder / STAGES, ignore_errors=True)
 
     def _begin(self, stage: Stage) -> StageTraining:
+        self.progress.describe(f"{self._label(stage)}: before the first step")
         torch.manual_seed(derived_seed(self.plan.seed, "begin", stage.index))
         with self.profile.part("begin_stage"):
             self.method.begin_stage(stage.index, stage.task)
         training = self._training(stage)
         self._save("train", training)
+        self._stop_here(f"before the first step of {self._where(stage)}; a checkpoint is saved")
         return training
+
+    def _label(self, stage: Stage) -> str:
+        return f"{self.plan.folder.name}: stage {stage.index}/{len(self.stages)} {stage.task.name}"
+
+    def _where(self, stage: Stage) -> str:
+        return f"stage {stage.index} of {len(self.stages)} ({stage.task.name})"
+
+    def _stop_here(self, where: str) -> None:
+        """End the run if a signal asked for it; whatever `where` names as saved has been saved."""
+        if self.stop.requested is not None:
+            raise self.stop.interrupted(f"{self.plan.folder.name} {where}.")
 
     def _training(self, stage: Stage) -> StageTraining:
         return StageTraining(self.method, stage, self.config.training, seed=self.plan.seed, profile=self.profile)
@@ -114,12 +131,18 @@ class SingleRun:
     def _train(self, stage: Stage, training: StageTraining) -> None:
         every = self.config.checkpoint_every_steps
         # Every step counts as a full batch, as in the total.
-        per_step = TRAINED_SAMPLE * self.config.training.batch_size
+        per_step = self.progress.costs.trained_sample * self.config.training.batch_size
+        self.progress.describe(f"{self._label(stage)}: step {training.step}/{training.total}")
 
         def after_step(training: StageTraining) -> None:
+            step = f"step {training.step}/{training.total}"
+            self.progress.describe(f"{self._label(stage)}: {step}, loss {training.losses[-1]:.3f}")
             self.progress.advance(per_step)
-            if every and training.step % every == 0 and training.step < training.total:
+            due = every and training.step % every == 0 and training.step < training.total
+            if due or self.stop.requested is not None:
                 self._save("train", training)
+            place = f"step {training.step} of {training.total} of {self._where(stage)}"
+            self._stop_here(f"after {place}; a checkpoint is saved")
 
         training.run(after_step)
         torch.manual_seed(derived_seed(self.plan.seed, "end", stage.index))
@@ -135,12 +158,18 @@ class SingleRun:
             }
         )
         self._save("evaluate")
+        self._warn(flat_loss(stage.index, stage.task.name, training.losses, self.config.training))
+
+    def _warn(self, *sentences: str | None) -> None:
+        for sentence in sentences:
+            if sentence is not None:
+                self.progress.note(f"warning: {self.plan.folder.name}: {sentence}")
 
     def _evaluate(self, stage: Stage) -> None:
         tasks = [task for task in self.plan.stream.tasks if task.name in stage.evaluates]
         losses = self.position.stages[-1]["losses"]
         recent = losses[-max(1, len(losses) // 10) :]
-        label = f"{self.plan.folder.name}: stage {stage.index}/{len(self.stages)} {stage.task.name}"
+        label = self._label(stage)
         if not tasks:
             self.position.stage += 1
             self._save("begin")
@@ -159,11 +188,16 @@ class SingleRun:
             queue,
             self.config.evaluation,
             profile=self.profile,
-            after_batch=lambda samples: self.progress.advance(EVALUATED_SAMPLE * samples),
+            after_batch=self._count_answers(
+                f"{label}: testing",
+                sum(len(task.test) for task in tasks),
+                f"in the test after {self._where(stage)}; its training is saved, the test starts again",
+            ),
         )
         self.position.rows[str(stage.row)] = self._write_row(stage.row, result)
         self.position.stage += 1
         self._save("begin")
+        self._warn(*malformed_answers(stage.row, result, self.plan.stream.task_names[: stage.row]))
         own = f", own task {result.points[stage.task.name]:.1f}" if stage.task.name in result.points else ""
         several = (
             f", mean of {len(tasks)} tasks {statistics.fmean(result.points.values()):.1f}" if len(tasks) > 1 else ""
@@ -175,14 +209,29 @@ class SingleRun:
     def _zero_shot_row(self) -> None:
         if "0" in self.position.rows or not self.config.evaluation.zero_shot:
             return
-        self.progress.describe(f"{self.plan.folder.name}: zero-shot")
-        result = zero_shot_row(
-            self.plan,
-            self.config,
-            self.base,
-            after_batch=lambda samples: self.progress.advance(EVALUATED_SAMPLE * samples),
-        )
+        total = sum(len(task.test) for task in self.plan.stream.tasks)
+        name = f"{self.plan.folder.name}: testing the pretrained model"
+        count = self._count_answers(name, total, "in the test of the pretrained model; it starts again")
+        if shared_row_file(Path(self.config.output), self.plan).exists():
+            # Reading it takes no time: it must not count as work done.
+            count = lambda answers: self.progress.skip(self.progress.costs.answer * answers)  # noqa: E731
+        result = zero_shot_row(self.plan, self.config, self.base, after_batch=count)
         self.position.rows["0"] = self._write_row(0, result)
+
+    def _count_answers(self, what: str, total: int, stopped: str) -> Callable[[int], None]:
+        """What `evaluate` calls after each batch: shows the count, and ends the run if a signal asked for it."""
+        answered = 0
+        self.progress.describe(f"{what}: 0/{total} answers")
+
+        def count(answers: int) -> None:
+            nonlocal answered
+            answered += answers
+            self.progress.describe(f"{what}: {answered}/{total} answers")
+            self.progress.advance(self.progress.costs.answer * answers)
+            if answered < total:
+                self._stop_here(stopped)
+
+        return count
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
@@ -234,17 +283,28 @@ class SingleRun:
             "step": training.step if training else None,
         }
         self.position.resumes.append({**where, "threads": torch.get_num_threads(), "arithmetic": arithmetic()})
-        self.progress.note(f"{self.plan.folder.name}: resumed at {where}")
+        self.progress.note(f"{self.plan.folder.name}: goes on {self._resume_note(training)}")
         return training
+
+    def _resume_note(self, training: StageTraining | None) -> str:
+        """Where the run goes on, such as "after step 40 of 188 of stage 2 of 9 (maps)"."""
+        if self.position.stage == len(self.stages):
+            return "with its results: every stage is trained and tested"
+        stage = self.stages[self.position.stage]
+        if training is not None:
+            return f"after step {training.step} of {training.total} of {self._where(stage)}"
+        if self.position.phase == "evaluate":
+            return f"with the test after {self._where(stage)}, whose training is done"
+        return f"with {self._where(stage)}"
 
     def _skip_finished_units(self, training: StageTraining | None) -> None:
         tests = {task.name: len(task.test) for task in self.plan.stream.tasks}
-        per_step = TRAINED_SAMPLE * self.config.training.batch_size
+        per_step = self.progress.costs.trained_sample * self.config.training.batch_size
         steps = sum(stage["steps"] for stage in self.position.stages) + (training.step if training else 0)
         tested = sum(tests[name] for stage in self.stages[: self.position.stage] for name in stage.evaluates)
         if "0" in self.position.rows:
             tested += sum(tests.values())
-        self.progress.skip(per_step * steps + EVALUATED_SAMPLE * tested)
+        self.progress.skip(per_step * steps + self.progress.costs.answer * tested)
 
     def _row_path(self, row: int | str) -> Path:
         return self.plan.folder / STAGES / f"{row}.json"
@@ -315,6 +375,15 @@ class SingleRun:
         whole = len(tasks) in rows and set(rows[len(tasks)].points) == set(tasks)
         last = (routing.get(str(len(tasks))) or {}) if whole else {}
         final = final_rows(self.protocol, tasks)
+        worse = below_zero_shot(
+            rows[0].points if 0 in rows else {}, final, {row: result.points for row, result in rows.items()}
+        )
+        self._warn(*worse)
+        flat = [
+            flat_loss(stage["stage"], stage["task"], stage["losses"], self.config.training)
+            for stage in self.position.stages
+        ]
+        shapeless = [sentence for row in rows if row > 0 for sentence in malformed_answers(row, rows[row], tasks[:row])]
         steps = sum(stage["steps"] for stage in self.position.stages)
         by_part = {part: 1000 * seconds.get(part, 0.0) / steps for part in PROFILE_PARTS} if steps else {}
         counts = [stage["trainable_parameters"] for stage in self.position.stages]
@@ -353,6 +422,7 @@ class SingleRun:
             "cut_at_max_new_tokens": {str(row): result.cut for row, result in rows.items()},
             "final_rows": final,
             "not_measured": self._not_measured(matrix),
+            "warnings": [*(sentence for sentence in flat if sentence is not None), *shapeless, *worse],
             "method": self.method.report(),
             "peak_memory_gib": round(peak_memory_gib(), 3),
             "resumes": self.position.resumes,

@@ -184,7 +184,10 @@ def final_points(run: StoredRun) -> dict[str, float]:
 
 def final_well_formed(run: StoredRun) -> dict[str, float]:
     """Percent of well-formed answers per task, in the row of `final_points`."""
-    return {task: 100.0 * share for task, share in _of_final_rows(run, "well_formed").items()}
+    return {
+        task: share if isinstance(share, NotMeasured) else 100.0 * share
+        for task, share in _of_final_rows(run, "well_formed").items()
+    }
 
 
 def _final_rows(run: StoredRun) -> dict[str, int]:

@@ -194,6 +194,27 @@ def test_an_answer_ends_at_any_of_the_models_end_tokens(toy_stream: Stream, talk
     assert end_tokens(talkative) == [second, talkative.tokenizer.eos_token_id]
 
 
+# Not beams: transformers' beam search makes its first mask on the default device and moves it.
+@pytest.mark.parametrize("way", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_no_tensor_is_made_on_the_default_device(
+    way: dict[str, Any], toy_stream: Stream, talkative: MultimodalModel, two_experts: dict[str, ExpertGates]
+) -> None:
+    samples = mixed(toy_stream)
+    batch, gate = collate(talkative, samples, with_answers=False), torch.ones(6, 2)
+    expected = texts(talkative, samples, **way)
+    previous = torch.get_default_device()
+    torch.set_default_device("meta")
+    try:
+        # A tensor made without its input's device has no values here.
+        answers = generate(talkative, batch, EvaluationSettings(**way), NAMES)
+        with experts_on(two_experts, gate, ("one", "two"), units=1):
+            generate(talkative, batch, EvaluationSettings(**way), NAMES)
+        generation_queue(talkative, toy_stream.tasks, 5)
+    finally:
+        torch.set_default_device(previous)
+    assert [answer.text for answer in answers] == expected
+
+
 def test_as_many_names_as_samples_are_needed(toy_stream: Stream, talkative: MultimodalModel) -> None:
     batch = collate(talkative, mixed(toy_stream), with_answers=False)
     with pytest.raises(ValueError, match=r"names: got 2 for 6 samples; expected one each\."):
