@@ -37,8 +37,11 @@ T = TypeVar("T")
 class LoraSettings:
     """One LoRA expert, `y += alpha / rank * dropout(x) A^T B^T`; the defaults are D-MoLE's."""
 
+    # Rank of A and B. Methods with one adapter get the rank that trains as many weights as D-MoLE's budget.
     rank: int = 8
+    # The expert's output is multiplied by alpha / rank.
     alpha: float = 16.0
+    # Dropout on the input of the experts, in training only.
     dropout: float = 0.05
     # One mask per layer is what a packed kernel wants; "per_expert" is what D-MoLE's public code draws.
     dropout_mode: Literal["shared", "per_expert"] = "shared"
@@ -53,12 +56,17 @@ class LoraSettings:
 class TrainingSettings:
     """AdamW in fp32 with a linear warm-up and a cosine to zero, once per stage."""
 
+    # Passes over a task's training samples.
     epochs: int = 3
     # Tasks that train longer than the others (D-MoLE: SK-VG, VizWiz-VQA and IconQA take 5 epochs, the rest 1).
     epochs_of: Mapping[str, int] = field(default_factory=dict)
+    # Samples in one optimizer step.
     batch_size: int = 16
+    # AdamW's peak learning rate.
     learning_rate: float = 1e-3
+    # Share of a stage's steps in which the learning rate rises to its peak.
     warmup: float = 0.03
+    # AdamW's weight decay.
     weight_decay: float = 0.01
     # Largest gradient norm; 0 leaves gradients as they are.
     max_grad_norm: float = 1.0
@@ -170,24 +178,31 @@ class RunConfig:
     stream: str = "mini"
     # A folder in transformers' format, "mini" for the small model of this package, "tiny" for random test weights.
     model: str = "mini"
+    # Which methods learn the stream, one after another.
     methods: tuple[str, ...] = ("dmole", "seq_ft")
+    # One run of each method per seed.
     seeds: tuple[int, ...] = (0,)
+    # Orders of the tasks, one run for each: "default", "reversed", "shuffled<k>" or all task names with commas.
     orders: tuple[str, ...] = ("default",)
-    # Keep the first so many samples of every task; None keeps all.
+    # Keep the first so many training samples of every task; none keeps all.
     train_samples: int | None = None
+    # The same for validation samples.
     validation_samples: int | None = None
+    # The same for test samples.
     test_samples: int | None = None
     lora: LoraSettings = field(default_factory=LoraSettings)
+    # Regular expression searched in the qualified names of the linears that may carry experts; "" keeps all of them.
     candidates: str = ""
     training: TrainingSettings = field(default_factory=TrainingSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     # Options of single methods by method name; see the module docstring for how YAML spells them.
     options: Mapping[str, Any] = field(default_factory=dict)
+    # The folder where results go.
     output: str = "runs"
     # A checkpoint inside a stage every so many optimizer steps; 0 keeps stage boundaries only.
     checkpoint_every_steps: int = 200
-    # Where there is no terminal, print a line with stage, step, loss and the time left at least every so many seconds; 0
-    # prints none.
+    # Where there is no terminal, print a line with stage, step, loss and the time left at least every so many seconds;
+    # 0 prints none.
     heartbeat_seconds: float = 60.0
     # Threads of torch. A setting, not the machine's number of cores, because results depend on it: losses with one and
     # with two threads differ in their last bits at first, and later in more.
@@ -213,9 +228,7 @@ class RunConfig:
             value = getattr(self, name)
             require(value is None or value >= least, name, value, f"none (all samples) or an integer from {least} on")
         require(self.checkpoint_every_steps >= 0, "checkpoint_every_steps", self.checkpoint_every_steps, "0 or more")
-        require(
-            self.heartbeat_seconds >= 0, "heartbeat_seconds", self.heartbeat_seconds, "0 (no lines) or more seconds"
-        )
+        require(self.heartbeat_seconds >= 0, "heartbeat_seconds", self.heartbeat_seconds, "0 (no lines) or more")
         require(self.threads >= 1, "threads", self.threads, "a number of threads, at least 1: results depend on it")
         try:
             re.compile(self.candidates)

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -73,7 +73,7 @@ class Estimate:
 
     def __str__(self) -> str:
         return (
-            f"estimate: {clock(self.seconds)} h on {self.device} for {self.steps:,} training steps and "
+            f"estimate: {clock(self.seconds)} on {self.device} for {self.steps:,} training steps and "
             f"{self.answers:,} answers, {self.memory_bytes / GIB:.1f} GiB of memory, "
             f"{self.disk_bytes / GIB:.2f} GiB on disk"
         )
@@ -132,7 +132,8 @@ def _timed(work: Callable[[Sequence[Sample]], None], samples: Sequence[Sample], 
 
 
 def _train(model: MultimodalModel, samples: Sequence[Sample], config: RunConfig) -> None:
-    net = model.model
+    # transformers does not type the two hooks.
+    net = cast(Any, model.model)
     # As with experts, gradients pass through every layer and reach no pretrained weight.
     net.enable_input_require_grads()
     try:

@@ -45,8 +45,8 @@ def run(config: RunConfig, *, console: Console | None = None, fresh: bool = Fals
     """Run everything `config` asks for and return its output folder; finished runs are kept, half-done ones resumed.
 
     fresh: delete earlier runs of the same names first, and the shared row 0, which other code may have measured.
-    Raises ValueError (`ConfigError`, `DataError`, `CheckpointError`) before any training for whatever cannot be run, and
-    `dmole.interruption.Interrupted` after SIGINT or SIGTERM, once a checkpoint is saved.
+    Raises ValueError (`ConfigError`, `DataError`, `CheckpointError`) before any training for whatever cannot be run,
+    and `dmole.interruption.Interrupted` after SIGINT or SIGTERM, once a checkpoint is saved.
     """
     console = console or Console()
     output = Path(config.output)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import functools
 import inspect
 import json
 import textwrap
@@ -76,7 +75,6 @@ def _about(kind: type[Any]) -> str:
     return " ".join((inspect.getdoc(kind) or "").split("\n\n")[0].split())
 
 
-@functools.cache
 def field_comments(kind: type[Any]) -> dict[str, str]:
     """The comment lines directly above each field of a dataclass, joined; "" where there are none."""
     source = textwrap.dedent(inspect.getsource(kind))
@@ -113,10 +111,12 @@ def _kind(hint: Any) -> str:
 def yaml_text(config: RunConfig) -> str:
     """Every setting as YAML with its comment above it; `dmole run --config` reads it back."""
     lines: list[str] = []
+    depth = 0
     for setting in settings(config):
         indent = "  " * setting.depth
-        if setting.section and lines:
+        if lines and (setting.section or setting.depth < depth):
             lines.append("")
+        depth = setting.depth
         kind = "" if setting.section else f" [{setting.kind}]"
         lines += textwrap.wrap(
             f"{setting.comment}{kind}", WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# "
@@ -138,7 +138,6 @@ def markdown_page() -> str:
         "",
         *_table_head("Common"),
     ]
-    # Fields beside a nested section come before it, so that each table is whole.
     every = settings(RunConfig())
     lines += [_table_row(setting) for setting in every if not setting.section and setting.depth == 0]
     for section in (setting for setting in every if setting.section):
