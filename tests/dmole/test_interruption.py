@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Real processes and real signals: Ctrl-C and SIGTERM leave a checkpoint, a sentence and the command that goes on."""
 
+import contextlib
 import io
 import os
 import re
@@ -8,7 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,12 +28,19 @@ COMPARED = ("matrix.csv", "predictions.jsonl.gz", "losses.csv")
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def start(arguments: list[str]) -> subprocess.Popen[str]:
+@contextlib.contextmanager
+def started(arguments: list[str]) -> Iterator[subprocess.Popen[str]]:
+    """`dmole` with these arguments in a process of its own, which ends with the block."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", "dmole", *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT,
     )  # fmt: skip
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def read_until(process: subprocess.Popen[str], pattern: str) -> list[str]:
@@ -63,16 +71,16 @@ def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(toy_folder: Path, tmp_path
     output = tmp_path / "out"
     command = ["run", str(toy_folder), "-o", str(output), *FAST, "--fresh"]
     for number, name, line in (
-        (signal.SIGINT, "SIGINT", r"stage 1/3 colours: step \d+/80"),
-        (signal.SIGTERM, "SIGTERM", r"stage 2/3 letters: step \d+/80"),
+        (signal.SIGINT, "SIGINT", r"stage 1/3 colours: step [1-9]\d*/80, loss"),
+        (signal.SIGTERM, "SIGTERM", r"stage 2/3 letters: step [1-9]\d*/80, loss"),
     ):
-        process = start(command)
-        shown = "".join(read_until(process, line))
+        with started(command) as process:
+            shown = "".join(read_until(process, line))
+            process.send_signal(number)
+            _, errors = process.communicate(timeout=120)
         # On a machine without a terminal there is a line while a stage trains, and a first estimate before it.
         assert re.search(r"seq_ft-seed0-default: stage \d/3 \w+: step \d+/80, loss \d+\.\d+, \d+:\d\d left\n", shown)
         assert re.search(r"estimate: \d+:\d\d on cpu for 240 training steps and 48 answers, [\d.]+ GiB", shown)
-        process.send_signal(number)
-        rest, errors = process.communicate(timeout=120)
         assert process.returncode == 128 + number, errors
         assert "Traceback" not in errors
         assert "stopping: the step in progress ends and a checkpoint is saved (once more: stop at once)" in errors
@@ -90,26 +98,13 @@ def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(toy_folder: Path, tmp_path
         command = words[1:]
         stopped = re.search(r"step (\d+) of 80 of stage (\d)", sentence)
     assert stopped is not None
-    process = start(command)
-    shown, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    assert f"seq_ft-seed0-default: goes on after step {stopped[1]} of 80 of stage 2 of 3 (letters)\n" in shown
+    screen = io.StringIO()
+    run(load_config(overrides=[*overrides, f"output={output}"]), console=Console(file=screen, width=200))
+    note = f"seq_ft-seed0-default: goes on after step {stopped[1]} of 80 of stage 2 of 3 (letters)"
+    assert note in screen.getvalue().splitlines()
     for name in COMPARED:
         file = Path("runs") / "seq_ft-seed0-default" / name
         assert (output / file).read_bytes() == (undisturbed / file).read_bytes(), name
-
-
-@pytest.mark.slow
-def test_a_second_ctrl_c_stops_at_once_and_says_what_is_lost(toy_folder: Path, tmp_path: Path) -> None:
-    # Before the runs begin nothing is there to be saved: the first one ends the process.
-    process = start(["run", "mini", "-o", str(tmp_path / "out")])
-    time.sleep(0.5)  # while Python imports torch
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode in (130, -signal.SIGINT), errors
-    if process.returncode == 130:
-        assert "What came after the last checkpoint is done again by:\n  dmole run mini" in errors
-    assert not (tmp_path / "out").exists()
 
 
 def test_typers_silent_status_is_put_into_words(
