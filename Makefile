@@ -42,15 +42,15 @@ setup: $(READY)
 # compiled kernels come last and in place; ninja compiles again only what changed. A CUDA build of torch pins the Triton
 # that it needs, and that one is kept; beside a CPU build, constraints.txt says which.
 $(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*.cpp csrc/cpu/*.* csrc/cpu/per_isa/* csrc/cuda/*)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "make: 'python -m venv' failed; install Python 3.10 or newer with its venv module." >&2; exit 1; }
-	if $(BIN)/python scripts/check_installed.py; then echo "setup: every pinned package is already installed; nothing is downloaded"; else \
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "make: 'python -m venv' failed; install Python 3.10 or newer with its venv module." >&2; exit 1; }
+	@if $(BIN)/python scripts/check_installed.py; then echo "setup: every pinned package is already installed; nothing is downloaded"; else \
 	  grep -v '^triton==' constraints.txt > $(PINS) && $(PIP) install -q -c $(PINS) torch && \
 	  { $(PIP) freeze | grep '^triton==' || grep '^triton==' constraints.txt; } >> $(PINS) && \
 	  DMOLE_KERNELS_BUILD=skip $(PIP) install -q -c $(PINS) -e ".[data,dev,peft,triton]" || \
 	  { echo "setup: a package above could not be installed. With no network, install it from a wheel into $(VENV) and run make again." >&2; exit 1; }; fi
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python scripts/quietly.py --log build/kernels.log --what "setup: compiled kernels" \
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python scripts/quietly.py --log build/kernels.log --what "setup: compiled kernels" \
 	  --show "dmole_kernels: " -- $(BIN)/python setup.py -q build_ext --inplace
-	touch $(READY)
+	@touch $(READY)
 
 # Hours: the committed results, from nothing, and the tables made of them. A stopped run goes on.
 results: setup
