@@ -125,9 +125,9 @@ def generate(mm: MultimodalModel, batch: Batch, settings: EvaluationSettings, na
     with torch.autocast(model.device.type, torch.bfloat16, enabled=settings.bf16):
         # Its annotation asks for a protocol that transformers' own models do not satisfy.
         output = cast(Any, model).generate(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            pixel_values=batch.pixel_values,
+            input_ids=batch.input_ids.to(model.device),
+            attention_mask=batch.attention_mask.to(model.device),
+            pixel_values=batch.pixel_values.to(model.device),
             generation_config=generation_config(mm, settings),
             logits_processor=sampling(settings, names),
         )

@@ -79,6 +79,8 @@ def run(config: RunConfig, *, console: Console | None = None, fresh: bool = Fals
                     progress.skip(units[plan.folder])
                     progress.note(f"{plan.folder.name}: finished earlier, kept")
                     continue
+                if stop.requested is not None:
+                    raise stop.interrupted(f"before {plan.folder.name}; the runs before it are finished.")
                 SingleRun(plan, config, model, progress, stop).run()
                 write_summary(output)
         write_summary(output)

@@ -205,6 +205,12 @@ class SingleRun:
         self.progress.note(
             f"{label}: loss {statistics.fmean(recent):.3f}{own}{several}, {self.progress.time_left()} left"
         )
+        if (cut := sum(result.cut.values())) > 0:
+            answers = sum(len(task.test) for task in tasks)
+            limit = self.config.evaluation.max_new_tokens
+            self.progress.note(f"{label}: {cut} of {answers} answers were cut at evaluation.max_new_tokens={limit}")
+        if self.position.stage < len(self.stages):
+            self._stop_here(f"after {self._where(stage)}; a checkpoint is saved")
 
     def _zero_shot_row(self) -> None:
         if "0" in self.position.rows or not self.config.evaluation.zero_shot:

@@ -194,6 +194,17 @@ def test_an_answer_ends_at_any_of_the_models_end_tokens(toy_stream: Stream, talk
     assert end_tokens(talkative) == [second, talkative.tokenizer.eos_token_id]
 
 
+def test_bf16_is_autocast(toy_stream: Stream, talkative: MultimodalModel) -> None:
+    seen: list[torch.dtype] = []
+    layer = talkative.model.get_submodule(talkative.candidates["language"][0])
+    hook = layer.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    for bf16 in (False, True):
+        texts(talkative, mixed(toy_stream), max_new_tokens=1, bf16=bf16)
+    hook.remove()
+    assert seen == [torch.float32, torch.bfloat16]
+    assert layer.weight.dtype == torch.float32
+
+
 # Not beams: transformers' beam search makes its first mask on the default device and moves it.
 @pytest.mark.parametrize("way", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_no_tensor_is_made_on_the_default_device(

@@ -4,6 +4,8 @@
 import csv
 import io
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -167,7 +169,10 @@ def test_the_picture_is_grey_where_nothing_was_measured(outputs: dict[str, Path]
 
 @pytest.mark.parametrize("mode", ["all", "diagonal", "last"])
 def test_verify_accepts_a_part_and_finds_an_edit(mode: str, outputs: dict[str, Path]) -> None:
-    assert verify_results(outputs[mode]).ok
+    checked = str(verify_results(outputs[mode]))
+    # Four runs: 2 x 6 cells beside the diagonal; 4 x 3 of row 0 and 2 x 6 of the rows before the last.
+    count = {"all": "", "diagonal": ", 12 cells not measured", "last": ", 24 cells not measured"}[mode]
+    assert checked.startswith("verified 4 runs, ") and checked.endswith(f" aggregates{count}: all as stored")
     path = outputs[mode] / "runs" / "seq_ft-seed0-default" / "result.json"
     good = path.read_bytes()
     try:
@@ -182,7 +187,15 @@ def test_verify_accepts_a_part_and_finds_an_edit(mode: str, outputs: dict[str, P
     assert "not_measured, stage 3" in found
     assert "cut_at_max_new_tokens.3" in found
     if mode == "last":
-        assert "summary.Last: stored" in found and "recomputed nothing" in found
+        assert re.search(r"summary\.Last: stored [\d.]+, recomputed not measured", found)
+
+
+def test_a_number_where_nothing_was_measured_is_found(outputs: dict[str, Path], tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(outputs["last"], tmp_path / "copy"))
+    path = copy / "runs" / "seq_ft-seed0-default" / "matrix.csv"
+    path.write_text(path.read_text().replace("1,,,\n", "1,0.0,,\n"))
+    (difference, *_) = verify_results(copy).differences
+    assert str(difference).endswith("stage 1, task colours: stored 0.0, recomputed not measured")
 
 
 def test_settings_that_cannot_be(toy_config: Configure) -> None:
