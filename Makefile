@@ -49,7 +49,7 @@ $(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*.cpp csrc/cpu
 	  DMOLE_KERNELS_BUILD=skip $(PIP) install -q -c $(PINS) -e ".[data,dev,peft,triton]" || \
 	  { echo "setup: a package above could not be installed. With no network, install it from a wheel into $(VENV) and run make again." >&2; exit 1; }; fi
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python scripts/quietly.py --log build/kernels.log --what "setup: compiled kernels" \
-	  --show "dmole_kernels: " -- $(BIN)/python setup.py -q build_ext --inplace
+	  --show "dmole_kernels: " --trouble "the compiler failed" -- $(BIN)/python setup.py -q build_ext --inplace
 	@touch $(READY)
 
 # Hours: the committed results, from nothing, and the tables made of them. A stopped run goes on.

@@ -338,8 +338,8 @@ def _show_tables(
                 f"--compare is {compare!r}; expected two methods. Give for example --compare dmole,seq_ft."
             )
         shown.append(comparison_table(compared(runs, *pair)))
-    if matrices:
-        shown += [tables.matrix_table(run) for run in runs]
+    # A matrix that is measured in part has its numbers there and nowhere else: the diagonal is in no aggregate.
+    shown += [tables.matrix_table(run) for run in runs if matrices or run.not_measured]
     for table in shown:
         console.print(table.rich())
     if markdown is not None:

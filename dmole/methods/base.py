@@ -103,7 +103,10 @@ class Method(ABC):
 
     @abstractmethod
     def evaluation_gates(self, batch: Batch) -> AbstractContextManager[RoutingRecord | None]:
-        """The same at test, where no task is known; yields who serves each sample, or None for unrouted methods."""
+        """The same at test, where no task is known; yields who serves each sample, or None for unrouted methods.
+
+        Beam search gives each sample several rows, side by side: open gates with `experts_on(..., units=1)`.
+        """
 
     def loss(self, batch: Batch) -> Tensor:
         """The scalar to minimise: the model's own cross-entropy on the answer tokens, mean over the batch's tokens."""
