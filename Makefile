@@ -44,15 +44,16 @@ setup: $(READY)
 # that it needs, and that one is kept; beside a CPU build, constraints.txt says which. The checkout itself is registered
 # anew each time: its packages and entry points may be others than when it was installed.
 $(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*.cpp csrc/cpu/*.* csrc/cpu/per_isa/* csrc/cuda/*)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "make: 'python -m venv' failed; install Python 3.10 or newer with its venv module." >&2; exit 1; }
-	if $(BIN)/python scripts/check_installed.py; then echo "setup: every pinned package is already installed; nothing is downloaded"; \
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "make: 'python -m venv' failed; install Python 3.10 or newer with its venv module." >&2; exit 1; }
+	@if $(BIN)/python scripts/check_installed.py; then echo "setup: every pinned package is already installed; nothing is downloaded"; \
 	  DMOLE_KERNELS_BUILD=skip $(PIP) install -q --no-index --no-deps --no-build-isolation -e .; else \
 	  grep -v '^triton==' constraints.txt > $(PINS) && $(PIP) install -q -c $(PINS) torch && \
 	  { $(PIP) freeze | grep '^triton==' || grep '^triton==' constraints.txt; } >> $(PINS) && \
 	  DMOLE_KERNELS_BUILD=skip $(PIP) install -q -c $(PINS) -e ".[data,dev,peft,triton]" || \
 	  { echo "setup: a package above could not be installed. With no network, install it from a wheel into $(VENV) and run make again." >&2; exit 1; }; fi
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python setup.py -q build_ext --inplace
-	touch $(READY)
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python scripts/quietly.py --log build/kernels.log --what "setup: compiled kernels" \
+	  --show "dmole_kernels: " --trouble "the compiler failed" -- $(BIN)/python setup.py -q build_ext --inplace
+	@touch $(READY)
 
 # Hours: the committed results, from nothing, and the tables made of them. A stopped run goes on.
 results: setup

@@ -124,7 +124,7 @@ def play(
                 side.operators = operator_profile(side, steps=reserved)
         for side in rotated():
             side.timed(_end(side, stage))
-        queue = generation_queue(model, tasks, config.evaluation.batch_size)[:batches]
+        queue = generation_queue(model, tasks, config.evaluation.per_device_eval_batch_size)[:batches]
         for items in queue:
             for side in rotated():
                 side.timed(_predict(side, items))

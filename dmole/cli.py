@@ -7,6 +7,7 @@
     dmole readme README.md --check            tables inside Markdown files against committed results
     dmole tasks check my_stream               find everything wrong with a data set
     dmole inspect MODEL --check               towers, candidates and budget of a model; does the contract hold for it?
+    dmole config                              every setting with its comment
     dmole doctor                              what is installed, what is missing, what to type
 
 Imports happen inside the commands: torch takes seconds, and `dmole --help` should not.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -25,6 +27,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
+
+from dmole.interruption import Interrupted
 
 if TYPE_CHECKING:
     from dmole.config import RunConfig
@@ -55,23 +59,41 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def status(arguments: Sequence[str] | None = None) -> int:
     """The exit status of a command line (sys.argv by default); messages go to stderr."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        code = app(args=None if arguments is None else list(arguments), prog_name="dmole", standalone_mode=False)
+        code = app(args=given, prog_name="dmole", standalone_mode=False)
     except USAGE_ERROR as error:
         context = getattr(error, "ctx", None)
         path = context.command_path if context is not None else "dmole"
         text = " ".join(str(getattr(error, "format_message", error.__str__)()).split())
         return _fail(f"{path}: {text} Type '{path} --help'.", WRONG_INPUT)
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted; the same command with --resume goes on from the last checkpoint", INTERRUPTED)
+        return _fail(_interrupted(given), INTERRUPTED)
     except ValueError as error:
         return _fail(f"error: {error}", WRONG_INPUT)
     except ImportError as error:
         return _fail(f"error: {error} (`dmole doctor` lists what is missing)", WRONG_INPUT)
+    except Interrupted as error:
+        return _fail(f"{error} Go on with:\n{_resuming(given)}", 128 + error.number)
     except OSError as error:
         named = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
         return _fail(f"error: {named}", WRONG_INPUT)
+    if code == INTERRUPTED:
+        # typer turns KeyboardInterrupt into this status without a word.
+        return _fail(_interrupted(given), INTERRUPTED)
     return code if isinstance(code, int) else 0
+
+
+def _interrupted(arguments: Sequence[str]) -> str:
+    if arguments[:1] != ["run"]:
+        return "interrupted"
+    return f"interrupted. What came after the last checkpoint is done again by:\n{_resuming(arguments)}"
+
+
+def _resuming(arguments: Sequence[str]) -> str:
+    """The command that goes on with an interrupted run."""
+    kept = [argument for argument in arguments if argument not in ("--fresh", "--resume")]
+    return "  " + shlex.join(["dmole", *kept, "--resume"])
 
 
 def _fail(text: str, code: int) -> int:
@@ -152,6 +174,40 @@ def run(
     console.print(f"results: {escape(str(folder))} (pictures: runs/*/matrix.png)", highlight=False, soft_wrap=True)
 
 
+@app.command("config")
+def show_config(
+    recipe: Annotated[str | None, typer.Option(help="Start from a recipe's configuration.")] = None,
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML file of settings.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="One setting, such as training.num_train_epochs=2. May be repeated."),
+    ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="The page docs/settings.md, with the defaults.")] = False,
+) -> None:
+    """Print every setting with its comment, as YAML that `dmole run --config` reads back.
+
+    Values are the defaults, then those of the recipe, then --config, then --set.
+    """
+    from dmole.config import load_config
+    from dmole.settings_text import markdown_page, yaml_text
+
+    if markdown:
+        if recipe or config or settings:
+            raise ValueError("--markdown: got other options beside it; expected it alone. It shows the defaults.")
+        print(markdown_page(), end="")
+        return
+    print(yaml_text(load_config(config, base=recipe_config(recipe), overrides=settings or [])), end="")
+
+
+def recipe_config(recipe: str | None) -> RunConfig | None:
+    """The configuration of a recipe; None for none."""
+    from dmole.recipes import RECIPES
+
+    if recipe is not None and recipe not in RECIPES:
+        raise ValueError(f"--recipe is {recipe!r}; expected one of {', '.join(RECIPES)}. Name one of these.")
+    return None if recipe is None else RECIPES[recipe]()
+
+
 def run_config(
     *,
     stream: str | None,
@@ -183,11 +239,7 @@ def run_config(
         # The benchmark by its name is the benchmark as published: its training, but one seed and another folder.
         plain = RunConfig()
         base = RECIPES["mini"]().replace(methods=plain.methods, seeds=plain.seeds, output=plain.output)
-    if recipe is not None:
-        if recipe not in RECIPES:
-            raise ValueError(f"--recipe is {recipe!r}; expected one of {', '.join(RECIPES)}. Name one of these.")
-        base = RECIPES[recipe]()
-    return load_config(config, base=base, overrides=[*overrides, *settings])
+    return load_config(config, base=recipe_config(recipe) or base, overrides=[*overrides, *settings])
 
 
 def _split(option: str, values: Sequence[str]) -> list[str]:
@@ -270,7 +322,9 @@ def _show_tables(
     if len({run.tasks for run in runs}) > 1:
         shown = [tables.summary_table(runs)]
     else:
-        shown = [tables.last_table(runs), tables.well_formed_table(runs), tables.summary_table(runs)]
+        cut = tables.cut_table(runs)
+        shown = [tables.last_table(runs), tables.well_formed_table(runs), *([cut] if cut.rows else [])]
+        shown.append(tables.summary_table(runs))
     routing = tables.routing_table(runs)
     shown += [routing] if routing.rows else []
     shown.append(tables.time_table(runs))
@@ -284,8 +338,8 @@ def _show_tables(
                 f"--compare is {compare!r}; expected two methods. Give for example --compare dmole,seq_ft."
             )
         shown.append(comparison_table(compared(runs, *pair)))
-    if matrices:
-        shown += [tables.matrix_table(run) for run in runs]
+    # A matrix that is measured in part has its numbers there and nowhere else: the diagonal is in no aggregate.
+    shown += [tables.matrix_table(run) for run in runs if matrices or run.not_measured]
     for table in shown:
         console.print(table.rich())
     if markdown is not None:

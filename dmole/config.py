@@ -38,8 +38,11 @@ T = TypeVar("T")
 class LoraSettings:
     """One LoRA expert, `y += alpha / rank * dropout(x) A^T B^T`; the defaults are D-MoLE's."""
 
+    # Rank of A and B. Methods with one adapter get the rank that trains as many weights as D-MoLE's budget.
     rank: int = 8
+    # The expert's output is multiplied by alpha / rank.
     alpha: float = 16.0
+    # Dropout on the input of the experts, in training only.
     dropout: float = 0.05
     # One mask per layer is what a packed kernel wants; "per_expert" is what D-MoLE's public code draws.
     dropout_mode: Literal["shared", "per_expert"] = "shared"
@@ -52,16 +55,52 @@ class LoraSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
-    """Greedy generation over all test sets after every stage."""
+    """Which stages are tested, and how answers are generated; names as in transformers' GenerationConfig."""
 
-    batch_size: int = 64
+    # "all": every task after every stage, N x N tests. "diagonal": each stage tests the task that it learned. "last":
+    # each task is tested once, at the end. What is not tested is reported as not measured.
+    stages: Literal["all", "diagonal", "last"] = "all"
+    # Test the pretrained model first (row 0 of the matrix; runs of one output folder share it).
+    zero_shot: bool = True
+    # Samples in one batch of generation, on each device; tasks are mixed in a batch.
+    per_device_eval_batch_size: int = 64
+    # The longest answer in tokens, its end token included. A test answer that is longer is refused before the start.
     max_new_tokens: int = 32
-    # Autocast of generation to bfloat16, as in training.
+    # 1: greedy, or sampling with do_sample. More: beam search with so many beams.
+    num_beams: int = 1
+    # Beam search divides a sequence's log-probability by its length to this power.
+    length_penalty: float = 1.0
+    # Above 1: tokens that are in the prompt or the answer already become less likely. 1 changes nothing.
+    repetition_penalty: float = 1.0
+    # Draw each token from the model's distribution instead of taking the likeliest.
+    do_sample: bool = False
+    # Sampling: logits are divided by it; below 1 likely tokens become likelier.
+    temperature: float = 1.0
+    # Sampling: only so many of the likeliest tokens can be drawn; 0 means all of them.
+    top_k: int = 0
+    # Sampling: only the likeliest tokens whose probabilities add up to this can be drawn; 1 means all of them.
+    top_p: float = 1.0
+    # Sampling: names the random numbers, with the task and the sample's id. Every stage draws the same ones.
+    seed: int = 0
+    # Autocast of generation to bfloat16.
     bf16: bool = False
 
     def __post_init__(self) -> None:
-        require(self.batch_size >= 1, "evaluation.batch_size", self.batch_size, "an integer of at least 1")
-        require(self.max_new_tokens >= 1, "evaluation.max_new_tokens", self.max_new_tokens, "an integer of at least 1")
+        size = self.per_device_eval_batch_size
+        require(size >= 1, "evaluation.per_device_eval_batch_size", size, "an integer of at least 1")
+        for name in ("max_new_tokens", "num_beams"):
+            require(getattr(self, name) >= 1, f"evaluation.{name}", getattr(self, name), "an integer of at least 1")
+        for name in ("repetition_penalty", "temperature"):
+            require(getattr(self, name) > 0, f"evaluation.{name}", getattr(self, name), "a number above 0")
+        require(self.top_k >= 0, "evaluation.top_k", self.top_k, "0 (all tokens) or an integer above it")
+        require(0 < self.top_p <= 1, "evaluation.top_p", self.top_p, "a number in (0, 1]")
+        require(self.seed >= 0, "evaluation.seed", self.seed, "an integer of at least 0")
+        beams = "1 together with do_sample: sampled beams draw for the whole batch, so an answer depends on its batch"
+        require(not self.do_sample or self.num_beams == 1, "evaluation.num_beams", self.num_beams, beams)
+        if not self.do_sample:
+            for name, off in (("temperature", 1.0), ("top_k", 0), ("top_p", 1.0), ("seed", 0)):
+                value = getattr(self, name)
+                require(value == off, f"evaluation.{name}", value, f"{off} without do_sample; set do_sample=true")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,20 +147,30 @@ class RunConfig:
     stream: str = "mini"
     # A folder in transformers' format, "mini" for the small model of this package, "tiny" for random test weights.
     model: str = "mini"
+    # Which methods learn the stream, one after another.
     methods: tuple[str, ...] = ("dmole", "seq_ft")
+    # One run of each method per seed.
     seeds: tuple[int, ...] = (0,)
+    # Orders of the tasks, one run for each: "default", "reversed", "shuffled<k>" or all task names with commas.
     orders: tuple[str, ...] = ("default",)
-    # Keep the first so many samples of every task; None keeps all.
+    # Keep the first so many training samples of every task; none keeps all.
     train_samples: int | None = None
+    # The same for validation samples.
     validation_samples: int | None = None
+    # The same for test samples.
     test_samples: int | None = None
     lora: LoraSettings = field(default_factory=LoraSettings)
+    # Regular expression searched in the qualified names of the linears that may carry experts; "" keeps all of them.
     candidates: str = ""
     training: TrainingSettings = field(default_factory=TrainingSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     # Options of single methods by method name; see the module docstring for how YAML spells them.
     options: Mapping[str, Any] = field(default_factory=dict)
+    # The folder where results go.
     output: str = "runs"
+    # Where there is no terminal, print a line with stage, step, loss and the time left at least every so many seconds;
+    # 0 prints none.
+    heartbeat_seconds: float = 60.0
     # Threads of torch. A setting, not the machine's number of cores, because results depend on it: losses with one and
     # with two threads differ in their last bits at first, and later in more.
     threads: int = 1
@@ -145,6 +194,7 @@ class RunConfig:
         for name, least in (("train_samples", 2), ("validation_samples", 0), ("test_samples", 1)):
             value = getattr(self, name)
             require(value is None or value >= least, name, value, f"none (all samples) or an integer from {least} on")
+        require(self.heartbeat_seconds >= 0, "heartbeat_seconds", self.heartbeat_seconds, "0 (no lines) or more")
         require(self.threads >= 1, "threads", self.threads, "a number of threads, at least 1: results depend on it")
         try:
             re.compile(self.candidates)

@@ -161,8 +161,10 @@ def _machine() -> list[Finding]:
                 what="memory",
                 found=f"{memory:.1f} GiB",
                 ok=memory >= MINIMUM_MEMORY_GIB,
-                fix="use a machine with more memory, or lower training.per_device_train_batch_size and "
-                "evaluation.batch_size",
+                fix=(
+                    "use a machine with more memory, or lower training.per_device_train_batch_size and "
+                    "evaluation.per_device_eval_batch_size"
+                ),
             )
         )
     return findings

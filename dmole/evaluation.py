@@ -4,23 +4,23 @@
 A batch mixes samples of different tasks, as a server would meet them: whoever routes per batch instead of per sample
 loses points here. Within windows of a few batches the queue is sorted by prompt length, which spares padding.
 
-Generation is greedy with a KV cache, in a loop of our own that does nothing else: 64 prompts and 16 new tokens take
-1.05 s on the mini model with one thread, of which 0.70 s are the prompts; transformers' `generate` takes 1.18 s.
+Which stages test which tasks is decided by the method and by `evaluation.stages` (`evaluated_stages`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor
 
 from dmole.config import EvaluationSettings
-from dmole.data.collate import Batch, collate
+from dmole.data.collate import collate
 from dmole.data.sample import Sample, Task
-from dmole.methods.base import Method
+from dmole.generation import generate
+from dmole.methods.base import Method, Stage
 from dmole.metrics import METRICS
 from dmole.processes import gathered, is_sharded, process
 from dmole.seeding import derived_generator
@@ -34,21 +34,53 @@ SORTING_WINDOW = 4  # batches
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """A raw answer. `route` names the experts' tasks, best first; () is the base model, None an unrouted method."""
+    """A raw answer. `route` names the experts' tasks, best first; () is the base model, None an unrouted method.
+
+    `cut`: generation stopped at `evaluation.max_new_tokens` and not at an end token.
+    """
 
     task: str
     id: str
     text: str
     route: tuple[str, ...] | None
+    cut: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """One row: points per task, share of well-formed answers per task, and everything that was said."""
+    """One row: by task its points, its share of well-formed answers and its count of cut ones; and all predictions."""
 
     points: dict[str, float]
     well_formed: dict[str, float]
+    cut: dict[str, int]
     predictions: tuple[Prediction, ...]
+
+
+def evaluated_stages(stages: Sequence[Stage], mode: Literal["all", "diagonal", "last"]) -> list[Stage]:
+    """The stages with what each of them tests under `evaluation.stages`.
+
+    all         what the method's protocol says: N tasks after each of N stages for a sequential method
+    diagonal    each stage tests the task that it learned; a stage that learned a union of tasks tests all of them
+    last        each task is tested once, in the last stage of the protocol that tests it
+    """
+    chosen = []
+    for place, stage in enumerate(stages):
+        tested = stage.evaluates
+        if mode == "diagonal" and stage.task.name in tested:
+            tested = (stage.task.name,)
+        elif mode == "last":
+            later = {name for other in stages[place + 1 :] for name in other.evaluates}
+            tested = tuple(name for name in tested if name not in later)
+        chosen.append(dataclasses.replace(stage, evaluates=tested))
+    return chosen
+
+
+def final_rows(stages: Sequence[Stage], tasks: Sequence[str]) -> dict[str, int]:
+    """By task, the row of the matrix that holds its final score in the method's protocol: the last one that tests it.
+
+    N for every task of a sequential method, the task's own row for Finetune, 0 where no stage tests it (Zero-shot).
+    """
+    return {task: max((stage.row for stage in stages if task in stage.evaluates), default=0) for task in tasks}
 
 
 def generation_queue(mm: MultimodalModel, tasks: Sequence[Task], batch_size: int) -> list[list[tuple[str, Sample]]]:
@@ -57,9 +89,8 @@ def generation_queue(mm: MultimodalModel, tasks: Sequence[Task], batch_size: int
     >>> # tasks of 4 and 2 samples, batch_size 3 -> e.g. [[a2, b1, a4], [b2, a1, a3]]
     """
     items = [(task.name, sample) for task in tasks for sample in task.test]
-    order = torch.randperm(
-        len(items), generator=derived_generator("generation queue", len(items)), device="cpu"
-    ).tolist()
+    generator = derived_generator("generation queue", len(items))
+    order = torch.randperm(len(items), generator=generator, device="cpu").tolist()
     lengths = [len(mm.prompt_ids(sample.instruction)) for _, sample in items]
     window = batch_size * SORTING_WINDOW
     batches: list[list[tuple[str, Sample]]] = []
@@ -69,47 +100,6 @@ def generation_queue(mm: MultimodalModel, tasks: Sequence[Task], batch_size: int
             [items[index] for index in chosen[at : at + batch_size]] for at in range(0, len(chosen), batch_size)
         ]
     return batches
-
-
-@torch.inference_mode()
-def generate(mm: MultimodalModel, batch: Batch, *, max_new_tokens: int) -> list[str]:
-    """The greedy answer to each left-padded prompt of `batch`, without its end token.
-
-    Stops when every row has ended or after `max_new_tokens` tokens. Rows that have ended go on with padding.
-    """
-    model, end, pad = mm.model, int(mm.tokenizer.eos_token_id), int(mm.tokenizer.pad_token_id)
-    rows = batch.input_ids.shape[0]
-    mask = torch.cat([batch.attention_mask, batch.attention_mask.new_ones(rows, max_new_tokens)], dim=1)
-    width = batch.input_ids.shape[1]
-    # A row's first real token has position 0, as in training, where padding is on the right.
-    positions = (batch.attention_mask.cumsum(dim=1) - 1).clamp_(min=0)
-    output = model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        pixel_values=batch.pixel_values,
-        position_ids=positions,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    positions = positions[:, -1:]
-    ended = torch.zeros(rows, dtype=torch.bool, device=output.logits.device)
-    tokens: list[Tensor] = []
-    for step in range(1, max_new_tokens + 1):
-        token = output.logits[:, -1].argmax(dim=-1).masked_fill_(ended, pad)
-        tokens.append(token)
-        ended |= token == end
-        if step == max_new_tokens or bool(ended.all()):
-            break
-        positions = positions + 1
-        output = model(
-            input_ids=token[:, None],
-            attention_mask=mask[:, : width + step],
-            position_ids=positions,
-            past_key_values=output.past_key_values,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-    return [mm.decode(row) for row in torch.stack(tokens, dim=1).tolist()]
 
 
 def predict(
@@ -123,11 +113,11 @@ def predict(
                 batch = collate(method.mm, [sample for _, sample in items], with_answers=False)
                 batch = batch.to(method.mm.model.device)
             with profile.part("evaluation_generate"), method.evaluation_gates(batch) as routing:
-                with torch.autocast(method.mm.model.device.type, torch.bfloat16, enabled=settings.bf16):
-                    answers = generate(method.mm, batch, max_new_tokens=settings.max_new_tokens)
+                names = [f"{task}/{sample.id}" for task, sample in items]
+                answers = generate(method.mm, batch, settings, names)
         routes: Sequence[tuple[str, ...] | None] = [None] * len(items) if routing is None else routing.chosen
         yield [
-            Prediction(task=task, id=sample.id, text=answer, route=route)
+            Prediction(task=task, id=sample.id, text=answer.text, route=route, cut=answer.cut)
             for (task, sample), answer, route in zip(items, answers, routes, strict=True)
         ]
 
@@ -137,6 +127,7 @@ def score(tasks: Sequence[Task], predictions: Sequence[Prediction]) -> Evaluatio
     said = {(prediction.task, prediction.id): prediction for prediction in predictions}
     points: dict[str, float] = {}
     well_formed: dict[str, float] = {}
+    cut: dict[str, int] = {}
     ordered: list[Prediction] = []
     for task in tasks:
         own = [said[task.name, sample.id] for sample in task.test]
@@ -144,8 +135,9 @@ def score(tasks: Sequence[Task], predictions: Sequence[Prediction]) -> Evaluatio
         metric = METRICS[task.metric]
         points[task.name] = metric.evaluate(texts, task.test)
         well_formed[task.name] = metric.well_formed_share(texts, task.test)
+        cut[task.name] = sum(prediction.cut for prediction in own)
         ordered += own
-    return Evaluation(points=points, well_formed=well_formed, predictions=tuple(ordered))
+    return Evaluation(points=points, well_formed=well_formed, cut=cut, predictions=tuple(ordered))
 
 
 def evaluate(

@@ -19,22 +19,28 @@ Ablation = Literal["v1", "v2", "v3", "v4"]
 class RouterSettings:
     """One autoencoder per task, Linear(d, hidden) ReLU Linear(hidden, d) decoder, mean squared error (Eq. 9-12)."""
 
+    # Width of an autoencoder's hidden layer.
     hidden: int = 128
+    # Passes over a task's features.
     epochs: int = 100
+    # Adam's learning rate at the start.
     learning_rate: float = 1e-3
     # Cosine from learning_rate to this; equal values are the paper's constant rate. The public code: 5e-3 to 1e-3.
     final_learning_rate: float = 1e-3
-    # The paper does not say; the public code's 1024 leaves 100 epochs of a small task too few steps to converge.
+    # Features in one step. The paper does not say; the public code's 1024 leaves 100 epochs of a small task too few
+    # steps to converge.
     batch_size: int = 64
     # Epochs without a better training error after which training stops; 0 never stops early. The public code: 10.
     patience: int = 0
-    # The paper's sigmoid cannot reach the negative entries of a feature; "linear" can.
+    # Output of an autoencoder. The paper's sigmoid cannot reach the negative entries of a feature; "linear" can.
     decoder: Literal["sigmoid", "linear"] = "sigmoid"
     # threshold = margin * quantile of the task's own errors; the authors: "slightly above the 95th percentile".
     quantile: float = 0.95
+    # The factor in it: above 1, the threshold is above that quantile.
     margin: float = 1.1
     # Whose errors: those of the training samples (paper), or of the validation samples, which were not fitted.
     threshold_from: Literal["train", "validation"] = "train"
+    # The most experts that a sample gets at test.
     top_k: int = 2
     # Batch of the forward pass that makes the features.
     feature_batch_size: int = 32
@@ -73,9 +79,11 @@ class DMoLESettings:
     score_aggregation: Literal["norm", "sum"] = "norm"
     # Smallest share of the budget that the vision tower gets: 0 in the paper, 0.25 in the public code.
     vision_floor: float = 0.0
+    # Share of a task's training samples whose gradient scores the candidates before training.
     proxy_fraction: float = 0.01
-    # 1 % of a small task is a handful of samples, too few for a stable score.
+    # But at least so many samples: 1 % of a small task is a handful, too few for a stable score.
     proxy_min_samples: int = 64
+    # Samples in one of its batches.
     proxy_batch_size: int = 8
     # The full gradient of every candidate in one fp32 buffer each ("exact"), or a 64 x 64 sketch of it.
     proxy_method: Literal["exact", "sketch"] = "exact"
@@ -90,7 +98,9 @@ class DMoLESettings:
     neighbour_within_threshold: bool = False
     # Ablations: experts in one tower only (v1 language, v2 vision); an even split (v3); a uniform placement (v4).
     towers: Literal["both", "vision", "language"] = "both"
+    # Split the budget between the towers by their scores (Eq. 13-15); false splits it evenly.
     curriculum: bool = True
+    # Place experts where the gradient is largest (Eq. 3-5), or at even distances.
     allocator: Literal["gradient", "uniform"] = "gradient"
     router: RouterSettings = field(default_factory=RouterSettings)
 

@@ -22,10 +22,11 @@ from dmole.batches import samples_per_step
 from dmole.config import ORDER_HELP, RunConfig, fingerprint
 from dmole.config_error import ConfigError
 from dmole.data.sample import Stream
+from dmole.evaluation import evaluated_stages
 from dmole.methods import method_class
 from dmole.methods.base import JSON, Stage
 from dmole.models.multimodal import MultimodalModel
-from dmole.progress import EVALUATED_SAMPLE, TRAINED_SAMPLE
+from dmole.progress import Costs
 from dmole.seeding import derived_generator
 from dmole.training import check_validation, stage_steps
 from dmole.training_settings import WITHOUT_EFFECT
@@ -142,11 +143,18 @@ def check_plan(plan: RunPlan, config: RunConfig, model: MultimodalModel) -> list
     stages = method.stages(plan.stream)
     for stage in stages:
         check_validation(config.training, stage)
-    return stages
+    if not stages and not config.evaluation.zero_shot:
+        raise ConfigError(
+            f"evaluation.zero_shot is False; expected True for the method {plan.method}, which has no stage and "
+            "measures the pretrained model alone. Set it to true, or leave the method out."
+        )
+    return evaluated_stages(stages, config.evaluation.stages)
 
 
 def check_lengths(stream: Stream, model: MultimodalModel, max_new_tokens: int) -> None:
     """Raise `ConfigError` for a sample that is longer than the model's positions, or that holds a special token.
+
+    And for a test answer that has more than `max_new_tokens` tokens, its end included: no generated answer could be it.
 
     "<image>" in an instruction, as other projects' files have it, would stand for an image token that no image fills.
     """
@@ -163,6 +171,14 @@ def check_lengths(stream: Stream, model: MultimodalModel, max_new_tokens: int) -
                         raise ConfigError(
                             f"{task.name}/{split} sample {sample.id!r} has the model's special token {found[0]!r} in "
                             f"its {what}; expected plain text. Remove it: the prompt puts the image in front itself."
+                        )
+                if split == "test":
+                    longest = max((len(model.answer_ids(answer)), answer) for answer in sample.answers)
+                    if longest[0] > max_new_tokens:
+                        raise ConfigError(
+                            f"{task.name}/test sample {sample.id!r} has the answer {longest[1]!r}, which takes "
+                            f"{longest[0]} tokens with its end; evaluation.max_new_tokens is {max_new_tokens}, so "
+                            f"every generated answer would be cut before it. Raise it to at least {longest[0]}."
                         )
                 answer = max_new_tokens if split == "test" else len(model.answer_ids(sample.answers[0]))
                 length = frame + len(instruction) + answer
@@ -195,9 +211,14 @@ def check_folder(plan: RunPlan) -> None:
     )
 
 
-def work_units(stages: Sequence[Stage], stream: Stream, config: RunConfig, *, processes: int = 1) -> float:
+def work_units(
+    stages: Sequence[Stage], stream: Stream, config: RunConfig, costs: Costs, *, processes: int = 1
+) -> float:
+    """The work of a run in the units of `costs`."""
     tests = {task.name: len(task.test) for task in stream.tasks}
     steps = sum(stage_steps(config.training, stage, processes=processes) for stage in stages)
     trained = steps * samples_per_step(config.training, processes)
-    tested = sum(tests.values()) + sum(tests[name] for stage in stages for name in stage.evaluates)
-    return TRAINED_SAMPLE * trained + EVALUATED_SAMPLE * tested
+    tested = sum(tests[name] for stage in stages for name in stage.evaluates)
+    if config.evaluation.zero_shot:
+        tested += sum(tests.values())
+    return costs.trained_sample * trained + costs.answer * tested

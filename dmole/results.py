@@ -3,11 +3,13 @@
 
 config.json          method, seed, order of tasks, the whole configuration, its fingerprint
 environment.json     machine, versions, commit, threads, sha256 of the base weights
-matrix.csv           stage 0 .. N, one column per task in the order learned; empty = not measured by this method
-predictions.jsonl.gz {"stage", "task", "id", "prediction", "route"}; route is null for unrouted methods
+matrix.csv           stage 0 .. N, one column per task in the order learned; empty = not measured
+predictions.jsonl.gz {"stage", "task", "id", "prediction", "route", "cut"}; route is null for unrouted methods; cut is
+                     true where generation stopped at evaluation.max_new_tokens
 references.jsonl.gz  {"task", "id", "metric", "answers", "options"}
 losses.csv           stage, task, step, loss
-result.json          aggregates, seconds, parameters, routing, well-formed shares, the method's own report
+result.json          aggregates, seconds, parameters, routing, well-formed shares, counts of cut answers, the cells that
+                     `evaluation` left out, the row of each task's final score, the method's own report
 """
 
 from __future__ import annotations
@@ -112,6 +114,7 @@ def prediction_line(stage: int, prediction: Prediction) -> dict[str, JSON]:
         "id": prediction.id,
         "prediction": prediction.text,
         "route": route,
+        "cut": prediction.cut,
     }
 
 
@@ -143,9 +146,9 @@ def summary_row(result: Mapping[str, JSON]) -> list[object]:
     return [result["summary"][column] for column in SUMMARY_COLUMNS]
 
 
-def aggregate_columns(matrix: np.ndarray) -> dict[str, float | None]:
-    """AVG, Last and BWT by D-MoLE's equations; None where the method's protocol does not define them."""
-    values = aggregates(matrix)
+def aggregate_columns(matrix: np.ndarray, final_rows: Sequence[int]) -> dict[str, float | None]:
+    """AVG, Last and BWT by D-MoLE's equations; None where a cell that they need was not measured."""
+    values = aggregates(matrix, final_rows)
     return {"AVG": values.avg, "Last": values.last, "BWT": values.bwt}
 
 

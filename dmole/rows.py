@@ -56,7 +56,10 @@ def shared_row_file(output: Path, plan: RunPlan) -> Path:
     Data, base model, image processor and tokenizer, settings of evaluation and threads; then the machine
     (`dmole.arithmetic`), the libraries and the source of this package.
     """
-    decides = {name: plan.identity[name] for name in ("stream", "base_weights", "inputs", "evaluation", "threads")}
+    decides = {name: plan.identity[name] for name in ("stream", "base_weights", "inputs", "threads")}
+    # Which stages are tested later does not change row 0.
+    settings = plan.identity["evaluation"]
+    decides["evaluation"] = {name: settings[name] for name in settings if name not in ("stages", "zero_shot")}
     made_with = {"arithmetic": arithmetic(), "packages": package_versions(), "source": _source_digest()}
     return output / ZERO_SHOT / f"{fingerprint({**decides, **made_with})}.json"
 
@@ -81,7 +84,7 @@ def zero_shot_row(
         return result
     method = method_class(ZERO_SHOT)(fresh_copy(base), config.method_settings(ZERO_SHOT), seed=0)
     tasks = sorted(plan.stream.tasks, key=lambda task: task.name)
-    queue = generation_queue(base, tasks, config.evaluation.batch_size)
+    queue = generation_queue(base, tasks, config.evaluation.per_device_eval_batch_size)
     # A profile of its own: later runs read this row from its file, so it is in no run's time.
     result = evaluate(method, tasks, queue, config.evaluation, profile=Profile(), after_batch=after_batch)
     body = row_bytes(result)
@@ -111,7 +114,9 @@ def _evaluation(plain: JSON) -> Evaluation:
         Prediction(**{**said, "route": None if said["route"] is None else tuple(said["route"])})
         for said in plain["predictions"]
     )
-    return Evaluation(points=plain["points"], well_formed=plain["well_formed"], predictions=predictions)
+    return Evaluation(
+        points=plain["points"], well_formed=plain["well_formed"], cut=plain["cut"], predictions=predictions
+    )
 
 
 def _digest(data: bytes) -> str:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -30,8 +30,12 @@ from rich.console import Console
 from dmole.acceleration import make_accelerator, place
 from dmole.arithmetic import usable_cores
 from dmole.config import RunConfig
-from dmole.plan import check_folder, check_lengths, check_plan, plan_runs, work_units
-from dmole.progress import RunProgress
+from dmole.estimate import estimate, measure
+from dmole.interruption import StopSignals
+from dmole.methods.base import Stage
+from dmole.models.multimodal import MultimodalModel
+from dmole.plan import RunPlan, check_folder, check_lengths, check_plan, plan_runs, work_units
+from dmole.progress import Costs, RunProgress
 from dmole.results import write_summary
 from dmole.rows import ZERO_SHOT
 from dmole.single_run import SingleRun
@@ -42,7 +46,8 @@ def run(config: RunConfig, *, console: Console | None = None, fresh: bool = Fals
     """Run everything `config` asks for and return its output folder; finished runs are kept, half-done ones resumed.
 
     fresh: delete earlier runs of the same names first, and the shared row 0, which other code may have measured.
-    Raises ValueError (`ConfigError`, `DataError`, `CheckpointError`) before any training for whatever cannot be run.
+    Raises ValueError (`ConfigError`, `DataError`, `CheckpointError`) before any training for whatever cannot be run,
+    and `dmole.interruption.Interrupted` after SIGINT or SIGTERM, once a checkpoint is saved.
     """
     console = console or Console()
     output = Path(config.output)
@@ -75,22 +80,44 @@ def run(config: RunConfig, *, console: Console | None = None, fresh: bool = Fals
                 f"threads={config.threads} on {cores} cores; more may be faster, and the numbers depend on it",
                 highlight=False,
             )
+        left = [plan for plan in plans if not (plan.folder / "result.json").exists()]
+        costs = _announce(left, stages, config, model, console) if left else Costs()
         units = {
-            plan.folder: work_units(stages[plan.folder], plan.stream, config, processes=processes) for plan in plans
+            plan.folder: work_units(stages[plan.folder], plan.stream, config, costs, processes=processes)
+            for plan in plans
         }
-        with RunProgress(console, sum(units.values())) as progress:
+        progress = RunProgress(console, sum(units.values()), costs=costs, heartbeat_seconds=config.heartbeat_seconds)
+        with progress, StopSignals() as stop:
             for plan in plans:
                 if (plan.folder / "result.json").exists():
                     progress.skip(units[plan.folder])
                     progress.note(f"{plan.folder.name}: finished earlier, kept")
                     continue
-                SingleRun(plan, config, model, progress).run()
+                if stop.requested is not None:
+                    raise stop.interrupted(f"before {plan.folder.name}; the runs before it are finished.")
+                SingleRun(plan, config, model, progress, stop).run()
                 if accelerator.is_main_process:
                     write_summary(output)
         if accelerator.is_main_process:
             write_summary(output)
         accelerator.wait_for_everyone()
     return output
+
+
+def _announce(
+    plans: Sequence[RunPlan],
+    stages: dict[Path, list[Stage]],
+    config: RunConfig,
+    model: MultimodalModel,
+    console: Console,
+) -> Costs:
+    """Print what the runs will cost, and what they would cost too much of; the measured costs of their work."""
+    rates = measure(model, plans[0].stream, config)
+    expected = estimate(plans, stages, config, model, rates)
+    console.print(str(expected), highlight=False, soft_wrap=True)
+    for shortage in expected.shortages(Path(config.output)):
+        console.print(f"warning: {shortage}", highlight=False, soft_wrap=True, markup=False)
+    return rates.costs
 
 
 @contextlib.contextmanager

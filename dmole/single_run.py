@@ -11,7 +11,7 @@ import hashlib
 import shutil
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,14 +25,15 @@ from dmole.batches import samples_per_step
 from dmole.checkpoint import CheckpointError
 from dmole.config import RunConfig
 from dmole.environment import describe_environment, peak_memory_gib
-from dmole.evaluation import Evaluation, evaluate, generation_queue
+from dmole.evaluation import Evaluation, evaluate, evaluated_stages, final_rows, generation_queue
 from dmole.files import write_atomically
+from dmole.interruption import StopSignals
 from dmole.methods import method_class
 from dmole.methods.base import JSON, Method, Stage
 from dmole.models.multimodal import MultimodalModel
 from dmole.plan import RunPlan, fresh_copy
 from dmole.processes import shard
-from dmole.progress import EVALUATED_SAMPLE, TRAINED_SAMPLE, RunProgress
+from dmole.progress import RunProgress
 from dmole.reports.matrix import save_matrix_picture
 from dmole.results import (
     PROFILE_PARTS,
@@ -47,8 +48,9 @@ from dmole.results import (
     write_matrix,
     write_references,
 )
-from dmole.rows import read_row, row_bytes, zero_shot_row
+from dmole.rows import read_row, row_bytes, shared_row_file, zero_shot_row
 from dmole.seeding import derived_seed
+from dmole.symptoms import below_zero_shot, flat_loss, malformed_answers
 from dmole.training import Profile, StageTraining
 
 CHECKPOINTS = "checkpoints"
@@ -71,7 +73,9 @@ class Position:
 class SingleRun:
     """One plan, from wherever its folder stands to its results. `base` is copied, not changed."""
 
-    def __init__(self, plan: RunPlan, config: RunConfig, base: MultimodalModel, progress: RunProgress) -> None:
+    def __init__(
+        self, plan: RunPlan, config: RunConfig, base: MultimodalModel, progress: RunProgress, stop: StopSignals
+    ) -> None:
         self.plan = plan
         self.config = config
         self.base = base
@@ -80,10 +84,12 @@ class SingleRun:
         if config.training.fsdp:
             shard(model.model, self.accelerator.device.type)
         self.progress = progress
+        self.stop = stop
         self.profile = Profile()
         self.position = Position()
         self.method: Method = method_class(plan.method)(model, config.method_settings(plan.method), seed=plan.seed)
-        self.stages = self.method.stages(plan.stream)
+        self.protocol = self.method.stages(plan.stream)
+        self.stages = evaluated_stages(self.protocol, config.evaluation.stages)
 
     def run(self) -> None:
         folder = self.plan.folder
@@ -111,19 +117,31 @@ class SingleRun:
         self._zero_shot_row()
         while self.position.stage < len(self.stages):
             stage = self.stages[self.position.stage]
-            self.progress.describe(f"{self.plan.folder.name}: stage {stage.index}/{len(self.stages)} {stage.task.name}")
             if self.position.phase != "evaluate":
                 self._train(stage, training or self._begin(stage))
                 training = None
             self._evaluate(stage)
 
     def _begin(self, stage: Stage) -> StageTraining:
+        self.progress.describe(f"{self._label(stage)}: before the first step")
         torch.manual_seed(derived_seed(self.plan.seed, "begin", stage.index))
         with self.profile.part("begin_stage"):
             self.method.begin_stage(stage.index, stage.task)
         training = self._training(stage)
         self._save("train", training)
+        self._stop_here(f"before the first step of {self._where(stage)}; a checkpoint is saved")
         return training
+
+    def _label(self, stage: Stage) -> str:
+        return f"{self.plan.folder.name}: stage {stage.index}/{len(self.stages)} {stage.task.name}"
+
+    def _where(self, stage: Stage) -> str:
+        return f"stage {stage.index} of {len(self.stages)} ({stage.task.name})"
+
+    def _stop_here(self, where: str) -> None:
+        """End the run if a signal asked for it; whatever `where` names as saved has been saved."""
+        if self.stop.requested is not None:
+            raise self.stop.interrupted(f"{self.plan.folder.name} {where}.")
 
     def _training(self, stage: Stage) -> StageTraining:
         return StageTraining(
@@ -139,13 +157,21 @@ class SingleRun:
     @property
     def _units_per_step(self) -> float:
         # Every step counts as a full window, as in the total.
-        return TRAINED_SAMPLE * samples_per_step(self.config.training, self.accelerator.num_processes)
+        return self.progress.costs.trained_sample * samples_per_step(
+            self.config.training, self.accelerator.num_processes
+        )
 
     def _train(self, stage: Stage, training: StageTraining) -> None:
+        self.progress.describe(f"{self._label(stage)}: step {training.step}/{training.total}")
+
         def after_step(training: StageTraining) -> None:
+            step = f"step {training.step}/{training.total}"
+            self.progress.describe(f"{self._label(stage)}: {step}, loss {training.losses[-1]:.3f}")
             self.progress.advance(self._units_per_step)
-            if training.due("save"):
+            if training.due("save") or self.stop.requested is not None:
                 self._save("train", training)
+            place = f"step {training.step} of {training.total} of {self._where(stage)}"
+            self._stop_here(f"after {place}; a checkpoint is saved")
 
         training.run(after_step)
         self.progress.skip(self._units_per_step * (training.total - training.step))
@@ -164,12 +190,29 @@ class SingleRun:
             }
         )
         self._save("evaluate")
+        self._warn(flat_loss(stage.index, stage.task.name, training.losses, self.config.training))
+
+    def _warn(self, *sentences: str | None) -> None:
+        for sentence in sentences:
+            if sentence is not None:
+                self.progress.note(f"warning: {self.plan.folder.name}: {sentence}")
 
     def _evaluate(self, stage: Stage) -> None:
         tasks = [task for task in self.plan.stream.tasks if task.name in stage.evaluates]
+        losses = self.position.stages[-1]["losses"]
+        recent = losses[-max(1, len(losses) // 10) :]
+        label = self._label(stage)
+        if not tasks:
+            self.position.stage += 1
+            self._save("begin")
+            self.progress.note(
+                f"{label}: loss {statistics.fmean(recent):.3f}, not measured "
+                f"(evaluation.stages={self.config.evaluation.stages}), {self.progress.time_left()} left"
+            )
+            return
         # Sorted by name, so that batches are the same whatever the order of learning.
         queue = generation_queue(
-            self.model, sorted(tasks, key=lambda task: task.name), self.config.evaluation.batch_size
+            self.model, sorted(tasks, key=lambda task: task.name), self.config.evaluation.per_device_eval_batch_size
         )
         result = evaluate(
             self.method,
@@ -177,31 +220,56 @@ class SingleRun:
             queue,
             self.config.evaluation,
             profile=self.profile,
-            after_batch=lambda samples: self.progress.advance(EVALUATED_SAMPLE * samples),
+            after_batch=self._count_answers(
+                f"{label}: testing",
+                sum(len(task.test) for task in tasks),
+                f"in the test after {self._where(stage)}; its training is saved, the test starts again",
+            ),
         )
         self.position.rows[str(stage.row)] = self._write_row(stage.row, result)
         self.position.stage += 1
         self._save("begin")
-        losses = self.position.stages[-1]["losses"]
-        recent = losses[-max(1, len(losses) // 10) :]
+        self._warn(*malformed_answers(stage.row, result, self.plan.stream.task_names[: stage.row]))
         own = f", own task {result.points[stage.task.name]:.1f}" if stage.task.name in result.points else ""
-        self.progress.note(
-            f"{self.plan.folder.name}: stage {stage.index}/{len(self.stages)} {stage.task.name}: "
-            f"loss {statistics.fmean(recent):.3f}{own}, mean of {len(tasks)} tasks "
-            f"{statistics.fmean(result.points.values()):.1f}, {self.progress.time_left()} left"
+        several = (
+            f", mean of {len(tasks)} tasks {statistics.fmean(result.points.values()):.1f}" if len(tasks) > 1 else ""
         )
+        self.progress.note(
+            f"{label}: loss {statistics.fmean(recent):.3f}{own}{several}, {self.progress.time_left()} left"
+        )
+        if (cut := sum(result.cut.values())) > 0:
+            answers = sum(len(task.test) for task in tasks)
+            limit = self.config.evaluation.max_new_tokens
+            self.progress.note(f"{label}: {cut} of {answers} answers were cut at evaluation.max_new_tokens={limit}")
+        if self.position.stage < len(self.stages):
+            self._stop_here(f"after {self._where(stage)}; a checkpoint is saved")
 
     def _zero_shot_row(self) -> None:
-        if "0" in self.position.rows:
+        if "0" in self.position.rows or not self.config.evaluation.zero_shot:
             return
-        self.progress.describe(f"{self.plan.folder.name}: zero-shot")
-        result = zero_shot_row(
-            self.plan,
-            self.config,
-            self.base,
-            after_batch=lambda samples: self.progress.advance(EVALUATED_SAMPLE * samples),
-        )
+        total = sum(len(task.test) for task in self.plan.stream.tasks)
+        name = f"{self.plan.folder.name}: testing the pretrained model"
+        count = self._count_answers(name, total, "in the test of the pretrained model; it starts again")
+        if shared_row_file(Path(self.config.output), self.plan).exists():
+            # Reading it takes no time: it must not count as work done.
+            count = lambda answers: self.progress.skip(self.progress.costs.answer * answers)  # noqa: E731
+        result = zero_shot_row(self.plan, self.config, self.base, after_batch=count)
         self.position.rows["0"] = self._write_row(0, result)
+
+    def _count_answers(self, what: str, total: int, stopped: str) -> Callable[[int], None]:
+        """What `evaluate` calls after each batch: shows the count, and ends the run if a signal asked for it."""
+        answered = 0
+        self.progress.describe(f"{what}: 0/{total} answers")
+
+        def count(answers: int) -> None:
+            nonlocal answered
+            answered += answers
+            self.progress.describe(f"{what}: {answered}/{total} answers")
+            self.progress.advance(self.progress.costs.answer * answers)
+            if answered < total:
+                self._stop_here(stopped)
+
+        return count
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
@@ -256,17 +324,28 @@ class SingleRun:
             "step": training.step if training else None,
         }
         self.position.resumes.append({**where, "threads": torch.get_num_threads(), "arithmetic": arithmetic()})
-        self.progress.note(f"{self.plan.folder.name}: resumed at {where}")
+        self.progress.note(f"{self.plan.folder.name}: goes on {self._resume_note(training)}")
         return training
+
+    def _resume_note(self, training: StageTraining | None) -> str:
+        """Where the run goes on, such as "after step 40 of 188 of stage 2 of 9 (maps)"."""
+        if self.position.stage == len(self.stages):
+            return "with its results: every stage is trained and tested"
+        stage = self.stages[self.position.stage]
+        if training is not None:
+            return f"after step {training.step} of {training.total} of {self._where(stage)}"
+        if self.position.phase == "evaluate":
+            return f"with the test after {self._where(stage)}, whose training is done"
+        return f"with {self._where(stage)}"
 
     def _skip_finished_units(self, training: StageTraining | None) -> None:
         tests = {task.name: len(task.test) for task in self.plan.stream.tasks}
         # A stage that stopped early has no steps left either.
         steps = sum(stage["planned_steps"] for stage in self.position.stages) + (training.step if training else 0)
-        tested = sum(tests.values()) + sum(
-            tests[name] for stage in self.stages[: self.position.stage] for name in stage.evaluates
-        )
-        self.progress.skip(self._units_per_step * steps + EVALUATED_SAMPLE * tested)
+        tested = sum(tests[name] for stage in self.stages[: self.position.stage] for name in stage.evaluates)
+        if "0" in self.position.rows:
+            tested += sum(tests.values())
+        self.progress.skip(self._units_per_step * steps + self.progress.costs.answer * tested)
 
     def _row_path(self, row: int | str) -> Path:
         return self.plan.folder / STAGES / f"{row}.json"
@@ -320,6 +399,13 @@ class SingleRun:
         save_matrix_picture(folder / "matrix.png", matrix, tasks, title=folder.name)
         write_json(folder / "result.json", self._result(matrix, rows))
 
+    def _not_measured(self, matrix: np.ndarray) -> list[list[JSON]]:
+        """[row, task] of each cell that the method's protocol measures and `evaluation` leaves out."""
+        tasks = list(self.plan.stream.task_names)
+        planned = [(0, task) for task in tasks]
+        planned += [(stage.row, task) for stage in self.protocol for task in tasks if task in stage.evaluates]
+        return [[row, task] for row, task in planned if np.isnan(matrix[row, tasks.index(task)])]
+
     def _result(self, matrix: np.ndarray, rows: Mapping[int, Evaluation]) -> dict[str, JSON]:
         plan, seconds = self.plan, self.profile.seconds
         tasks = list(plan.stream.task_names)
@@ -327,7 +413,19 @@ class SingleRun:
             str(row): routing_statistics(result.predictions, tasks[:row]) for row, result in rows.items() if row > 0
         }
         routing = {row: values for row, values in routing.items() if values is not None}
-        last = routing.get(str(len(tasks))) or {}
+        # Shares over a part of the tasks would pass for those over all of them.
+        whole = len(tasks) in rows and set(rows[len(tasks)].points) == set(tasks)
+        last = (routing.get(str(len(tasks))) or {}) if whole else {}
+        final = final_rows(self.protocol, tasks)
+        worse = below_zero_shot(
+            rows[0].points if 0 in rows else {}, final, {row: result.points for row, result in rows.items()}
+        )
+        self._warn(*worse)
+        flat = [
+            flat_loss(stage["stage"], stage["task"], stage["losses"], self.config.training)
+            for stage in self.position.stages
+        ]
+        shapeless = [sentence for row in rows if row > 0 for sentence in malformed_answers(row, rows[row], tasks[:row])]
         steps = sum(stage["steps"] for stage in self.position.stages)
         by_part = {part: 1000 * seconds.get(part, 0.0) / steps for part in PROFILE_PARTS} if steps else {}
         counts = [stage["trainable_parameters"] for stage in self.position.stages]
@@ -338,7 +436,7 @@ class SingleRun:
             "method": plan.method,
             "seed": plan.seed,
             "order": plan.order,
-            **aggregate_columns(matrix),
+            **aggregate_columns(matrix, [final[task] for task in tasks]),
             "trainable_parameters": round(statistics.fmean(counts)) if counts else 0,
             "train_seconds": round(train_seconds, 3),
             "proxy_seconds": round(timings.get("proxy_seconds", 0.0), 3),
@@ -364,6 +462,10 @@ class SingleRun:
             "routing": routing,
             "validation_losses": {stage["task"]: stage["validation"] for stage in self.position.stages},
             "well_formed": {str(row): result.well_formed for row, result in rows.items()},
+            "cut_at_max_new_tokens": {str(row): result.cut for row, result in rows.items()},
+            "final_rows": final,
+            "not_measured": self._not_measured(matrix),
+            "warnings": [*(sentence for sentence in flat if sentence is not None), *shapeless, *worse],
             "method": self.method.report(),
             "peak_memory_gib": round(peak_memory_gib(), 3),
             "resumes": self.position.resumes,

@@ -71,7 +71,7 @@ def points(config: RunConfig, task: Task, method_name: str) -> tuple[float, floa
         method.begin_stage(stage.index, stage.task)
         StageTraining(method, stage, config.training, seed=0, profile=profile).run(lambda _: None)
         method.end_stage(stage.index, stage.task)
-    queue = generation_queue(mm, stream.tasks, config.evaluation.batch_size)
+    queue = generation_queue(mm, stream.tasks, config.evaluation.per_device_eval_batch_size)
     row = evaluate(method, stream.tasks, queue, config.evaluation, profile=profile)
     return row.points[task.name], row.well_formed[task.name]
 

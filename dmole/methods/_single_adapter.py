@@ -110,7 +110,7 @@ class SingleAdapter(Method):
         return self._always_on(len(batch.samples))
 
     def _always_on(self, rows: int) -> AbstractContextManager[None]:
-        return experts_on(self.gates, torch.ones(rows, 1, device="cpu"), (ADAPTER,))
+        return experts_on(self.gates, torch.ones(rows, 1, device="cpu"), (ADAPTER,), units=1)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, JSON]]:
         tensors, description = adapter_state(self.layers)

@@ -112,7 +112,10 @@ class Method(ABC):
 
     @abstractmethod
     def evaluation_gates(self, batch: Batch) -> AbstractContextManager[RoutingRecord | None]:
-        """The same at test, where no task is known; yields who serves each sample, or None for unrouted methods."""
+        """The same at test, where no task is known; yields who serves each sample, or None for unrouted methods.
+
+        Beam search gives each sample several rows, side by side: open gates with `experts_on(..., units=1)`.
+        """
 
     def validation_gates(self, batch: Batch) -> AbstractContextManager[None]:
         """The same for validation samples of the task that is being trained, before its stage ends."""

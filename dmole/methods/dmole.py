@@ -289,14 +289,14 @@ class DMoLE(Method):
     def _evaluating(self, batch: Batch) -> Iterator[RoutingRecord | None]:
         experts = tuple(placement.expert for placement in self.pool)
         if self.options.routing == "none":
-            with experts_on(self.gates, torch.ones(len(batch.samples), len(experts), device="cpu"), experts):
+            with experts_on(self.gates, torch.ones(len(batch.samples), len(experts), device="cpu"), experts, units=1):
                 yield None
             return
         with self.timed("router_seconds"):
             features_ND = self._features.features(batch.samples)
             routes = self.router.select(features_ND, mode=self.options.routing)
         # During a stage the pool is one task ahead of the router, which is trained at its end.
-        with experts_on(self.gates, routes.gate_NT, experts[: len(self.router.tasks)]):
+        with experts_on(self.gates, routes.gate_NT, experts[: len(self.router.tasks)], units=1):
             yield RoutingRecord(chosen=routes.chosen)
 
     # Resume and report

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SeqFtOptions:
+    """Seq-FT: one adapter through the sequence of tasks."""
+
+    # Train one adapter on through all tasks, or add it to the base weights after each and start a fresh one.
     mode: Literal["continue", "merge_and_restart"] = "continue"
 
 

@@ -120,8 +120,13 @@ class Aggregates:
     bwt: float | None
 
 
-def aggregates(matrix: Array) -> Aggregates:
-    """AVG, Last, BWT of any run, decided by which cells were measured.
+def aggregates(matrix: Array, final_rows: Sequence[int] | None = None) -> Aggregates:
+    """AVG, Last, BWT of any run; None where a cell that the number needs was not measured.
+
+    With `final_rows` [N], the row of each task's final score in the method's protocol (`dmole.evaluation.final_rows`):
+    Last is the mean of `A[final_rows[i]][i]`, AVG and BWT are Eq. 16 and 18.
+
+    Without it, for runs that did not store it, the cells that were measured decide:
 
     - every row after training is complete (the sequential methods): Eq. 16-18;
     - only row N is complete (Joint: one stage on the union): Last = its mean, the others None;
@@ -130,6 +135,15 @@ def aggregates(matrix: Array) -> Aggregates:
     - anything else (a run that has not finished): all None.
     """
     array = check_matrix(matrix)
+    if final_rows is not None:
+        avg, bwt = dmole_average(array), dmole_backward_transfer(array)
+        last = float(np.mean(array[list(final_rows), np.arange(array.shape[1])]))
+        # A mean over a cell that was not measured is NaN.
+        return Aggregates(
+            avg=None if np.isnan(avg) else avg,
+            last=None if np.isnan(last) else last,
+            bwt=None if np.isnan(bwt) else bwt,
+        )
     if not np.isnan(array[1:]).any():
         bwt = dmole_backward_transfer(array)
         return Aggregates(avg=dmole_average(array), last=dmole_last(array), bwt=None if np.isnan(bwt) else bwt)
@@ -147,9 +161,12 @@ def aggregates(matrix: Array) -> Aggregates:
 
 
 def other_conventions(matrix: Array) -> dict[str, float]:
-    """The other conventions' numbers of a complete matrix, by names that say whose they are; else {}."""
+    """The other conventions' numbers by names that say whose they are; {} unless all rows after training are complete.
+
+    FWT needs row 0 too and is left out where that was not measured.
+    """
     array = check_matrix(matrix)
-    if np.isnan(array).any():
+    if np.isnan(array[1:]).any():
         return {}
     named = {
         "CoIN ACC": coin_accuracy(array),

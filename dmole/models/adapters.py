@@ -129,16 +129,19 @@ def expert_parameters(adapters: Mapping[str, MultiLoRALinear], expert: str | Non
 
 
 @contextmanager
-def experts_on(gates: Mapping[str, ExpertGates], gate: Tensor, experts: Sequence[str]) -> Iterator[None]:
+def experts_on(
+    gates: Mapping[str, ExpertGates], gate: Tensor, experts: Sequence[str], *, units: int | None = None
+) -> Iterator[None]:
     """Opens the gate [samples, experts] on every tower, with the columns of the experts that the tower holds.
 
     An expert may have its linears in one tower only; a tower that holds none of the experts stays the base model.
+    `units=1` splits a layer's rows evenly among the samples: beam search gives each of them `num_beams` rows.
     """
     with ExitStack() as stack:
         for tower in gates.values():
             held = [e for e, name in enumerate(experts) if name in tower.names]
             if held:
-                stack.enter_context(tower.use(gate[:, held], [experts[e] for e in held]))
+                stack.enter_context(tower.use(gate[:, held], [experts[e] for e in held], units=units))
         yield
 
 

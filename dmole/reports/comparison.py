@@ -13,7 +13,6 @@ import numpy as np
 
 from dmole.metrics import METRICS
 from dmole.metrics.continual import (
-    Aggregates,
     Array,
     Interval,
     aggregates,
@@ -45,11 +44,12 @@ class Comparison:
 def compare(
     runs: Sequence[StoredRun], first: str, second: str, *, level: float = 0.95, resamples: int = 10_000
 ) -> list[Comparison]:
-    """All statistics of `first` minus `second` for every order in which both have run with a common seed.
+    """The statistics of `first` minus `second` for every order in which both have run with a common seed.
 
-    Raises ResultsError (a ValueError) if no such pair with complete matrices exists.
+    A statistic is left out where a cell that it needs was not measured: only Last for `evaluation.stages=last`.
+    Raises ResultsError (a ValueError) if no such pair with complete last rows exists.
     """
-    by_key = {(run.method, run.order, run.seed): run for run in runs if not np.isnan(run.matrix).any()}
+    by_key = {(run.method, run.order, run.seed): run for run in runs if not np.isnan(run.matrix[-1]).any()}
     found: list[Comparison] = []
     for order in dict.fromkeys(run.order for run in runs):
         seeds = sorted(s for m, o, s in by_key if m == first and o == order and (second, order, s) in by_key)
@@ -58,12 +58,9 @@ def compare(
         pairs = [(by_key[first, order, seed], by_key[second, order, seed]) for seed in seeds]
         per_sample = _sample_differences(pairs)
         for statistic in STATISTICS:
-            differences = [
-                _value(aggregates(one.matrix), statistic) - _value(aggregates(other.matrix), statistic)
-                for one, other in pairs
-                if statistic != "BWT" or len(one.tasks) > 1
-            ]
-            if not differences:
+            values = [(_value(one, statistic), _value(other, statistic)) for one, other in pairs]
+            differences = [mine - theirs for mine, theirs in values if mine is not None and theirs is not None]
+            if len(differences) < len(values):
                 continue
             found.append(
                 Comparison(
@@ -79,16 +76,15 @@ def compare(
             )
     if not found:
         raise ResultsError(
-            f"{first} and {second} have no common seed and order with complete matrices; expected at least one. "
-            f"Run both with the same --seed."
+            f"{first} and {second} have no common seed and order with complete last rows; expected at least one. "
+            f"Run both with the same --seed, and with evaluation.stages all or last."
         )
     return found
 
 
-def _value(computed: Aggregates, statistic: str) -> float:
-    value = {"AVG": computed.avg, "Last": computed.last, "BWT": computed.bwt}[statistic]
-    assert value is not None  # the matrices are complete and, for BWT, have two tasks
-    return value
+def _value(run: StoredRun, statistic: str) -> float | None:
+    computed = aggregates(run.matrix, run.final_rows)
+    return {"AVG": computed.avg, "Last": computed.last, "BWT": computed.bwt}[statistic]
 
 
 def _sample_differences(pairs: Sequence[tuple[StoredRun, StoredRun]]) -> dict[str, list[Array]]:
@@ -109,13 +105,19 @@ def _sample_differences(pairs: Sequence[tuple[StoredRun, StoredRun]]) -> dict[st
 
 
 def sample_points(run: StoredRun) -> dict[str, Array]:
-    """By task: [N + 1, S], the points of each test sample after each stage, in the order of the references."""
+    """By task: [N + 1, S], the points of each test sample after each stage, in the order of the references.
+
+    NaN for a stage after which the task was not measured.
+    """
     references = read_references(run.folder)
     said = {(p.stage, p.task, p.id): p.prediction for p in read_predictions(run.folder)}
     points: dict[str, Array] = {}
     for task in run.tasks:
         rows = []
         for stage in range(len(run.tasks) + 1):
+            if np.isnan(run.matrix[stage, run.tasks.index(task)]):
+                rows.append([float("nan")] * len(references.get(task, [])))
+                continue
             missing = [r.id for r in references.get(task, []) if (stage, task, r.id) not in said]
             if missing or task not in references:
                 raise ResultsError(

@@ -2,7 +2,7 @@
 """The matrix A[t][i] as a picture: rows are stages, columns tasks, colour is the share of the column's best score.
 
 Columns have different units (CIDEr x 100 can exceed 100), so each is coloured against its own maximum; the numbers are
-the points. The diagonal, where a task was just learned, is framed.
+the points. The diagonal, where a task was just learned, is framed. Grey cells were not measured.
 """
 
 from collections.abc import Sequence
@@ -33,12 +33,15 @@ def save_matrix_picture(path: Path, matrix: Array, tasks: Sequence[str], *, titl
         if not np.isnan(array[t, i]):
             colour = "white" if array[t, i] / best[i] > 0.6 else "black"
             axes.text(i, t, f"{array[t, i]:.1f}", ha="center", va="center", fontsize=8, color=colour)
+    if np.isnan(array).any():
+        axes.set_facecolor("0.85")
     for i in range(n):
         axes.add_patch(Rectangle((i - 0.5, i + 0.5), 1, 1, fill=False, edgecolor="black", linewidth=1.2))
     axes.set_xticks(range(n), [task.replace("_", "\n") for task in tasks], fontsize=8)
     axes.set_yticks(range(n + 1), ["untrained", *(f"{t}: {task}" for t, task in enumerate(tasks, start=1))], fontsize=8)
     axes.set_ylabel("after stage")
-    axes.set_xlabel("tested on (points; colour: share of the column's best)", fontsize=8)
+    grey = "; grey: not measured" if np.isnan(array).any() else ""
+    axes.set_xlabel(f"tested on (points; colour: share of the column's best{grey})", fontsize=8)
     if title:
         axes.set_title(title, fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)

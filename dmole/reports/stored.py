@@ -36,6 +36,8 @@ class StoredPrediction:
     id: str
     prediction: str
     route: tuple[str, ...] | None
+    cut: bool | None = None
+    """Whether generation stopped at evaluation.max_new_tokens; None in results that did not record it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +64,17 @@ class StoredRun:
     def summary(self) -> dict[str, JSON]:
         """The run's own copy of its row of summary.csv."""
         return dict(self.result["summary"])
+
+    @property
+    def final_rows(self) -> tuple[int, ...] | None:
+        """The row of each task's final score in the method's protocol; None in results that did not record it."""
+        stored = self.result.get("final_rows")
+        return None if stored is None else tuple(int(stored[task]) for task in self.tasks)
+
+    @property
+    def not_measured(self) -> frozenset[tuple[int, str]]:
+        """The cells (row, task) that the method's protocol has and the settings of the evaluation left out."""
+        return frozenset((int(row), str(task)) for row, task in self.result.get("not_measured", ()))
 
     @property
     def method(self) -> str:
@@ -101,6 +114,12 @@ def read_run(folder: Path) -> StoredRun:
     if missing:
         raise ResultsError(f"{folder / FINISHED}: summary has no {', '.join(missing)}. Run it again.")
     tasks, matrix = read_matrix(folder / "matrix.csv")
+    final = result.get("final_rows", dict.fromkeys(tasks, 0))
+    if set(final) != set(tasks) or not all(isinstance(row, int) and 0 <= row <= len(tasks) for row in final.values()):
+        raise ResultsError(
+            f"{folder / FINISHED}: final_rows is {final}; expected a row from 0 to {len(tasks)} for each task. "
+            "Run it again."
+        )
     return StoredRun(folder=folder, tasks=tasks, matrix=matrix, result=result)
 
 
@@ -163,6 +182,7 @@ def read_predictions(folder: Path) -> list[StoredPrediction]:
             isinstance(line["stage"], int)
             and all(isinstance(line[key], str) for key in ("task", "id", "prediction"))
             and (route is None or _is_texts(route))
+            and isinstance(line.get("cut"), bool | None)
         )
         if not well_typed:
             raise ResultsError(f"{where}: a value has the wrong type. Run it again.")
@@ -173,6 +193,7 @@ def read_predictions(folder: Path) -> list[StoredPrediction]:
                 id=line["id"],
                 prediction=line["prediction"],
                 route=None if route is None else tuple(route),
+                cut=line.get("cut"),
             )
         )
     return predictions

@@ -5,12 +5,15 @@ Every table over several seeds shows `mean +- standard deviation` (n - 1) and sa
 behind AVG, Last and BWT stands in the caption.
 """
 
+from __future__ import annotations
+
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import rich.table
 from rich.markup import escape
 
@@ -57,8 +60,23 @@ def groups(runs: Iterable[StoredRun]) -> dict[tuple[str, str], list[StoredRun]]:
     return grouped
 
 
+NOT_MEASURED = "not measured"
+
+
+class NotMeasured(float):
+    """A number that needs a cell that `evaluation.stages` or `evaluation.zero_shot` left out of the matrix."""
+
+    def __new__(cls) -> NotMeasured:
+        return super().__new__(cls, math.nan)
+
+
 def spread(values: Sequence[float | None], digits: int = 2) -> str:
-    """`mean +- standard deviation`, the mean alone for one value, "-" where any value is undefined."""
+    """`mean +- standard deviation`, the mean alone for one value, "-" where any value is undefined.
+
+    "not measured" where any value is `NotMeasured`: never a mean over the runs that are left.
+    """
+    if any(isinstance(value, NotMeasured) for value in values):
+        return NOT_MEASURED
     present = [value for value in values if value is not None and not math.isnan(value)]
     if not present or len(present) != len(values):
         return "-"
@@ -100,12 +118,23 @@ def _summary(column: str, scale: float = 1.0) -> Callable[[StoredRun], float | N
     return value
 
 
+def _aggregate(column: str) -> Callable[[StoredRun], float | None]:
+    """AVG, Last or BWT; None where the method's protocol does not define it."""
+
+    def value(run: StoredRun) -> float | None:
+        stored = _summary(column)(run)
+        trained = {cell for cell in run.not_measured if cell[0] > 0}
+        return NotMeasured() if stored is None and trained else stored
+
+    return value
+
+
 def summary_table(runs: Sequence[StoredRun]) -> Table:
     """The main table: AVG, Last, BWT, what was trained and how long it took."""
     columns = {
-        "AVG": _summary("AVG"),
-        "Last": _summary("Last"),
-        "BWT": _summary("BWT"),
+        "AVG": _aggregate("AVG"),
+        "Last": _aggregate("Last"),
+        "BWT": _aggregate("BWT"),
         "trained per task": _summary("trainable_parameters"),
         "train s": _summary("train_seconds"),
         "routing accuracy %": _summary("routing_accuracy", 100.0),
@@ -146,22 +175,55 @@ def _turned(table: Table, corner: str) -> Table:
 
 
 def final_points(run: StoredRun) -> dict[str, float]:
-    """Each task's score in the last row where it was measured."""
-    points = {}
-    for i, task in enumerate(run.tasks):
-        measured = [float(value) for value in run.matrix[:, i] if not math.isnan(value)]
-        if measured:
-            points[task] = measured[-1]
-    return points
+    """Each task's score in its final row; `NotMeasured` where `evaluation` left that out."""
+    return {
+        task: NotMeasured() if (row, task) in run.not_measured else float(run.matrix[row, run.tasks.index(task)])
+        for task, row in _final_rows(run).items()
+    }
 
 
 def final_well_formed(run: StoredRun) -> dict[str, float]:
-    """Percent of well-formed answers per task, in the last row where the task was measured."""
-    stored = run.result.get("well_formed") or {}
-    shares: dict[str, float] = {}
-    for stage in sorted(stored, key=int):
-        shares.update({task: 100.0 * float(share) for task, share in stored[stage].items()})
-    return shares
+    """Percent of well-formed answers per task, in the row of `final_points`."""
+    return {
+        task: share if isinstance(share, NotMeasured) else 100.0 * share
+        for task, share in _of_final_rows(run, "well_formed").items()
+    }
+
+
+def _final_rows(run: StoredRun) -> dict[str, int]:
+    """The row of each task's final score; in older results the last one where the task was measured."""
+    if run.final_rows is not None:
+        return dict(zip(run.tasks, run.final_rows, strict=True))
+    measured = {task: ~np.isnan(run.matrix[:, i]) for i, task in enumerate(run.tasks)}
+    return {task: int(rows.nonzero()[0][-1]) for task, rows in measured.items() if rows.any()}
+
+
+def _of_final_rows(run: StoredRun, key: str) -> dict[str, float]:
+    """result.json's `key` ({row: {task: number}}) in each task's final row."""
+    stored = run.result.get(key) or {}
+    found: dict[str, float] = {}
+    for task, row in _final_rows(run).items():
+        if (row, task) in run.not_measured:
+            found[task] = NotMeasured()
+        elif task in stored.get(str(row), {}):
+            found[task] = float(stored[str(row)][task])
+    return found
+
+
+def cut_table(runs: Sequence[StoredRun]) -> Table:
+    """Answers that stopped at `evaluation.max_new_tokens`, in the row that `last_table` shows. One row per task.
+
+    A cut answer is scored as it is. No rows where no answer was cut, or where a run did not record it.
+    """
+
+    def value(task: str) -> Callable[[StoredRun], float | None]:
+        return lambda run: _of_final_rows(run, "cut_at_max_new_tokens").get(task)
+
+    title = "Answers cut at max_new_tokens after the last stage"
+    names = {task: value(task) for task in runs[0].tasks}
+    if not any(count > 0 for run in runs for count in _of_final_rows(run, "cut_at_max_new_tokens").values()):
+        return Table(title=title, columns=("task",), rows=())
+    return _turned(_by_group(title, runs, names, digits=dict.fromkeys(names, 1), seeds=False), "task")
 
 
 def matrix_table(run: StoredRun) -> Table:
@@ -169,7 +231,7 @@ def matrix_table(run: StoredRun) -> Table:
     rows = []
     for stage, row in enumerate(run.matrix):
         learned = "untrained" if stage == 0 else run.tasks[stage - 1]
-        rows.append((f"{stage} {learned}", *("" if math.isnan(value) else f"{value:.1f}" for value in row)))
+        rows.append((f"{stage} {learned}", *(NOT_MEASURED if math.isnan(value) else f"{value:.1f}" for value in row)))
     return Table(
         title=f"{run.method}, seed {run.seed}, order {run.order}",
         columns=("after stage", *run.tasks),
@@ -230,6 +292,8 @@ def time_table(runs: Sequence[StoredRun]) -> Table:
 
 def several_experts(run: StoredRun) -> float | None:
     """Percent of the test samples that got two experts or more after the last stage, from the raw predictions."""
+    if any(row == len(run.tasks) for row, _ in run.not_measured):
+        return NotMeasured()
     last = [p.route for p in read_predictions(run.folder) if p.stage == len(run.tasks) and p.route is not None]
     return 100.0 * sum(len(route) > 1 for route in last) / len(last) if last else None
 

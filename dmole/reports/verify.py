@@ -35,6 +35,7 @@ from dmole.reports.stored import (
 
 TOLERANCE = 1e-6
 KEY_COLUMNS = ("method", "seed", "order")
+NOT_MEASURED = "not measured"
 LOSS_COLUMNS = ("stage", "task", "step", "loss")
 
 
@@ -58,6 +59,8 @@ class Verification:
     runs: int = 0
     scores: int = 0
     aggregates: int = 0
+    not_measured: int = 0
+    """Cells of the matrix that the settings of the evaluation left out: there is nothing to verify in them."""
     differences: list[Difference] = field(default_factory=list)
 
     @property
@@ -66,6 +69,8 @@ class Verification:
 
     def __str__(self) -> str:
         checked = f"{self.runs} runs, {self.scores} scores from raw predictions, {self.aggregates} aggregates"
+        if self.not_measured:
+            checked += f", {self.not_measured} cells not measured"
         if self.ok:
             return f"verified {checked}: all as stored"
         count = len(self.differences)
@@ -104,13 +109,12 @@ def _same(stored: Any, expected: Any) -> bool:
     return bool(stored == expected)
 
 
-def _expect(report: Verification, file: str, cell: str, stored: Any, expected: Any) -> None:
+def _expect(
+    report: Verification, file: str, cell: str, stored: Any, expected: Any, *, missing: str = "nothing"
+) -> None:
     if not _same(stored, expected):
-        report.differences.append(Difference(file=file, cell=cell, stored=_show(stored), recomputed=_show(expected)))
-
-
-def _show(value: Any) -> str:
-    return "nothing" if value is None else str(value)
+        shown = [missing if value is None else str(value) for value in (stored, expected)]
+        report.differences.append(Difference(file=file, cell=cell, stored=shown[0], recomputed=shown[1]))
 
 
 def _verify_run(results: Path, run: StoredRun, report: Verification) -> None:
@@ -127,13 +131,14 @@ def _verify_run(results: Path, run: StoredRun, report: Verification) -> None:
         if task not in run.tasks or task not in references or not 0 <= stage <= len(run.tasks):
             _expect(report, name("predictions.jsonl.gz"), f"stage {stage}, task {task}", "predictions", "no such cell")
     shares: dict[str, dict[str, float]] = {}
+    cut: dict[str, dict[str, int]] = {}
     for stage in range(len(run.tasks) + 1):
         for i, task in enumerate(run.tasks):
             stored = None if math.isnan(run.matrix[stage, i]) else float(run.matrix[stage, i])
             said = cells.get((stage, task))
             where = f"stage {stage}, task {task}"
             if said is None or task not in references:
-                _expect(report, name("matrix.csv"), where, stored, None)
+                _expect(report, name("matrix.csv"), where, stored, None, missing=NOT_MEASURED)
                 continue
             texts = _paired(said, references[task], name("predictions.jsonl.gz"), where, report)
             if texts is None:
@@ -142,14 +147,26 @@ def _verify_run(results: Path, run: StoredRun, report: Verification) -> None:
             if metric is None:
                 _expect(report, name("references.jsonl.gz"), where, references[task][0].metric, "a known metric")
                 continue
-            _expect(report, name("matrix.csv"), where, stored, metric.evaluate(texts, references[task]))
+            points = metric.evaluate(texts, references[task])
+            _expect(report, name("matrix.csv"), where, stored, points, missing=NOT_MEASURED)
             shares.setdefault(str(stage), {})[task] = metric.well_formed_share(texts, references[task])
+            if all(prediction.cut is not None for prediction in said):
+                cut.setdefault(str(stage), {})[task] = sum(bool(prediction.cut) for prediction in said)
             report.scores += 1
     _verify_tree(report, name("result.json"), "well_formed", run.result.get("well_formed"), shares)
+    _verify_tree(
+        report, name("result.json"), "cut_at_max_new_tokens", run.result.get("cut_at_max_new_tokens"), cut or None
+    )
     _verify_routing(run, cells, name("result.json"), report)
-    computed = aggregates(run.matrix)
+    report.not_measured += len(run.not_measured)
+    for stage, task in sorted(run.not_measured):
+        # Left out by `evaluation`: there is nothing to show for it, in the matrix or in the predictions.
+        if (stage, task) in cells:
+            _expect(report, name("result.json"), f"not_measured, stage {stage}, task {task}", "left out", "predictions")
+    computed = aggregates(run.matrix, run.final_rows)
     for column, value in (("AVG", computed.avg), ("Last", computed.last), ("BWT", computed.bwt)):
-        _expect(report, name("result.json"), f"summary.{column}", run.summary.get(column), value)
+        missing = NOT_MEASURED if run.not_measured else "nothing"
+        _expect(report, name("result.json"), f"summary.{column}", run.summary.get(column), value, missing=missing)
         report.aggregates += 1
     _verify_losses(run, name("losses.csv"), report)
     counts = run.result.get("trainable_parameters_by_stage")
@@ -219,7 +236,8 @@ def _verify_routing(
         if statistics:
             expected[str(stage)] = statistics
     _verify_tree(report, file, "routing", run.result.get("routing"), expected)
-    last = expected.get(str(len(run.tasks)), {})
+    whole = all((len(run.tasks), task) in cells for task in run.tasks)
+    last = expected.get(str(len(run.tasks)), {}) if whole else {}
     for column in ("routing_accuracy", "base_model_share"):
         _expect(report, file, f"summary.{column}", run.summary.get(column), last.get(column))
         report.aggregates += 1

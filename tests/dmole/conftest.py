@@ -94,7 +94,7 @@ def toy_config(toy_folder: Path, tmp_path: Path) -> Callable[..., RunConfig]:
                 "threads=1",
                 "training.num_train_epochs=1",
                 "training.per_device_train_batch_size=4",
-                "evaluation.batch_size=8",
+                "evaluation.per_device_eval_batch_size=8",
                 "evaluation.max_new_tokens=3",
                 "lora.rank=4",
                 "dmole.proxy_min_samples=4",

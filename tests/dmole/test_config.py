@@ -91,7 +91,7 @@ def test_every_method_is_told_dmoles_budget() -> None:
         ("seeds=[0, 0]", r"seeds is \(0, 0\); expected each seed once"),
         ("seeds=[-1]", r"seeds is \(-1,\); expected integers of at least 0"),
         ("train_samples=1", r"train_samples is 1; expected none \(all samples\) or an integer from 2 on"),
-        ("evaluation.batch_size=0", r"evaluation.batch_size is 0"),
+        ("evaluation.per_device_eval_batch_size=0", r"evaluation.per_device_eval_batch_size is 0"),
         ("candidates='['", r"candidates is '\['; expected a regular expression"),
         ("threads=0", r"threads is 0; expected a number of threads, at least 1: results depend on it"),
         ("stream=3", r"stream is 3; expected a string"),

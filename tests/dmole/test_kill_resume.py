@@ -30,7 +30,7 @@ def test_killed_runs_end_with_the_same_files(kind: str, validated_folder: Path, 
         "methods=[dmole, seq_ft]",
         "threads=1",
         f"training={{{TRAINING[kind]}, save_steps: 1}}",
-        "evaluation={batch_size: 8, max_new_tokens: 3}",
+        "evaluation={per_device_eval_batch_size: 8, max_new_tokens: 3}",
         "lora={rank: 4, dropout: 0.2}",
         "dmole={proxy_min_samples: 4, router: {epochs: 3}}",
     ]

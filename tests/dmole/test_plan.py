@@ -53,7 +53,7 @@ def test_plans_cover_the_grid_and_know_what_matters(
         "training.num_train_epochs=2",
         "dmole.router.top_k=1",
         "lora.rank=2",
-        "evaluation.batch_size=3",
+        "evaluation.per_device_eval_batch_size=3",
         "threads=2",
     )
     for override in changes:

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from dmole.models.architecture import build_tiny_model
 
 from dmole.config_error import ConfigError
 from dmole.processes import gathered, is_sharded, process, shard, shared
+from mini_cmit.model.tiny import build_tiny_model
 
 SCRIPT = Path(__file__).with_name("training_processes.py")
 ROOT = Path(__file__).resolve().parents[2]

@@ -21,7 +21,7 @@ from dmole.results import (
 
 
 def said(task: str, route: tuple[str, ...] | None) -> Prediction:
-    return Prediction(task=task, id=f"{task}{route}", text="", route=route)
+    return Prediction(task=task, id=f"{task}{route}", text="", route=route, cut=False)
 
 
 def test_routing_by_hand() -> None:
@@ -52,11 +52,16 @@ def test_matrix_with_cells_that_were_not_measured(tmp_path: Path) -> None:
 
 
 def test_aggregates_are_none_where_undefined() -> None:
-    assert aggregate_columns(matrix_of({0: {"a": 4.0, "b": 6.0}}, ["a", "b"])) == {
-        "AVG": None,
-        "Last": 5.0,
-        "BWT": None,
-    }
+    zero_shot = matrix_of({0: {"a": 4.0, "b": 6.0}}, ["a", "b"])
+    assert aggregate_columns(zero_shot, [0, 0]) == {"AVG": None, "Last": 5.0, "BWT": None}
+    # The same cells of a method that ends with row 2: its last scores were not measured.
+    assert aggregate_columns(zero_shot, [2, 2]) == {"AVG": None, "Last": None, "BWT": None}
+    diagonal = matrix_of({1: {"a": 4.0}, 2: {"b": 6.0}}, ["a", "b"])
+    assert aggregate_columns(diagonal, [1, 2]) == {"AVG": None, "Last": 5.0, "BWT": None}
+    assert aggregate_columns(diagonal, [2, 2]) == {"AVG": None, "Last": None, "BWT": None}
+    whole = matrix_of({1: {"a": 4.0, "b": 1.0}, 2: {"a": 2.0, "b": 6.0}}, ["a", "b"])
+    # AVG (4 + 2 + 1 + 6) / 4, Last (2 + 6) / 2, BWT 2 - 4; row 0 is in none of them.
+    assert aggregate_columns(whole, [2, 2]) == {"AVG": 3.25, "Last": 4.0, "BWT": -2.0}
 
 
 def test_cells(tmp_path: Path) -> None:

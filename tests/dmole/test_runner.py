@@ -56,7 +56,7 @@ def all_methods(tmp_path_factory: pytest.TempPathFactory, toy_folder: Path) -> P
         "orders=[reversed]",
         "seeds=[5]",
         "training={num_train_epochs: 1, per_device_train_batch_size: 4}",
-        "evaluation={batch_size: 8, max_new_tokens: 3}",
+        "evaluation={per_device_eval_batch_size: 8, max_new_tokens: 3}",
         "lora.rank=4",
         "dmole={proxy_min_samples: 4, router: {epochs: 3, margin: 50.0}}",
     ]

@@ -62,7 +62,7 @@ def configure(mini_stream: Path, tmp_path: Path) -> Configure:
                 f"output={tmp_path / output}",
                 "methods=[seq_ft, dmole]",
                 "training={num_train_epochs: 1, per_device_train_batch_size: 10, bf16: true}",
-                "evaluation={batch_size: 12, max_new_tokens: 3, bf16: true}",
+                "evaluation={per_device_eval_batch_size: 12, max_new_tokens: 14, bf16: true}",
                 "lora={rank: 4, dropout: 0.1}",
                 "dmole={proxy_min_samples: 4, router: {epochs: 3, margin: 50.0}}",
                 *overrides,
@@ -102,9 +102,9 @@ def test_a_cache_that_another_run_made_changes_no_byte(
         "orders=[reversed]",
         "methods=[seq_ft]",
         "training.per_device_train_batch_size=3",
-        "evaluation.batch_size=5",
+        "evaluation.per_device_eval_batch_size=5",
     )
-    run(configure("other", *other, "train_samples=6", "evaluation.max_new_tokens=1"), console=quiet())
+    run(configure("other", *other, "train_samples=6", "evaluation.max_new_tokens=15"), console=quiet())
     assert 0 < len(held(warm)) < len(held(empty))
     threads(2)
     model = load_mini_model()

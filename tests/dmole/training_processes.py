@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dmole.models.architecture import build_tiny_model
 from rich.console import Console
 from torch import Tensor
 
@@ -27,6 +26,7 @@ from dmole.runner import run
 from dmole.single_run import SingleRun
 from dmole.training import Profile, StageTraining
 from dmole.training_settings import TrainingSettings
+from mini_cmit.model.tiny import build_tiny_model
 
 GLOBAL_BATCH = 4
 

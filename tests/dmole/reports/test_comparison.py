@@ -50,7 +50,7 @@ def test_table_marks_what_excludes_zero(results: Path) -> None:
 
 
 def test_nothing_in_common_is_an_error(results: Path) -> None:
-    with pytest.raises(ResultsError, match="keeper and finetune have no common seed and order with complete matrices"):
+    with pytest.raises(ResultsError, match="keeper and finetune have no common seed and order with complete last rows"):
         compare(read_runs(results), "keeper", "finetune")
 
 

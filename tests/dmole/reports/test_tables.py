@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from dmole.reports import tables
-from dmole.reports.stored import read_runs
+from dmole.reports.stored import ResultsError, read_runs
 
 
 def by_method(table: tables.Table) -> dict[str, dict[str, str]]:
@@ -50,10 +50,36 @@ def test_matrix(results: Path) -> None:
     assert table.title == "finetune, seed 0, order default"
     assert table.rows == (
         ("0 untrained", "0.0", "25.0", "0.0"),
-        ("1 boxes", "100.0", "", ""),
-        ("2 words", "", "75.0", ""),
-        ("3 letters", "", "", "100.0"),
+        ("1 boxes", "100.0", "not measured", "not measured"),
+        ("2 words", "not measured", "75.0", "not measured"),
+        ("3 letters", "not measured", "not measured", "100.0"),
     )
+
+
+def test_cut_answers_are_counted_in_the_row_of_the_final_score(results: Path) -> None:
+    assert tables.cut_table(read_runs(results)).rows == (), "these results did not record it"
+    for run in read_runs(results):
+        final = {"boxes": 1, "words": 2, "letters": 3} if run.method == "finetune" else dict.fromkeys(run.tasks, 3)
+        counts = {str(row): dict.fromkeys(run.tasks, row) for row in range(4)}
+        if run.method == "loser":
+            counts["3"] = dict.fromkeys(run.tasks, 0)
+        result = {**run.result, "final_rows": final, "not_measured": [], "cut_at_max_new_tokens": counts}
+        (run.folder / "result.json").write_text(json.dumps(result))
+    table = tables.cut_table(read_runs(results))
+    assert table.columns == ("task", "finetune", "keeper", "loser")
+    assert table.rows == (
+        ("boxes", "1.0", "3.0 ± 0.0", "0.0 ± 0.0"),
+        ("words", "2.0", "3.0 ± 0.0", "0.0 ± 0.0"),
+        ("letters", "3.0", "3.0 ± 0.0", "0.0 ± 0.0"),
+    )
+
+
+@pytest.mark.parametrize("rows", [{"boxes": 1}, {"boxes": 1, "words": 4, "letters": 0}])
+def test_final_rows_that_cannot_be_are_refused_by_name(results: Path, rows: dict[str, int]) -> None:
+    path = results / "runs" / "finetune-seed0-default" / "result.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "final_rows": rows}))
+    with pytest.raises(ResultsError, match=r"result.json: final_rows is .*; expected a row from 0 to 3 for each task"):
+        read_runs(results)
 
 
 def test_time_and_routing_and_conventions(results: Path) -> None:

@@ -66,11 +66,11 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "a cell without predictions": (
         edit("runs/finetune-seed0-default/matrix.csv", "1,100.0,,", "1,100.0,50.0,"),
-        "runs/finetune-seed0-default/matrix.csv: stage 1, task words: stored 50.0, recomputed nothing",
+        "runs/finetune-seed0-default/matrix.csv: stage 1, task words: stored 50.0, recomputed not measured",
     ),
     "a score taken out": (
         edit(f"{RUN}/matrix.csv", "3,100.0,75.0,100.0", "3,100.0,,100.0"),
-        f"{RUN}/matrix.csv: stage 3, task words: stored nothing, recomputed 75.0",
+        f"{RUN}/matrix.csv: stage 3, task words: stored not measured, recomputed 75.0",
     ),
     "a prediction": (
         edit_lines(PREDICTIONS, lambda rows: rows[-1].update(prediction="A")),
