@@ -6,7 +6,6 @@
     dmole report results/mini                 the tables again
     dmole readme README.md --check            tables inside Markdown files against committed results
     dmole tasks check my_stream               find everything wrong with a data set
-    dmole data build                          the mini benchmark
     dmole inspect MODEL --check               towers, candidates and budget of a model; does the contract hold for it?
     dmole doctor                              what is installed, what is missing, what to type
 
@@ -43,9 +42,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 tasks_app = typer.Typer(help="Your own tasks.")
-data_app = typer.Typer(help="The mini benchmark.")
 app.add_typer(tasks_app, name="tasks")
-app.add_typer(data_app, name="data")
 
 # Click's UsageError, wherever this typer has it from: newer releases carry a copy of click.
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
@@ -326,36 +323,6 @@ def check_tasks(
         sizes = ", ".join(f"{len(getattr(task, split))} {split}" for split in ("train", "validation", "test"))
         print(f"{task.name}: {task.metric}, {sizes}")
     print(f"{stream.name}: {len(stream.tasks)} task{'s' * (len(stream.tasks) != 1)}, nothing wrong")
-
-
-@data_app.command("build")
-def build_data(
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Where to build; default: the cache.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the renderings.")] = 0,
-    image_side: Annotated[int, typer.Option(help="Pixels per side.")] = 160,
-    train: Annotated[int, typer.Option(help="Training samples per task.")] = 1500,
-    validation: Annotated[int, typer.Option(help="Validation samples per task.")] = 100,
-    test: Annotated[int, typer.Option(help="Test samples per task.")] = 150,
-    sheets: Annotated[Path | None, typer.Option(help="Also write one contact sheet per task here.")] = None,
-) -> None:
-    """Build the mini benchmark from the installed packages, or find it already built."""
-    from dmole.cache import cache_folder
-    from dmole.data.mini.build import build_mini
-
-    folder = build_mini(
-        output or cache_folder() / "mini",
-        seed=seed,
-        image_side=image_side,
-        train=train,
-        validation=validation,
-        test=test,
-    )
-    print(folder)
-    if sheets is not None:
-        from dmole.data.mini.contact_sheet import write_contact_sheets
-
-        for path in write_contact_sheets(folder, sheets):
-            print(path)
 
 
 @app.command()

@@ -4,8 +4,10 @@
 The two groups are processed apart and joined:
 
     [B, L, ...] token inputs       rows of both groups, padded to the longer one
-    [samples, ...] inputs          zeros for the samples without images (Idefics, Mllama)
+    [samples, ...] inputs          zeros for the samples without images (Idefics2, Idefics3)
     images, tiles or patches       as they are: the rows of the samples with images follow each other in order
+
+Models in which text attends to images by a mask of its own (Mllama) cannot mix the groups, and are refused.
 
 Shape letters: B samples, L tokens.
 """
@@ -64,6 +66,12 @@ def processed_batch(
                 joined[name] = given.new_zeros(len(rows), *given.shape[1:])
                 joined[name][groups[0]] = given
             continue
+        if given.dim() > 2 and None in parts:
+            # Mllama: rows of its mask without an image attend to every image of the batch.
+            raise ValueError(
+                f"processor: got {name} {tuple(given.shape)}, by which text attends to images; expected samples with "
+                f"and without images apart, since such a model mixes them up. Put them into different batches."
+            )
         fill = pad_id if name == "input_ids" else 0
         whole = given.new_full((len(rows), length, *given.shape[2:]), fill)
         for group, part in zip(groups, parts, strict=True):

@@ -1,12 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The chat template of a processor: what it writes around a conversation, and which tokens of it are the answers.
+"""The chat template of a processor: what it writes around a conversation, checked once before anything is trained.
 
-    answer's tokens of turn k = ids(conversation)[len(ids(conversation up to k, with the generation prompt)) : its end]
-
-The prompt's ids have to be a prefix of the conversation's ids (the prefix rule), which is checked for every turn of
-every conversation. An answer ends with the token by which the template ends a turn; what the template writes after that
-token (Gemma's and Qwen's line feed) is never generated and is not trained. A template that writes no such token (LLaVA
-1.5) gets the tokenizer's `eos_token` after the last answer, since a model trained without would never stop.
+A template that writes no special token after an answer (LLaVA 1.5) gets the tokenizer's `eos_token` right after the
+last one: a model trained without it would never stop.
 """
 
 from __future__ import annotations
@@ -26,7 +22,6 @@ Conversation = Sequence[Message]
 # are plain text in the checkpoints that use them.
 MARKER = re.compile(r"(?<!<)<\|?[A-Za-z_/][^<>\s]*>")
 PROBE = "xyzzy"  # a text that no template writes itself
-REMEDY = "Set declaration.labels to assistant_mask, or correct the chat template."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,13 +44,15 @@ class ChatTemplate:
     control: re.Pattern[str]
     generation: bool
 
-    def render(self, processor: ProcessorMixin, messages: Conversation, *, prompt: bool = False) -> str:
-        """The conversation as text; `prompt` opens the assistant's next turn."""
-        return _render(processor, self.text, messages, prompt)
+    def render(
+        self, processor: ProcessorMixin, messages: Conversation, *, prompt: bool = False, published: bool = False
+    ) -> str:
+        """The conversation as text; `prompt` opens the assistant's next turn, `published` leaves out what we append."""
+        return _render(processor, self.source if published else self.text, messages, prompt)
 
 
 def chat_template(processor: ProcessorMixin, *, plain_markers: Sequence[str] = ()) -> ChatTemplate:
-    """The processor's template, after every check that needs no data.
+    """The template of the processor, or of its tokenizer where it has none, after every check that needs no data.
 
     Args:
         plain_markers: markers such as "<|user|>" that the model was trained to read as plain text.
@@ -64,9 +61,11 @@ def chat_template(processor: ProcessorMixin, *, plain_markers: Sequence[str] = (
         ValueError: no template; a token that the template or the processor writes and the tokenizer lacks; no token
             that ends an answer; no padding token.
     """
-    # Whatever may change the answer is part of the key.
     source = _source(processor)
-    return _checked(processor, source, tuple(plain_markers), len(cast(Any, processor).tokenizer))
+    tokenizer = tokenizer_of(processor)
+    # Whatever may change the answer is part of the key.
+    state = (len(tokenizer), *map(str, tokenizer.special_tokens_map.items()))
+    return _checked(processor, source, tuple(plain_markers), state)
 
 
 def check_texts(template: ChatTemplate, messages: Conversation) -> None:
@@ -82,54 +81,10 @@ def check_texts(template: ChatTemplate, messages: Conversation) -> None:
 
 def tokens(processor: ProcessorMixin, text: str) -> list[int]:
     """The ids of rendered text: the template has written the special tokens already."""
-    return cast(list[int], _tokenizer(processor).encode(text, add_special_tokens=False))
+    return cast(list[int], tokenizer_of(processor).encode(text, add_special_tokens=False))
 
 
-def answer_spans(
-    processor: ProcessorMixin, template: ChatTemplate, messages: Conversation
-) -> tuple[list[int], list[tuple[int, int]]]:
-    """The conversation's ids before images are expanded, and [start, end) of every assistant turn in them.
-
-    Raises:
-        ValueError: a prompt is no prefix of its conversation, or a turn has no end.
-    """
-    ids = tokens(processor, template.render(processor, messages))
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    starts = []
-    for turn in turns:
-        prompt = tokens(processor, template.render(processor, messages[:turn], prompt=True))
-        _check_prefix(processor, prompt, ids, turn)
-        starts.append(len(prompt))
-    spans: list[tuple[int, int]] = []
-    for turn, start, limit in zip(turns, starts, [*starts[1:], len(ids)], strict=True):
-        if template.appended and turn != turns[-1]:
-            # The appended end comes after the last answer only: the others end with their text.
-            own = tokens(processor, _render(processor, template.source, messages[: turn + 1], False).rstrip())
-            _check_prefix(processor, own, ids, turn)
-            end = len(own)
-        else:
-            end = next((i + 1 for i in range(start, limit) if ids[i] == template.end_id), start)
-        if end <= start:
-            raise ValueError(
-                f"labels: got an answer without {template.end!r} after it at message {turn}; expected the token by "
-                f"which the template ends the last turn. {REMEDY}"
-            )
-        spans.append((start, end))
-    return ids, spans
-
-
-def _check_prefix(processor: ProcessorMixin, prompt: list[int], ids: list[int], turn: int) -> None:
-    if ids[: len(prompt)] == prompt:
-        return
-    wrong = next((i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b), len(ids))
-    text = [_tokenizer(processor).decode(some[max(0, wrong - 3) : wrong + 3]) for some in (prompt, ids)]
-    raise ValueError(
-        f"labels: got a chat template whose prompt for message {turn} is no prefix of the conversation "
-        f"({text[0]!r} became {text[1]!r}); expected the same tokens in both. {REMEDY}"
-    )
-
-
-def _tokenizer(processor: ProcessorMixin) -> PreTrainedTokenizerBase:
+def tokenizer_of(processor: ProcessorMixin) -> PreTrainedTokenizerBase:
     return cast(PreTrainedTokenizerBase, cast(Any, processor).tokenizer)
 
 
@@ -139,7 +94,7 @@ def _source(processor: ProcessorMixin) -> str:
             f"processor: got {type(processor).__name__} without a tokenizer; expected one that reads text and images. "
             f"Load it with AutoProcessor.from_pretrained."
         )
-    found = getattr(processor, "chat_template", None) or getattr(_tokenizer(processor), "chat_template", None)
+    found = getattr(processor, "chat_template", None) or getattr(tokenizer_of(processor), "chat_template", None)
     if isinstance(found, dict):
         found = found.get("default")
     if not found:
@@ -158,8 +113,8 @@ def _render(processor: ProcessorMixin, source: str, messages: Conversation, prom
 
 
 @functools.lru_cache(maxsize=16)
-def _checked(processor: ProcessorMixin, source: str, plain: tuple[str, ...], _vocabulary: int) -> ChatTemplate:
-    tokenizer = _tokenizer(processor)
+def _checked(processor: ProcessorMixin, source: str, plain: tuple[str, ...], _state: tuple[Any, ...]) -> ChatTemplate:
+    tokenizer = tokenizer_of(processor)
     if tokenizer.pad_token is None:
         raise ValueError(
             "tokenizer.pad_token: got none; expected the token that fills short rows of a batch. Set it and save the "
@@ -181,10 +136,10 @@ def _checked(processor: ProcessorMixin, source: str, plain: tuple[str, ...], _vo
                 "tokenizer.eos_token: got none, and the chat template writes no token after an answer; expected one "
                 "of both, since nothing else tells the model to stop. Set tokenizer.eos_token and save the processor."
             )
-        end = f"{{{{ {tokenizer.eos_token!r} }}}}"
-        if generation:
-            end = f"{{% generation %}}{end}{{% endgeneration %}}"
-        used += f"{{% if not add_generation_prompt %}}{end}{{% endif %}}"
+        used = _ended(source, tokenizer.eos_token)
+        for messages, prompt, end in ((asked, True, None), (answered, False, tokenizer.eos_token)):
+            text = _render(processor, source, messages, prompt)
+            assert _render(processor, used, messages, prompt) == (text if end is None else text.rstrip() + end)
     end_id = ends[0] if ends else cast(int, tokenizer.eos_token_id)
     written = {str(token) for token in tokenizer.added_tokens_decoder.values() if str(token) in source}
     placed = {value for name, value in vars(processor).items() if name.endswith("_token") and isinstance(value, str)}
@@ -201,6 +156,16 @@ def _checked(processor: ProcessorMixin, source: str, plain: tuple[str, ...], _vo
     )
 
 
+def _ended(source: str, end: str) -> str:
+    """The template with `end` right after the last answer: a space there would be one more token to learn."""
+    # Jinja drops one line feed at the end of a source, and one after a block.
+    inner = "{{ '' }}" + source.removesuffix("\n")
+    return (
+        f"{{% set whole_text %}}{inner}{{% endset %}}{{% if add_generation_prompt %}}{{{{ whole_text }}}}{{% else %}}"
+        f"{{{{ whole_text.rstrip() + {end!r} }}}}{{% endif %}}"
+    )
+
+
 def _check_placeholders(processor: ProcessorMixin) -> None:
     """The tokens that the processor itself writes: image placeholders and what it puts around them."""
     for name, value in vars(processor).items():
@@ -213,7 +178,7 @@ def _check_placeholders(processor: ProcessorMixin) -> None:
 
 def _check_known(processor: ProcessorMixin, text: str, plain: Sequence[str]) -> None:
     """No marker of the template falls into pieces, and nothing of it is unknown."""
-    tokenizer = _tokenizer(processor)
+    tokenizer = tokenizer_of(processor)
     for marker in MARKER.findall(text):
         if marker not in plain and not _is_token(processor, marker):
             raise ValueError(
@@ -231,7 +196,7 @@ def _check_known(processor: ProcessorMixin, text: str, plain: Sequence[str]) -> 
 
 
 def _is_token(processor: ProcessorMixin, text: str) -> bool:
-    tokenizer = _tokenizer(processor)
+    tokenizer = tokenizer_of(processor)
     number = tokenizer.convert_tokens_to_ids(text)
     if number is None or (number == tokenizer.unk_token_id and text != tokenizer.unk_token):
         return False

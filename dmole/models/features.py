@@ -89,7 +89,9 @@ def text_features(model: nn.Module, tower: str, ids: Tensor, mask: Tensor) -> Te
     module: Any = model.get_submodule(tower)
     if getattr(module, "get_output_embeddings", lambda: None)() is not None:
         module = module.get_decoder()
-    hidden = getattr(module(input_ids=ids, attention_mask=mask), "last_hidden_state", None)
+    # Nothing is generated. transformers makes a sliding window's cache on torch's default device, not on the input's.
+    keywords = {"use_cache": False} if "use_cache" in inspect.signature(module.forward).parameters else {}
+    hidden = getattr(module(input_ids=ids, attention_mask=mask, **keywords), "last_hidden_state", None)
     if not isinstance(hidden, Tensor) or hidden.shape[:2] != ids.shape:
         shape = tuple(hidden.shape) if isinstance(hidden, Tensor) else None
         raise ValueError(

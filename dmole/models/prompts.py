@@ -21,27 +21,25 @@ import torch
 from torch import Tensor
 from transformers import ProcessorMixin
 
+from dmole.models.answers import Labels, expanded_spans
 from dmole.models.batches import per_sample_inputs, processed_batch
 from dmole.models.chat_template import (
     PROBE,
-    REMEDY,
     ChatTemplate,
     Conversation,
-    answer_spans,
     chat_template,
     check_texts,
 )
 
 IGNORE = -100  # cross-entropy's ignore_index
 PARTS = ("image", "text")
-ASSISTANT_MASK = "assistant_mask"
 
 
 class LabelRule(Protocol):
     """What of `dmole.models.declaration.Declaration` decides the labels."""
 
     @property
-    def labels(self) -> Any: ...
+    def labels(self) -> Labels: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,18 +83,10 @@ def encode(
         raise ValueError("conversations: got none; expected at least one. Drop the empty batch.")
     template = template_of(processor, declaration)
     rows = [normalised(messages, with_answers=with_answers) for messages in conversations]
-    for row in rows:
-        _check_row(processor, template, row)
-    masks = with_answers and declaration.labels == ASSISTANT_MASK
-    if masks and not template.generation:
-        raise ValueError(
-            "labels: got assistant_mask and a chat template without a generation block; expected "
-            "{% generation %}...{% endgeneration %} around the answers. Add it to the template, or set "
-            "declaration.labels to prefix."
-        )
+    texts = [check_row(processor, template, row) for row in rows]
     images = tuple(image_count(row) for row in rows)
     inputs = processed_batch(
-        lambda some: _process(processor, template, some, prompt=not with_answers, masks=masks),
+        lambda some: _process(processor, template, some, prompt=not with_answers),
         rows,
         images,
         per_sample=lambda: per_sample_inputs(processor, template.text),
@@ -107,23 +97,34 @@ def encode(
     if not with_answers:
         return Encoded(inputs=inputs, labels=None, images=images, prompt_lengths=tuple(lengths))
     labels = torch.full_like(inputs["input_ids"], IGNORE)
-    marked = inputs.pop("assistant_masks").tolist() if masks else []
     starts: list[int] = []
-    for s, row in enumerate(rows):
-        ids = inputs["input_ids"][s, : lengths[s]].tolist()
-        if masks:
-            spans = _masked_spans(processor, template, row, ids, marked[s][: lengths[s]])
-        else:
-            spans = _spans_of(processor, template, row, ids)
+    for s, (row, text) in enumerate(zip(rows, texts, strict=True)):
+        ids = inputs["input_ids"][s, : lengths[s]]
+        spans = expanded_spans(
+            processor,
+            template,
+            row,
+            declaration.labels,
+            text=text,
+            ids=ids.tolist(),
+            process=lambda some: _process(processor, template, [some], prompt=False)["input_ids"][0].tolist(),
+        )
         for start, end in spans:
-            labels[s, start:end] = inputs["input_ids"][s, start:end]
+            labels[s, start:end] = ids[start:end]
         starts.append(spans[-1][0])
     return Encoded(inputs=inputs, labels=labels, images=images, prompt_lengths=tuple(starts))
 
 
-def template_of(processor: ProcessorMixin, declaration: LabelRule) -> ChatTemplate:
+def template_of(processor: ProcessorMixin, declaration: LabelRule | None) -> ChatTemplate:
     """The processor's checked template under a declaration."""
     return chat_template(processor, plain_markers=getattr(declaration, "plain_markers", ()))
+
+
+def stop_ids(processor: ProcessorMixin, generation_config: Any, *, declaration: LabelRule) -> list[int]:
+    """For `generate(eos_token_id=...)`: the end of turn that is trained, and where the model has stopped so far."""
+    own = generation_config.eos_token_id
+    own = [] if own is None else [own] if isinstance(own, int) else list(own)
+    return sorted({template_of(processor, declaration).end_id, *map(int, own)})
 
 
 def normalised(messages: Conversation, *, with_answers: bool) -> list[dict[str, Any]]:
@@ -160,7 +161,9 @@ def image_count(messages: Conversation) -> int:
     return sum(part["type"] == "image" for message in messages for part in message["content"])
 
 
-def instruction_ids(processor: ProcessorMixin, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+def instruction_ids(
+    processor: ProcessorMixin, texts: Sequence[str], *, declaration: LabelRule | None = None
+) -> tuple[Tensor, Tensor]:
     """The tokens of each text alone, as the prompt holds them, without special tokens: what the router reads.
 
     A word has other tokens at the start of a text than inside a prompt, where something comes before it. So each text
@@ -173,8 +176,9 @@ def instruction_ids(processor: ProcessorMixin, texts: Sequence[str]) -> tuple[Te
     Raises:
         ValueError: a text without a token.
     """
-    template = chat_template(processor)
-    rows = [_ids_in_prompt(processor, template, text) for text in texts]
+    template = template_of(processor, declaration)
+    before, *_ = _asked(processor, template, PROBE).split(PROBE)
+    rows = [_ids_in_prompt(processor, template, before, text) for text in texts]
     for text, row in zip(texts, rows, strict=True):
         if not row:
             raise ValueError(
@@ -188,18 +192,17 @@ def instruction_ids(processor: ProcessorMixin, texts: Sequence[str]) -> tuple[Te
     return torch.tensor(ids, device="cpu", dtype=torch.long), torch.tensor(mask, device="cpu", dtype=torch.long)
 
 
-def _ids_in_prompt(processor: ProcessorMixin, template: ChatTemplate, text: str) -> list[int]:
+def _asked(processor: ProcessorMixin, template: ChatTemplate, text: str) -> str:
+    row = [{"role": "user", "content": [{"type": "text", "text": text}]}]
+    return template.render(processor, row, prompt=True)
+
+
+def _ids_in_prompt(processor: ProcessorMixin, template: ChatTemplate, before: str, text: str) -> list[int]:
     tokenizer = cast(Any, processor).tokenizer
     text = text.strip()
     if not text or not tokenizer.is_fast:
         return cast(list[int], tokenizer.encode(text, add_special_tokens=False))
-
-    def asked(words: str) -> str:
-        row = [{"role": "user", "content": [{"type": "text", "text": words}]}]
-        return template.render(processor, row, prompt=True)
-
-    before, *_ = asked(PROBE).split(PROBE)
-    rendered = asked(text)
+    rendered = _asked(processor, template, text)
     start = rendered.find(text, len(before))
     if start < 0 or not rendered.startswith(before):
         raise ValueError(
@@ -218,7 +221,11 @@ def _pad_id(processor: ProcessorMixin) -> int:
     return int(cast(Any, processor).tokenizer.pad_token_id)
 
 
-def _check_row(processor: ProcessorMixin, template: ChatTemplate, row: Conversation) -> None:
+def check_row(processor: ProcessorMixin, template: ChatTemplate, row: Conversation) -> str:
+    """The rendered text of a normalised conversation.
+
+    Raises ValueError for a special token in one of its texts, and for a text that the template leaves out.
+    """
     check_texts(template, row)
     text = template.render(processor, row)
     for message in row:
@@ -228,10 +235,11 @@ def _check_row(processor: ProcessorMixin, template: ChatTemplate, row: Conversat
                     f"chat_template: got a template that leaves out the {message['role']}'s text {part['text']!r}; "
                     f"expected every text of the conversation. Correct the template, or the message's role."
                 )
+    return text
 
 
 def _process(
-    processor: ProcessorMixin, template: ChatTemplate, rows: Sequence[Conversation], *, prompt: bool, masks: bool
+    processor: ProcessorMixin, template: ChatTemplate, rows: Sequence[Conversation], *, prompt: bool
 ) -> dict[str, Tensor]:
     text = {"padding": True, "padding_side": "left" if prompt else "right", "return_attention_mask": True}
     # Processors make tensors on torch's default device, but the ids are read here.
@@ -243,67 +251,6 @@ def _process(
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            return_assistant_tokens_mask=masks,
             processor_kwargs={"text_kwargs": text},
         )
         return {name: torch.as_tensor(value) for name, value in batch.items()}
-
-
-def _spans_of(
-    processor: ProcessorMixin, template: ChatTemplate, row: Conversation, expanded: list[int]
-) -> list[tuple[int, int]]:
-    """[start, end) of every assistant turn in the row's ids, in which every image has its full length.
-
-    Nothing after the last image grows, so those positions keep their distance from the end. The length of what comes
-    before an earlier turn is read off the conversation up to it, processed alone.
-    """
-    ids, spans = answer_spans(processor, template, row)
-    turns = [i for i, message in enumerate(row) if message["role"] == "assistant"]
-    last_image = max((i for i, message in enumerate(row) if image_count([message])), default=-1)
-    found: list[tuple[int, int]] = []
-    for turn, (start, end) in zip(turns, spans, strict=True):
-        shift = len(expanded) - len(ids)
-        if turn < last_image:
-            before = _process(processor, template, [row[:turn]], prompt=True, masks=False)["input_ids"][0].tolist()
-            shift = len(before) - start if expanded[: len(before)] == before else len(expanded)
-        if expanded[start + shift : end + shift] != ids[start:end]:
-            raise ValueError(
-                f"labels: got a processor that changes the text of the chat template at message {turn}; expected the "
-                f"template's tokens, with images expanded and nothing else. {REMEDY}"
-            )
-        found.append((start + shift, end + shift))
-    return found
-
-
-def _masked_spans(
-    processor: ProcessorMixin, template: ChatTemplate, row: Conversation, ids: list[int], mask: list[int]
-) -> list[tuple[int, int]]:
-    """[start, end) of every assistant turn by the mask of the template's generation blocks."""
-    edges = [i for i in range(len(ids) + 1) if (mask[i : i + 1] == [1]) != (i > 0 and mask[i - 1] == 1)]
-    runs = list(zip(edges[::2], edges[1::2], strict=True))
-    answers = [message for message in row if message["role"] == "assistant"]
-    found: list[tuple[int, int]] = []
-    for number, (start, end) in enumerate(runs):
-        stop = next((i + 1 for i in range(start, end) if ids[i] == template.end_id), None)
-        if stop is None and not (template.appended and number < len(runs) - 1):
-            raise ValueError(
-                f"labels: got a generation block without {template.end!r}; expected the end of turn inside it, since "
-                f"nothing else tells the model to stop. Move {{% endgeneration %}} behind it in the chat template."
-            )
-        found.append((start, stop or end))
-    # The masks of some processors are shifted by the images before them.
-    texts = ["".join(part["text"] for part in message["content"] if part["type"] == "text") for message in answers]
-    marked = [cast(str, cast(Any, processor).tokenizer.decode(ids[start:end])) for start, end in found]
-    if len(marked) != len(texts) or any(
-        _letters(text) != _letters(mark).removesuffix(_letters(template.end))
-        for text, mark in zip(texts, marked, strict=True)
-    ):
-        raise ValueError(
-            f"labels: got an assistant mask over {marked!r}; expected it over the answers {texts!r}. The processor "
-            f"places it wrongly: set declaration.labels to prefix."
-        )
-    return found
-
-
-def _letters(text: str) -> str:
-    return "".join(text.split())

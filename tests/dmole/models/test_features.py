@@ -1,29 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
-from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, AutoProcessor
-from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
-from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
+from transformers import AutoModelForImageTextToText, AutoProcessor, SiglipVisionConfig
+from transformers.modeling_outputs import BaseModelOutput
 
 from dmole.models.features import text_features, vision_features
 from dmole.models.prompts import Encoded, encode, instruction_ids
 
-from .folders import FAMILIES, IDEFICS3_TEMPLATE, SQUARE, VISION_SIZES, text_config, token_id, tokenizer, write_folder
-
-
-@dataclass(frozen=True)
-class Declared:
-    labels: str = "prefix"
-
+from .conversations import Declared, picture, user
+from .folders import FAMILIES, write_folder
+from .padded import PADDED
 
 TOWERS = {
     "llava": "model.vision_tower",
@@ -36,54 +28,6 @@ TOWERS = {
 }
 LANGUAGE = {"idefics3": "model.text_model", "idefics2": "model.text_model"}
 IMAGE_TOKENS = {"idefics3": "<image>", "paddleocr_vl": "<|IMAGE_PLACEHOLDER|>"}
-
-
-def idefics2() -> tuple[nn.Module, Any]:
-    """Images of any size, padded to the largest of the batch with a mask of pixels."""
-    special = ["<fake_token_around_image>", "<image>", "<end_of_utterance>"]
-    words = tokenizer(special, bos_token="<|begin_of_text|>", eos_token="<end_of_utterance>")
-    config = transformers.Idefics2Config(
-        vision_config=dict(**{**VISION_SIZES, "image_size": 40}), text_config=text_config(words, "llama"),
-        perceiver_config=dict(
-            resampler_n_latents=4, resampler_depth=1, resampler_n_heads=4, resampler_head_dim=8, num_key_value_heads=2,
-            hidden_size=32,
-        ),
-        image_token_id=token_id(words, "<image>"), tie_word_embeddings=False,
-    )  # fmt: skip
-    processor = transformers.Idefics2Processor(
-        image_processor=Idefics2ImageProcessorPil(
-            size={"shortest_edge": 8, "longest_edge": 40}, do_image_splitting=False
-        ),
-        tokenizer=words, image_seq_len=4, chat_template=IDEFICS3_TEMPLATE,
-    )  # fmt: skip
-    return transformers.Idefics2ForConditionalGeneration(config), processor
-
-
-def mllama() -> tuple[nn.Module, Any]:
-    """Every sample padded to the most images of the batch, every image to the most tiles."""
-    words = tokenizer(["<|image|>", "<|eot|>", "<|python_tag|>"], bos_token="<s>", eos_token="</s>")
-    template = (
-        "{{ bos_token }}{% for message in messages %}{{ message['role'] + ':' }}{% for part in message['content'] %}"
-        "{% if part['type'] == 'image' %}{{ '<|image|>' }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|eot|>"
-        "{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
-    )
-    config = transformers.MllamaConfig(
-        vision_config=dict(
-            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_global_layers=1, attention_heads=4,
-            image_size=16, patch_size=4, max_num_tiles=2, supported_aspect_ratios=[[1, 1], [1, 2], [2, 1]],
-            intermediate_layers_indices=[0], vision_output_dim=64,
-        ),
-        text_config=text_config(words, "mllama_text_model", cross_attention_layers=[1]),
-        image_token_index=token_id(words, "<|image|>"),
-    )  # fmt: skip
-    processor = transformers.MllamaProcessor(
-        image_processor=MllamaImageProcessorPil(size=SQUARE, max_image_tiles=2), tokenizer=words, chat_template=template
-    )
-    model: nn.Module = transformers.MllamaForConditionalGeneration(config)
-    for name, parameter in model.named_parameters():
-        if name.endswith(("gate", "gate_attn", "gate_ffn", "cross_attn_attn_gate", "cross_attn_mlp_gate")):
-            nn.init.ones_(parameter)  # zero as they come: no image would reach a logit
-    return model, processor
 
 
 @pytest.fixture(scope="module", params=TOWERS)
@@ -99,8 +43,9 @@ def loaded(family: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, 
         model: Any = AutoModelForImageTextToText.from_pretrained(folder)
         processor: Any = AutoProcessor.from_pretrained(folder)
     else:
-        torch.manual_seed(0)
-        model, processor = {"idefics2": idefics2, "mllama": mllama}[family]()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model, processor = PADDED[family]()
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         if parameter.dim() > 1:
@@ -108,22 +53,15 @@ def loaded(family: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, 
     return model.eval().requires_grad_(False), processor
 
 
-def picture(width: int, height: int, seed: int) -> Image.Image:
-    pixels = torch.randint(1, 256, (height, width, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-    return Image.fromarray(pixels.numpy())
-
-
-def asked(text: str, *images: Image.Image) -> list[dict[str, Any]]:
-    parts: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
-
-
 CONVERSATIONS = [
-    asked("What is it?", picture(40, 20, 0)),
-    asked("What is the capital of this country?"),
-    asked("Compare the two images.", picture(20, 40, 1), picture(16, 16, 2)),
-    asked("Yes or no?", picture(16, 16, 3)),
+    [user("What is it?", picture(40, 20, 0))],
+    [user("What is the capital of this country?")],
+    [user("Compare the two images.", picture(20, 40, 1), picture(16, 16, 2))],
+    [user("Yes or no?", picture(16, 16, 3))],
 ]
+
+TEXT_ONLY = 1
+TILES = [3, 0, 6, 3]  # LLaVA-NeXT's: the whole image and its two parts, for each image
 
 
 def units(family: str, processor: Any, encoded: Encoded) -> list[int]:
@@ -134,26 +72,31 @@ def units(family: str, processor: Any, encoded: Encoded) -> list[int]:
     return [1] * len(encoded.images) if family == "mllama" and any(encoded.images) else list(encoded.images)
 
 
-def features(family: str, loaded: tuple[Any, Any], conversations: list[Any], tiles: list[int]) -> tuple[Tensor, Tensor]:
+def features(family: str, loaded: tuple[Any, Any], samples: list[int]) -> tuple[Tensor, Tensor]:
+    """Of some of CONVERSATIONS."""
     model, processor = loaded
-    encoded = encode(processor, conversations, with_answers=False, declaration=Declared())
-    given = tiles if family == "llava_next" else units(family, processor, encoded)
-    width = 64 if family == "mllama" else None
-    return vision_features(model, TOWERS[family], encoded.inputs, given, width=width)
+    some = [CONVERSATIONS[s] for s in samples]
+    encoded = encode(processor, some, with_answers=False, declaration=Declared())
+    given = [TILES[s] for s in samples] if family == "llava_next" else units(family, processor, encoded)
+    return vision_features(model, TOWERS[family], encoded.inputs, given, width=64 if family == "mllama" else None)
 
 
-TILES = [3, 0, 6, 3]  # LLaVA-NeXT's: the whole image and its two parts, for each image
+def mixed(family: str) -> list[int]:
+    """All samples; Mllama's batches cannot mix samples with and without images."""
+    return [0, 2, 3] if family == "mllama" else [0, 1, 2, 3]
 
 
 def test_vision_features_do_not_depend_on_batch_mates(family: str, loaded: tuple[Any, Any]) -> None:
-    together, seen = features(family, loaded, CONVERSATIONS, TILES)
-    assert seen.tolist() == [True, False, True, True]
-    assert not together[1].any() and together.isfinite().all() and together.dtype == torch.float32
-    for s, conversation in enumerate(CONVERSATIONS):
-        alone, has_image = features(family, loaded, [conversation], [TILES[s]])
-        assert has_image.tolist() == [seen[s]]
-        torch.testing.assert_close(together[s], alone[0], rtol=1e-4, atol=1e-5)
-    distances = torch.cdist(together, together) + 10 * torch.eye(4)
+    samples = mixed(family)
+    together, seen = features(family, loaded, samples)
+    assert seen.tolist() == [s != TEXT_ONLY for s in samples]
+    assert together.isfinite().all() and together.dtype == torch.float32
+    for row, s in enumerate(samples):
+        alone, has_image = features(family, loaded, [s])
+        assert has_image.tolist() == [s != TEXT_ONLY]
+        assert bool(together[row].any()) == (s != TEXT_ONLY)
+        torch.testing.assert_close(together[row], alone[0], rtol=1e-4, atol=1e-5)
+    distances = torch.cdist(together, together) + 10 * torch.eye(len(samples))
     assert distances.min() > 0.05
 
 
@@ -169,6 +112,112 @@ def test_text_features_do_not_depend_on_batch_mates(family: str, loaded: tuple[A
 
 
 def test_a_batch_without_images_has_zeros(family: str, loaded: tuple[Any, Any]) -> None:
-    found, seen = features(family, loaded, [CONVERSATIONS[1]] * 2, [0, 0])
-    width = features(family, loaded, CONVERSATIONS, TILES)[0].shape[1]
+    found, seen = features(family, loaded, [TEXT_ONLY, TEXT_ONLY])
+    width = features(family, loaded, [0])[0].shape[1]
     assert found.shape == (2, width) and not found.any() and seen.tolist() == [False, False]
+
+
+@pytest.mark.parametrize("family", ["llava"], indirect=True)
+def test_features_are_the_plain_maxima_of_the_towers(family: str, loaded: tuple[Any, Any]) -> None:
+    """What `vision_tower` and `language_model` return when they are called by hand, bit for bit."""
+    model, processor = loaded
+    encoded = encode(processor, CONVERSATIONS[:1] + CONVERSATIONS[3:], with_answers=False, declaration=Declared())
+    found, _ = vision_features(model, TOWERS[family], encoded.inputs, encoded.images)
+    hidden = model.model.vision_tower(pixel_values=encoded.inputs["pixel_values"]).last_hidden_state
+    assert torch.equal(found, hidden.amax(1))
+    ids, mask = instruction_ids(processor, ["What is it?", "Describe the image in one sentence."])
+    hidden = model.model.language_model(input_ids=ids, attention_mask=mask).last_hidden_state
+    assert torch.equal(
+        text_features(model, "model.language_model", ids, mask),
+        hidden.masked_fill(mask[..., None] == 0, float("-inf")).amax(1),
+    )
+
+
+def test_nothing_is_made_on_the_default_device(family: str, loaded: tuple[Any, Any]) -> None:
+    model, processor = loaded
+    expected, _ = features(family, loaded, mixed(family))
+    ids, mask = instruction_ids(processor, ["What is it?", "A B"])
+    tower = LANGUAGE.get(family, "model.language_model")
+    texts = text_features(model, tower, ids, mask)
+    torch.set_default_device("meta")
+    try:
+        found, seen = features(family, loaded, mixed(family))
+        zeros, _ = features(family, loaded, [TEXT_ONLY])
+        again = text_features(model, tower, ids, mask)
+    finally:
+        torch.set_default_device(None)
+    assert {value.device.type for value in (found, seen, zeros, again)} == {"cpu"}
+    assert torch.equal(found, expected) and torch.equal(again, texts)
+
+
+class Tower(nn.Module):
+    """Returns what it is given, as a tower of any family might."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.config = SiglipVisionConfig(hidden_size=3)
+
+    def forward(self, pixel_values: Any) -> Any:
+        return pixel_values
+
+
+class Model(nn.Module):
+    """Calls its tower with the pieces of `pieces`, one call each, or not at all."""
+
+    def __init__(self, *pieces: Any) -> None:
+        super().__init__()
+        self.tower, self.pieces = Tower(), pieces
+
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> None:
+        for piece in self.pieces:
+            self.tower(piece)
+
+
+ROWS = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+OUTPUTS = {
+    "rows": [ROWS],
+    "one_row_of_rows": [ROWS[None]],
+    "images_of_tokens": [ROWS.view(3, 2, 3)],
+    "tuple": [(ROWS, None)],
+    "output": [BaseModelOutput(last_hidden_state=ROWS)],
+    "list_of_images": [[ROWS[:1], ROWS[1:4], ROWS[4:]]],
+    "calls": [ROWS[None, :1], ROWS[None, 1:4], ROWS[None, 4:]],
+}
+
+
+@pytest.mark.parametrize("shape", OUTPUTS)
+def test_towers_of_every_output_shape(shape: str) -> None:
+    """Three images, of samples 0, 2 and 2."""
+    unequal = shape in ("list_of_images", "calls")
+    parts = (ROWS[:1], ROWS[1:]) if unequal else (ROWS[:2], ROWS[2:])
+    inputs = {"input_ids": torch.zeros(3, 1, dtype=torch.long), "pixel_values": torch.ones(3, 3, 2, 2)}
+    found, seen = vision_features(Model(*OUTPUTS[shape]), "tower", inputs, [1, 0, 2])
+    assert torch.equal(found, torch.stack([parts[0].amax(0), torch.zeros(3), parts[1].amax(0)]))
+    assert seen.tolist() == [True, False, True]
+
+
+def test_towers_that_do_not_fit_are_refused() -> None:
+    inputs = {"input_ids": torch.zeros(2, 1, dtype=torch.long), "pixel_values": torch.ones(2, 3, 2, 2)}
+    with pytest.raises(ValueError, match=r"units: got \[1, 3\] for the 6 rows .* Set declaration.rows"):
+        vision_features(Model(ROWS), "tower", inputs, [1, 3])
+    with pytest.raises(ValueError, match="declaration.vision: got 'tower', which a batch with images does not call"):
+        vision_features(Model(), "tower", inputs, [1, 1])
+    silent = Model(ROWS)
+    del silent.tower.config
+    with pytest.raises(ValueError, match="width: got none for a batch without images"):
+        vision_features(silent, "tower", inputs, [0, 0])
+    assert vision_features(silent, "tower", inputs, [0, 0], width=5)[0].shape == (2, 5)
+    with pytest.raises(ValueError, match=r"declaration.text_features: got a last hidden state None from 'tower'"):
+        text_features(TextModel(), "tower", inputs["input_ids"], torch.ones(2, 1, dtype=torch.long))
+
+
+class TextModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tower = TextTower()
+
+
+class TextTower(nn.Module):
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return input_ids
