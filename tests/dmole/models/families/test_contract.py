@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from dmole.models.contract import check
@@ -50,3 +53,21 @@ def test_every_point_holds_in_more_families(name: str) -> None:
     if "vision" in vlm.candidates:
         units, truth = vlm.units(encoded(family, [0, 0, 2]))["vision"], family.batch([0, 0, 2], SAMPLES).units
         assert [a * sum(truth) for a in units] == [b * sum(units) for b in truth]
+
+
+PAGE = Path(__file__).parents[4] / "docs" / "models.md"
+LISTED = dict(re.findall(r"^\| `([\w.-]+)` \| ([^|]*?) \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE))
+
+
+def test_the_page_lists_the_families_that_were_tried() -> None:
+    named = {name.replace("blip2", "blip-2") for name in [*FAMILIES, *WIDE]}
+    assert set(LISTED) - {"model_type"} == named
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_page_says_the_rule_of_the_rows(name: str) -> None:
+    vlm = wrap(FAMILIES[name].build())
+    batch = encoded(FAMILIES[name], [0, 0, 2])
+    rows = vlm.declaration.rows
+    expected = f"{rows} (declared)" if rows != "auto" else "images" if vlm.vision_rows(batch) == 3 else "tokens"
+    assert LISTED[vlm.model.config.model_type] == expected
