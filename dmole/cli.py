@@ -133,7 +133,7 @@ def run(
     config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML file of settings.")] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", help="One setting, such as training.num_train_epochs=2. May be repeated."),
+        typer.Option("--set", help="One setting, such as lora.rank=4. May be repeated."),
     ] = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Where results go.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what is in the output folder.")] = False,
@@ -180,7 +180,7 @@ def show_config(
     config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML file of settings.")] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", help="One setting, such as training.num_train_epochs=2. May be repeated."),
+        typer.Option("--set", help="One setting, such as lora.rank=4. May be repeated."),
     ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="The page docs/settings.md, with the defaults.")] = False,
 ) -> None:

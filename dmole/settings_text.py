@@ -104,7 +104,8 @@ def _kind(hint: Any) -> str:
     if origin is tuple:
         return f"list of {_kind(arguments[0])}"
     if origin is not None and issubclass(origin, Mapping):
-        return f"{_kind(arguments[1])} by name"
+        values = "value" if arguments[1] is Any else _kind(arguments[1])
+        return f"{values} by name"
     return {bool: "true or false", int: "integer", float: "number", str: "text"}[hint]
 
 
@@ -133,7 +134,7 @@ def markdown_page() -> str:
         "# Settings",
         "",
         "What `dmole run` can be told, with the defaults: in a YAML file (`--config`), or one by one "
-        "(`--set training.num_train_epochs=2`). `dmole config` prints the same list with the values of a recipe or a file. "
+        "(`--set lora.rank=4`). `dmole config` prints the same list with the values of a recipe or a file. "
         "This page is made from the code by `dmole config --markdown`.",
         "",
         *_table_head("Common"),

@@ -78,43 +78,57 @@ class TrainingSettings:
     epochs_of: Mapping[str, float] = field(default_factory=dict)
     # An optimizer step sees per_device_train_batch_size * gradient_accumulation_steps * processes samples.
     per_device_train_batch_size: int = 16
+    # Samples in a batch of the validation loss.
     per_device_eval_batch_size: int = 16
+    # Batches whose gradients are added up before an optimizer step.
     gradient_accumulation_steps: int = 1
+    # The optimizer, one of torch.optim.
     optim: Literal["adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop"] = "adamw_torch_fused"
+    # The highest learning rate of the schedule.
     learning_rate: float = 1e-3
-    # The schedule of transformers.get_scheduler, and what it takes besides steps.
+    # The schedule of transformers.get_scheduler.
     lr_scheduler_type: Schedule = "cosine"
+    # What the schedule takes besides steps.
     lr_scheduler_kwargs: Mapping[str, Any] = field(default_factory=dict)
     # Steps of linear warm-up; a number below 1 is a share of the stage's steps.
     warmup_steps: float = 0.03
+    # Decoupled weight decay of AdamW, an L2 penalty of the other optimizers.
     weight_decay: float = 0.01
+    # Decay of AdamW's mean of the gradients.
     adam_beta1: float = 0.9
+    # Decay of AdamW's mean of the squared gradients.
     adam_beta2: float = 0.999
+    # Added to the root in the denominator of AdamW.
     adam_epsilon: float = 1e-8
     # Largest gradient norm; 0 leaves gradients as they are.
     max_grad_norm: float = 1.0
-    # Autocast of the forward pass to bfloat16, or to float16 with a scaled loss (not on a CPU).
+    # Autocast of the forward pass to bfloat16.
     bf16: bool = False
+    # Autocast of the forward pass to float16 with a scaled loss; not on a CPU.
     fp16: bool = False
     # Recompute the activations of every layer during backward: less memory for about a third more time.
     activation_checkpointing: bool = False
+    # Arguments of torch.utils.checkpoint, such as use_reentrant.
     activation_checkpointing_kwargs: Mapping[str, Any] = field(default_factory=dict)
     # Spread the base's layers over the processes with torch's fully_shard; experts stay whole in each.
     fsdp: bool = False
-    # The loss on the stage's validation samples, every eval_steps (below 1: a share of the stage) or every epoch.
+    # When the loss on the stage's validation samples is measured.
     eval_strategy: Literal["no", "steps", "epoch"] = "no"
+    # Steps between two validations; below 1: a share of the stage's steps.
     eval_steps: float | None = None
     # The weights with the lowest validation loss are those that a stage ends with.
     load_best_model_at_end: bool = False
     # Validations without a better loss after which a stage stops; 0 never stops early.
     early_stopping_patience: int = 0
+    # How much lower a validation loss has to be to count as better.
     early_stopping_threshold: float = 0.0
     # Steps between two entries of the trackers.
     logging_steps: float = 10.0
     # Trackers of accelerate, such as [tensorboard, wandb]; null: TensorBoard where it is installed; none: none.
     report_to: tuple[str, ...] | None = None
-    # A checkpoint inside a stage every so many steps (below 1: a share) or every epoch; "no": at the ends of stages.
+    # When a checkpoint inside a stage is saved; "no" saves at the ends of stages alone.
     save_strategy: Literal["no", "steps", "epoch"] = "steps"
+    # Steps between two checkpoints; below 1: a share of the stage's steps.
     save_steps: float = 200.0
     # Processes that prepare batches ahead; 0 prepares them between the steps.
     dataloader_num_workers: int = 0

@@ -20,7 +20,8 @@ from dmole.interruption import StopSignals
 from dmole.runner import run
 
 FAST = [
-    "--model", "tiny", "--method", "seq_ft", "--seed", "0", "--set", "threads=1", "--set", "training.per_device_train_batch_size=1",
+    "--model", "tiny", "--method", "seq_ft", "--seed", "0", "--set", "threads=1", 
+    "--set", "training.per_device_train_batch_size=1",
     "--set", "evaluation.max_new_tokens=3", "--set", "lora.rank=4", "--set", "heartbeat_seconds=0.05",
     "--set", "lora.dropout=0.2", "--set", "training.num_train_epochs=8", "--set", "training.save_strategy=no",
 ]  # fmt: skip
