@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -27,7 +26,8 @@ from transformers import (
     ProcessorMixin,
     SiglipVisionConfig,
 )
-from transformers.utils import logging
+
+from dmole.models.progress_bars import no_progress_bars
 
 WEIGHTS_FILE = "model.safetensors"
 PROCESSOR_FILE = "processor_config.json"
@@ -160,7 +160,7 @@ def load_model(folder: str | Path, *, candidates: Sequence[str] = ()) -> Multimo
             raise FileNotFoundError(
                 f"model: {folder / name} does not exist; expected a folder written by MultimodalModel.save."
             )
-    with _no_progress_bar():
+    with no_progress_bars():
         loaded: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     model, found = loaded
     missing, unexpected = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
@@ -174,15 +174,3 @@ def load_model(folder: str | Path, *, candidates: Sequence[str] = ()) -> Multimo
         processor=AutoProcessor.from_pretrained(folder),  # type: ignore[no-untyped-call]
         candidates=candidate_linears(model, candidates),
     )
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """transformers draws a bar over the weights, which would run through dmole's own display."""
-    drawn = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        if drawn:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -17,6 +17,7 @@ import torch
 from transformers.models.llava import LlavaProcessor
 
 from dmole.models.multimodal import MultimodalModel
+from dmole.models.progress_bars import no_progress_bars
 from mini_cmit.model.architecture import build_network, train_tokenizer
 from mini_cmit.model.image_processing import PixelImageProcessor
 from mini_cmit.model.processing import CHAT_TEMPLATE
@@ -60,7 +61,8 @@ def build_tiny_model(seed: int = 0, *, texts: Iterable[str] = (), side: int = 16
 def write_tiny_model(folder: Path, seed: int = 0, *, texts: Iterable[str] = (), side: int = 16) -> Path:
     """Writes the same model as a plain transformers folder, in float32, and returns the folder."""
     model = build_tiny_model(seed, texts=texts, side=side)
-    model.model.save_pretrained(folder)
+    with no_progress_bars():
+        model.model.save_pretrained(folder)
     model.processor.save_pretrained(folder)
     return folder
 

@@ -64,6 +64,7 @@ def test_a_seed_decides_the_weights_and_leaves_the_generator_alone() -> None:
     assert not all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_the_registered_folder_is_written_once() -> None:
+def test_the_registered_folder_is_written_once(capfd: pytest.CaptureFixture[str]) -> None:
     folder = tiny_folder()
     assert (folder / "model.safetensors").is_file() and tiny_folder() == folder
+    assert capfd.readouterr().err == "", "transformers' bars are not drawn through dmole's display"
