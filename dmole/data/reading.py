@@ -34,8 +34,8 @@ MINIMUM_TRAIN = 2
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _STREAM_KEYS = ("name", "tasks")
 _TASK_KEYS = ("name", "metric", "directory")
-_SAMPLE_KEYS = ("id", "image", "instruction", "answers", "options", "entities")
-_REQUIRED_KEYS = ("id", "image", "instruction", "answers")
+_SAMPLE_KEYS = ("id", "image", "images", "instruction", "answers", "options", "entities")
+_REQUIRED_KEYS = ("id", "instruction", "answers")
 
 
 class DataError(ValueError):
@@ -284,13 +284,17 @@ def _parse_sample(pairs: _Pairs, directory: Path) -> tuple[Sample | None, list[s
         else:
             values[key] = value
     complaints.extend(f"key {key!r} is missing" for key in _REQUIRED_KEYS if key not in values)
+    if "image" not in values and "images" not in values:
+        complaints.append("key 'image' is missing; expected a path, or images: a list of paths, [] for text alone")
+    elif "image" in values and "images" in values:
+        complaints.append("has both keys image and images; expected one of them")
     for key in ("id", "image", "instruction"):
         value = values.get(key, "-")
         if not isinstance(value, str):
             complaints.append(f"{key} is {_kind(value)}; expected a string")
         elif not value.strip():
             complaints.append(f"{key} is empty; expected some text")
-    for key, least in (("answers", 1), ("options", 2), ("entities", 0)):
+    for key, least in (("images", 0), ("answers", 1), ("options", 2), ("entities", 0)):
         if key in values:
             complaints.extend(_list_complaints(key, values[key], least))
     if complaints:
@@ -300,9 +304,10 @@ def _parse_sample(pairs: _Pairs, directory: Path) -> tuple[Sample | None, list[s
         complaints.append("options holds a text twice; expected distinct options")
     if len(options) > 26:
         complaints.append(f"options has {len(options)} entries; expected at most 26, one per letter")
+    shown = [values["image"]] if "image" in values else values["images"]
     sample = Sample(
         id=values["id"],
-        image=Path(os.path.abspath(directory / values["image"])),
+        images=tuple(Path(os.path.abspath(directory / image)) for image in shown),
         instruction=values["instruction"],
         answers=tuple(values["answers"]),
         options=options,
@@ -340,7 +345,8 @@ def _check_images(rows: Sequence[_Row], problems: _Problems, *, decode: bool) ->
     """Report every row whose image is missing or cannot be decoded; each file is opened once."""
     users: dict[Path, list[_Row]] = {}
     for row in rows:
-        users.setdefault(row.sample.image, []).append(row)
+        for image in dict.fromkeys(row.sample.images):
+            users.setdefault(image, []).append(row)
     with warnings.catch_warnings(), ThreadPoolExecutor(max_workers=4) as pool:
         # Pillow only warns about a suspiciously large picture; for an unattended run that is a defect of the data.
         warnings.simplefilter("error", Image.DecompressionBombWarning)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stream is a sequence of tasks; a task is three splits of samples; a sample is an image, an instruction and answers.
+"""A stream is a sequence of tasks; a task is three splits of samples; a sample is images, an instruction and answers.
 
 Plain frozen data, no behaviour beyond choosing an order and a size. `dmole.data.reading` makes streams from folders and
 has already rejected whatever could not be trained on or scored.
@@ -15,14 +15,14 @@ from dmole.metrics import METRICS
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One question about one image.
+    """One question about an image, several or none, in the order in which the prompt shows them.
 
     `answers[0]` is what training teaches; all answers are references at test. Multiple choice: `options` holds the
     texts, `answers[0]` the letter. `entities` names what the sample shows, so that leaks between splits can be found.
     """
 
     id: str
-    image: Path
+    images: tuple[Path, ...]
     instruction: str
     answers: tuple[str, ...]
     options: tuple[str, ...] = ()

@@ -31,7 +31,7 @@ def estimated(config: RunConfig, stream: Stream, model: MultimodalModel) -> Esti
 def test_the_sums_by_hand(
     toy_config: Callable[..., RunConfig], toy_stream: Stream, tiny_model: MultimodalModel
 ) -> None:
-    config = toy_config("methods=[seq_ft, finetune]", "training={epochs: 2, batch_size: 4}")
+    config = toy_config("methods=[seq_ft, finetune]", "training={num_train_epochs: 2, per_device_train_batch_size: 4}")
     got = estimated(config, toy_stream, tiny_model)
     # Three tasks of 10 training samples: 3 steps an epoch. Row 0 once, then 12 answers a row and 4.
     assert got.steps == 2 * 3 * 2 * 3

@@ -42,7 +42,7 @@ def test_comments_are_those_of_the_source() -> None:
         'One mask per layer is what a packed kernel wants; "per_expert" is what D-MoLE\'s public code draws.'
     )
     assert found["lora.dropout_mode"].kind == "shared, per_expert"
-    assert found["training.epochs_of"].kind == "integer by name"
+    assert found["training.epochs_of"].kind == "number by name"
     assert found["train_samples"].kind == "integer or none" and found["methods"].kind == "list of text"
     assert found["dmole.router"].section and found["dmole.router.top_k"].value == 2
     assert found["evaluation"].comment.startswith("Which stages are tested, and how answers are generated")
