@@ -23,12 +23,13 @@ from benchmarks.lora_providers import cpu_backends
 from benchmarks.machine import Machine
 from benchmarks.records import Row
 from benchmarks.timing import percentiles_ms
+from dmole.acceleration import make_accelerator
 from dmole.config import RunConfig
 from dmole.data.sample import Sample, Stream
 from dmole.evaluation import generation_queue, predict
 from dmole.methods import method_class
 from dmole.methods.base import Stage
-from dmole.models.multimodal import MultimodalModel
+from dmole.models.vision_language import VisionLanguageModel
 from dmole.plan import fresh_copy
 from dmole.training import Profile, StageTraining, stage_steps
 from dmole_kernels.testing import threads as with_threads
@@ -47,7 +48,7 @@ class Side:
 
     backend: str
     config: RunConfig
-    model: MultimodalModel
+    model: VisionLanguageModel
     samples: dict[str, list[float]] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
     operators: list[str] = field(default_factory=list)
@@ -93,8 +94,8 @@ def forced_backend(name: str) -> contextlib.AbstractContextManager[object]:
 
 
 def play(
-    config: RunConfig, stream: Stream, model: MultimodalModel, *, stages: int, steps: int | None, batches: int | None,
-    backends: Sequence[str], profiled: int = 0,
+    config: RunConfig, stream: Stream, model: VisionLanguageModel, *, stages: int, steps: int | None,
+    batches: int | None, backends: Sequence[str], profiled: int = 0,
 ) -> list[Side]:  # fmt: skip
     """Runs the first `stages` stages; of each, at most `steps` training steps and `batches` test batches.
 
@@ -163,7 +164,8 @@ def _step(side: Side) -> Callable[[], None]:
 
 def _predict(side: Side, items: Sequence[tuple[str, Sample]]) -> Callable[[], None]:
     def work() -> None:
-        for _ in predict(side.method, [items], side.config.evaluation, profile=side.profile):
+        accelerator = make_accelerator(side.config.training)
+        for _ in predict(side.method, [items], side.config.evaluation, accelerator, profile=side.profile):
             pass
 
     return work
@@ -242,7 +244,7 @@ def mini_demo(
 
     config = mini_small()
     console = Console(stderr=True)
-    model = open_model(config.model)
+    model = open_model(config)
     stream = open_stream(config.stream, console).limit(
         train=config.train_samples, validation=config.validation_samples, test=config.test_samples
     )

@@ -29,7 +29,7 @@ from dmole_kernels import GradNormRecorder, MultiLoRALinear
 if TYPE_CHECKING:
     from dmole.data.collate import Batch
     from dmole.data.sample import Sample
-    from dmole.models.multimodal import MultimodalModel
+    from dmole.models.vision_language import VisionLanguageModel
 
 BudgetUnit = Literal["linear", "layer"]
 Candidates = Mapping[str, Sequence[str]]
@@ -176,18 +176,18 @@ def proxy_subset(
 
 
 def layer_scores(
-    mm: MultimodalModel,
+    vlm: VisionLanguageModel,
     samples: Sequence[Sample],
     *,
-    loss: Callable[[nn.Module, Batch], Tensor],
+    loss: Callable[[VisionLanguageModel, Batch], Tensor],
     candidates: Candidates | None = None,
     batch_size: int = 8,
     method: Literal["exact", "sketch"] = "exact",
 ) -> dict[str, dict[str, float]]:
     """Equals ``{tower: {linear: ||sum_b dL_b/dW||_F + ||sum_b dL_b/db||}}`` over the batches b of ``samples`` (Eq. 3).
 
-    L_b is ``loss(model, batch)``, the mean cross-entropy over the batch's answer tokens (`methods.base.answer_loss`).
-    Experts that are attached stay out: no gates are set. ``candidates`` is all of ``mm.candidates`` unless given.
+    L_b is ``loss(vlm, batch)``, the mean cross-entropy over the batch's answer tokens (`methods.base.answer_loss`).
+    Experts that are attached stay out: no gates are set. ``candidates`` is all of ``vlm.candidates`` unless given.
 
     Several processes share the batches and sum the gradients before the norm is taken.
 
@@ -196,18 +196,18 @@ def layer_scores(
 
     Raises ValueError for no samples, and for candidates that no batch calls or whose weight another module shares.
     """
-    towers = mm.candidates if candidates is None else candidates
+    towers = vlm.candidates if candidates is None else candidates
     if not samples:
         raise ValueError("samples: got none; expected at least one sample to score the layers on.")
     if batch_size < 1:
         raise ValueError(f"proxy_batch_size: got {batch_size}; expected at least 1.")
-    linears = {name: _base_linear(mm.model, name) for names in towers.values() for name in names}
-    recorder = GradNormRecorder(linears, quantity="accumulated", method=method, model=mm.model)
-    with as_pretrained(mm.model), recorder:
+    linears = {name: _base_linear(vlm.model, name) for names in towers.values() for name in names}
+    recorder = GradNormRecorder(linears, quantity="accumulated", method=method, model=vlm.model)
+    with as_pretrained(vlm.model), recorder:
         number, processes = process()
         for piece in pieces_of(range(len(samples)), batch_size, process=number, processes=processes):
-            batch = collate(mm, [samples[place] for place in piece.places], with_answers=True).to(mm.model.device)
-            value = loss(mm.model, batch)
+            batch = collate(vlm, [samples[place] for place in piece.places], with_answers=True).to(vlm.model.device)
+            value = loss(vlm, batch)
             torch.autograd.backward(value if piece.counts else 0.0 * value)
         if processes > 1:
             recorder.reduce_()

@@ -26,7 +26,7 @@ from dmole.training_settings import TrainingSettings
 
 if TYPE_CHECKING:
     from dmole.data.sample import Sample
-    from dmole.models.multimodal import MultimodalModel
+    from dmole.models.vision_language import VisionLanguageModel
 
 
 def permutation(count: int, *, seed: int, stage: int, epoch: int) -> list[int]:
@@ -106,18 +106,18 @@ class _Samples(Dataset["Sample"]):
 
 
 def load(
-    mm: MultimodalModel, samples: Sequence[Sample], pieces: Sequence[Sequence[int]], *, workers: int
+    vlm: VisionLanguageModel, samples: Sequence[Sample], pieces: Sequence[Sequence[int]], *, workers: int
 ) -> Iterator[Batch]:
     """One batch with answers, on the CPU, for each of `pieces`; by `workers` processes ahead of time if not 0."""
     if workers == 0:
         for places in pieces:
-            yield collate(mm, [samples[place] for place in places], with_answers=True)
+            yield collate(vlm, [samples[place] for place in places], with_answers=True)
         return
     loader = DataLoader(
         _Samples(samples),
         batch_sampler=pieces,  # type: ignore[arg-type]
         num_workers=workers,
-        collate_fn=_Collating(mm),
+        collate_fn=_Collating(vlm),
         # Its own: a loader draws a seed when it starts, and dropout draws from the global generator.
         generator=torch.Generator(device="cpu").manual_seed(0),
     )
@@ -125,11 +125,11 @@ def load(
 
 
 class _Collating:
-    def __init__(self, mm: MultimodalModel) -> None:
-        self.mm = mm
+    def __init__(self, vlm: VisionLanguageModel) -> None:
+        self.vlm = vlm
 
     def __call__(self, samples: list[Sample]) -> Batch:
-        return collate(self.mm, samples, with_answers=True)
+        return collate(self.vlm, samples, with_answers=True)
 
 
 def answer_tokens(batch: Batch) -> int:

@@ -29,6 +29,7 @@ import yaml
 
 from dmole.config_error import ConfigError, require
 from dmole.method_settings import DMoLESettings
+from dmole.models.declaration import Declaration, read_declaration
 from dmole.training_settings import RENAMED, TrainingSettings
 
 T = TypeVar("T")
@@ -82,8 +83,6 @@ class EvaluationSettings:
     top_p: float = 1.0
     # Sampling: names the random numbers, with the task and the sample's id. Every stage draws the same ones.
     seed: int = 0
-    # Autocast of generation to bfloat16.
-    bf16: bool = False
 
     def __post_init__(self) -> None:
         size = self.per_device_eval_batch_size
@@ -147,6 +146,16 @@ class RunConfig:
     stream: str = "mini"
     # A folder in transformers' format, "mini" for the small model of this package, "tiny" for random test weights.
     model: str = "mini"
+    # The dtype of the model's weights, such as bfloat16; none: as in the checkpoint. Experts are float32 either way.
+    dtype: str | None = None
+    # Where from_pretrained puts the weights, such as auto; none: on the device that accelerate chooses.
+    device_map: str | None = None
+    # int8: weights are quantised by torchao when they are loaded. A model that was saved quantised needs nothing here.
+    quantization: Literal["int8"] | None = None
+    # Identify the model by every byte of its weights; without it, those above 1 GiB are by their headers and commit.
+    hash_weights: bool = False
+    # What the rules cannot find out about the model; `dmole inspect --check` says whether they are right.
+    declaration: Declaration = field(default_factory=Declaration)
     # Which methods learn the stream, one after another.
     methods: tuple[str, ...] = ("dmole", "seq_ft")
     # One run of each method per seed.
@@ -313,6 +322,9 @@ def _build(kind: type[Any], plain: object, where: str, **given: Any) -> Any:
 def _convert(hint: Any, value: object, path: str) -> Any:
     """`value` as the type `hint`, or a `ConfigError` at `path`. Nothing is guessed: '3' is no integer."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Declaration:
+        require(isinstance(value, Mapping), path, value, "a mapping of fields")
+        return read_declaration(typing.cast(Mapping[str, Any], value))
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None

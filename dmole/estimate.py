@@ -27,15 +27,16 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from dmole.acceleration import make_accelerator
 from dmole.batches import samples_per_step
-from dmole.config import EvaluationSettings, RunConfig
+from dmole.config import RunConfig
 from dmole.data.collate import collate
 from dmole.data.sample import Sample, Stream
 from dmole.doctor import memory_gib
 from dmole.environment import peak_memory_gib
 from dmole.generation import generate
 from dmole.methods.base import Stage, answer_loss
-from dmole.models.multimodal import MultimodalModel
+from dmole.models.vision_language import VisionLanguageModel
 from dmole.plan import RunPlan
 from dmole.progress import Costs, clock
 from dmole.training import stage_steps
@@ -98,7 +99,7 @@ class Estimate:
         return found
 
 
-def measure(model: MultimodalModel, stream: Stream, config: RunConfig) -> Rates:
+def measure(model: VisionLanguageModel, stream: Stream, config: RunConfig) -> Rates:
     """Time a training batch and a generation batch of `stream` on the pretrained model. Changes no weight."""
     device = model.model.device.type
     if device == "cuda":
@@ -106,7 +107,7 @@ def measure(model: MultimodalModel, stream: Stream, config: RunConfig) -> Rates:
     train = _first([task.train for task in stream.tasks], config.training.per_device_train_batch_size)
     test = _first([task.test for task in stream.tasks], config.evaluation.per_device_eval_batch_size)
     step = _timed(lambda samples: _train(model, samples, config), train, device)
-    answer = _timed(lambda samples: _answer(model, samples, config.evaluation), test, device)
+    answer = _timed(lambda samples: _answer(model, samples, config), test, device)
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else peak_memory_gib() * GIB
     return Rates(trained_sample=step / len(train), answer=answer / len(test), peak_bytes=peak, device=device)
 
@@ -132,22 +133,23 @@ def _timed(work: Callable[[Sequence[Sample]], None], samples: Sequence[Sample], 
     return time.perf_counter() - start
 
 
-def _train(model: MultimodalModel, samples: Sequence[Sample], config: RunConfig) -> None:
+def _train(model: VisionLanguageModel, samples: Sequence[Sample], config: RunConfig) -> None:
     # transformers does not type the two hooks.
     net = cast(Any, model.model)
     # As with experts, gradients pass through every layer and reach no pretrained weight.
     net.enable_input_require_grads()
     try:
-        with torch.autocast(net.device.type, torch.bfloat16, enabled=config.training.bf16):
-            loss = answer_loss(net, collate(model, samples, with_answers=True))
+        with make_accelerator(config.training).autocast():
+            loss = answer_loss(model, collate(model, samples, with_answers=True))
         torch.autograd.backward(loss)
     finally:
         net.disable_input_require_grads()
 
 
-def _answer(model: MultimodalModel, samples: Sequence[Sample], settings: EvaluationSettings) -> None:
+def _answer(model: VisionLanguageModel, samples: Sequence[Sample], config: RunConfig) -> None:
     batch = collate(model, samples, with_answers=False)
-    generate(model, batch, settings, [str(number) for number in range(len(samples))])
+    with make_accelerator(config.training).autocast():
+        generate(model, batch, config.evaluation, [str(number) for number in range(len(samples))])
 
 
 def trained_weights(model: nn.Module, config: RunConfig, candidates: dict[str, tuple[str, ...]]) -> int:
@@ -161,7 +163,7 @@ def estimate(
     plans: Sequence[RunPlan],
     stages: dict[Path, list[Stage]],
     config: RunConfig,
-    model: MultimodalModel,
+    model: VisionLanguageModel,
     rates: Rates,
 ) -> Estimate:
     """The costs of `plans` at these rates."""

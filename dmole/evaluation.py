@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from accelerate import Accelerator
 
 from dmole.config import EvaluationSettings
 from dmole.data.collate import collate
@@ -27,7 +28,7 @@ from dmole.seeding import derived_generator
 from dmole.training import Profile
 
 if TYPE_CHECKING:
-    from dmole.models.multimodal import MultimodalModel
+    from dmole.models.vision_language import VisionLanguageModel
 
 SORTING_WINDOW = 4  # batches
 
@@ -83,7 +84,9 @@ def final_rows(stages: Sequence[Stage], tasks: Sequence[str]) -> dict[str, int]:
     return {task: max((stage.row for stage in stages if task in stage.evaluates), default=0) for task in tasks}
 
 
-def generation_queue(mm: MultimodalModel, tasks: Sequence[Task], batch_size: int) -> list[list[tuple[str, Sample]]]:
+def generation_queue(
+    vlm: VisionLanguageModel, tasks: Sequence[Task], batch_size: int
+) -> list[list[tuple[str, Sample]]]:
     """Every test sample once, as batches of (task name, sample); the same for every method and stage.
 
     >>> # tasks of 4 and 2 samples, batch_size 3 -> e.g. [[a2, b1, a4], [b2, a1, a3]]
@@ -91,7 +94,8 @@ def generation_queue(mm: MultimodalModel, tasks: Sequence[Task], batch_size: int
     items = [(task.name, sample) for task in tasks for sample in task.test]
     generator = derived_generator("generation queue", len(items))
     order = torch.randperm(len(items), generator=generator, device="cpu").tolist()
-    lengths = [len(mm.prompt_ids(sample.instruction)) for _, sample in items]
+    # By images first: what pads a batch most.
+    lengths = [(len(sample.images), len(vlm.tokenizer.tokenize(sample.instruction))) for _, sample in items]
     window = batch_size * SORTING_WINDOW
     batches: list[list[tuple[str, Sample]]] = []
     for start in range(0, len(order), window):
@@ -103,18 +107,23 @@ def generation_queue(mm: MultimodalModel, tasks: Sequence[Task], batch_size: int
 
 
 def predict(
-    method: Method, queue: Sequence[Sequence[tuple[str, Sample]]], settings: EvaluationSettings, *, profile: Profile
+    method: Method,
+    queue: Sequence[Sequence[tuple[str, Sample]]],
+    settings: EvaluationSettings,
+    accelerator: Accelerator,
+    *,
+    profile: Profile,
 ) -> Iterator[list[Prediction]]:
-    """The predictions of each batch of the queue, in order."""
-    method.mm.model.train(False)
+    """The predictions of each batch of the queue, in order, in the precision of `accelerator.autocast`."""
+    method.vlm.model.train(False)
     for items in queue:
         with torch.inference_mode():
             with profile.part("evaluation_data"):
-                batch = collate(method.mm, [sample for _, sample in items], with_answers=False)
-                batch = batch.to(method.mm.model.device)
+                batch = collate(method.vlm, [sample for _, sample in items], with_answers=False)
             with profile.part("evaluation_generate"), method.evaluation_gates(batch) as routing:
                 names = [f"{task}/{sample.id}" for task, sample in items]
-                answers = generate(method.mm, batch, settings, names)
+                with accelerator.autocast():
+                    answers = generate(method.vlm, batch, settings, names)
         routes: Sequence[tuple[str, ...] | None] = [None] * len(items) if routing is None else routing.chosen
         yield [
             Prediction(task=task, id=sample.id, text=answer.text, route=route, cut=answer.cut)
@@ -145,6 +154,7 @@ def evaluate(
     tasks: Sequence[Task],
     queue: Sequence[Sequence[tuple[str, Sample]]],
     settings: EvaluationSettings,
+    accelerator: Accelerator,
     *,
     profile: Profile,
     after_batch: Callable[[int], None] = lambda samples: None,
@@ -155,9 +165,11 @@ def evaluate(
     number of forward passes that depends on the answers, and a forward pass needs every process.
     """
     number, processes = process()
-    split = processes > 1 and not is_sharded(method.mm.model)
+    split = processes > 1 and not is_sharded(method.vlm.model)
     predictions: list[Prediction] = []
-    for answered in predict(method, queue[number::processes] if split else queue, settings, profile=profile):
+    for answered in predict(
+        method, queue[number::processes] if split else queue, settings, accelerator, profile=profile
+    ):
         predictions += answered
         after_batch(len(answered))
     if split:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ from dmole.seeding import derived_generator
 
 if TYPE_CHECKING:
     from dmole.data.collate import Batch
-    from dmole.models.multimodal import MultimodalModel
+    from dmole.models.vision_language import VisionLanguageModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,15 +59,15 @@ class SampleNoise(LogitsProcessor):
         return cast(torch.FloatTensor, scores + noise_BV.to(scores.device))
 
 
-def generation_config(mm: MultimodalModel, settings: EvaluationSettings) -> GenerationConfig:
+def generation_config(vlm: VisionLanguageModel, settings: EvaluationSettings) -> GenerationConfig:
     """The GenerationConfig of an evaluation.
 
     What `evaluation:` names takes precedence over the model's own generation_config.json. Sampling is done by
     `SampleNoise`, so `do_sample` is off here. transformers takes what is not named from the model's file, for example
     tokens that it suppresses.
     """
-    ends = end_tokens(mm)
-    pad = mm.tokenizer.pad_token_id
+    ends = sorted(vlm.end_token_ids)
+    pad = vlm.tokenizer.pad_token_id
     # transformers does not type its constructor.
     return GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=settings.max_new_tokens,
@@ -80,19 +80,6 @@ def generation_config(mm: MultimodalModel, settings: EvaluationSettings) -> Gene
         eos_token_id=ends,
         pad_token_id=ends[0] if pad is None else pad,
     )
-
-
-def end_tokens(mm: MultimodalModel) -> list[int]:
-    """The ids of the tokens that end an answer: those of the model's generation_config.json, and the tokenizer's."""
-    own = getattr(mm.model.generation_config, "eos_token_id", None)
-    listed = own if isinstance(own, list) else [own]
-    ends = [int(end) for end in (*listed, mm.tokenizer.eos_token_id) if end is not None]
-    if not ends:
-        raise ValueError(
-            "end token: got none from the model's generation_config.json and none from the tokenizer; expected one, "
-            "without which no answer ends. Set tokenizer.eos_token and save the model again."
-        )
-    return list(dict.fromkeys(ends))
 
 
 def sampling(settings: EvaluationSettings, names: Sequence[str]) -> LogitsProcessorList:
@@ -110,7 +97,9 @@ def sampling(settings: EvaluationSettings, names: Sequence[str]) -> LogitsProces
 
 
 @torch.inference_mode()
-def generate(mm: MultimodalModel, batch: Batch, settings: EvaluationSettings, names: Sequence[str]) -> list[Answer]:
+def generate(
+    vlm: VisionLanguageModel, batch: Batch, settings: EvaluationSettings, names: Sequence[str]
+) -> list[Answer]:
     """The answer to each left-padded prompt of `batch`, in its order.
 
     Args:
@@ -121,23 +110,19 @@ def generate(mm: MultimodalModel, batch: Batch, settings: EvaluationSettings, na
     """
     if len(names) != len(batch.samples):
         raise ValueError(f"names: got {len(names)} for {len(batch.samples)} samples; expected one each.")
-    model = mm.model
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=settings.bf16):
-        # Its annotation asks for a protocol that transformers' own models do not satisfy.
-        output = cast(Any, model).generate(
-            input_ids=batch.input_ids.to(model.device),
-            attention_mask=batch.attention_mask.to(model.device),
-            pixel_values=batch.pixel_values.to(model.device),
-            generation_config=generation_config(mm, settings),
-            logits_processor=sampling(settings, names),
-        )
-    return _answers(mm, cast(Tensor, output)[:, batch.input_ids.shape[1] :])
+    model = vlm.model
+    output = model.generate(
+        **vlm.on_device(batch.encoded.inputs),
+        generation_config=generation_config(vlm, settings),
+        logits_processor=sampling(settings, names),
+    )
+    return _answers(vlm, cast(Tensor, output)[:, batch.input_ids.shape[1] :])
 
 
-def _answers(mm: MultimodalModel, tokens_BT: Tensor) -> list[Answer]:
-    ends = set(end_tokens(mm))
+def _answers(vlm: VisionLanguageModel, tokens_BT: Tensor) -> list[Answer]:
+    ends = vlm.end_token_ids
     answers = []
     for ids in tokens_BT.tolist():
         length = next((place for place, token in enumerate(ids) if token in ends), None)
-        answers.append(Answer(text=mm.decode(ids[:length]), cut=length is None))
+        answers.append(Answer(text=vlm.decode(ids[:length]), cut=length is None))
     return answers

@@ -11,25 +11,41 @@ import copy
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from dmole import checkpoint
 from dmole.batches import samples_per_step
 from dmole.config import ORDER_HELP, RunConfig, fingerprint
 from dmole.config_error import ConfigError
+from dmole.data.collate import conversation
 from dmole.data.sample import Stream
 from dmole.evaluation import evaluated_stages
 from dmole.methods import method_class
 from dmole.methods.base import JSON, Stage
-from dmole.models.multimodal import MultimodalModel
+from dmole.models.chat_template import Conversation
+from dmole.models.prompt_checks import check_conversations
+from dmole.models.vision_language import VisionLanguageModel
 from dmole.progress import Costs
 from dmole.seeding import derived_generator
 from dmole.training import check_validation, stage_steps
 from dmole.training_settings import WITHOUT_EFFECT
+
+# What decides the numbers of every method's runs. Where results go and how often state is saved changes none.
+SHARED_SETTINGS = (
+    "training",
+    "evaluation",
+    "lora",
+    "candidates",
+    "threads",
+    "declaration",
+    "dtype",
+    "quantization",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +65,7 @@ class RunPlan:
         return fingerprint(self.identity)
 
 
-def plan_runs(config: RunConfig, stream: Stream, model: MultimodalModel, *, processes: int = 1) -> list[RunPlan]:
+def plan_runs(config: RunConfig, stream: Stream, model: VisionLanguageModel, *, processes: int = 1) -> list[RunPlan]:
     """Every (order, seed, method) of the configuration, in the order in which they run.
 
     processes: how many train together; a step sees so many times the samples of one.
@@ -57,10 +73,9 @@ def plan_runs(config: RunConfig, stream: Stream, model: MultimodalModel, *, proc
     for name in config.training.epochs_of:
         if name not in stream.task_names:
             raise ConfigError(f"training.epochs_of has {name!r}; expected a task of {', '.join(stream.task_names)}.")
-    base, data, inputs = checkpoint.weights_digest(model.model), stream_digest(stream), model.inputs_digest()
+    base, data, inputs = _base_digest(model, config), stream_digest(stream), model.inputs_digest()
     plain = config.to_dict()
-    # Where results go and how often state is saved changes no number.
-    shared = {key: plain[key] for key in ("training", "evaluation", "lora", "candidates", "threads")}
+    shared = {key: plain[key] for key in SHARED_SETTINGS}
     shared["training"] = {key: value for key, value in plain["training"].items() if key not in WITHOUT_EFFECT}
     plans: list[RunPlan] = []
     for order in config.orders:
@@ -123,20 +138,29 @@ def stream_digest(stream: Stream) -> str:
     for task in sorted(stream.tasks, key=lambda task: task.name):
         for split in ("train", "validation", "test"):
             for sample in getattr(task, split):
-                if sample.image not in images:
-                    # Its bytes and not its name: a picture drawn anew under the old name is other data.
-                    images[sample.image] = checkpoint.file_digest(sample.image)
-                parts = (task.name, task.metric, split, sample.id, images[sample.image], sample.instruction)
+                for image in sample.images:
+                    if image not in images:
+                        # Its bytes and not its name: a picture drawn anew under the old name is other data.
+                        images[image] = checkpoint.file_digest(image)
+                shown = [images[image] for image in sample.images]
+                parts = (task.name, task.metric, split, sample.id, shown, sample.instruction)
                 digest.update(json.dumps([*parts, sample.answers, sample.options]).encode())
     return digest.hexdigest()
 
 
-def fresh_copy(model: MultimodalModel) -> MultimodalModel:
-    """The same base with its own weights and modules: methods change the network they are given."""
-    return dataclasses.replace(model, model=copy.deepcopy(model.model))
+def fresh_copy(vlm: VisionLanguageModel) -> VisionLanguageModel:
+    """The same base with modules of its own and shared weights: methods exchange modules of the network that they are
+    given, and write to no weight that they have not replaced."""
+    shared = {id(tensor): tensor for tensor in (*vlm.model.parameters(), *vlm.model.buffers())}
+    return dataclasses.replace(vlm, model=copy.deepcopy(vlm.model, shared))
 
 
-def check_plan(plan: RunPlan, config: RunConfig, model: MultimodalModel) -> list[Stage]:
+def _base_digest(vlm: VisionLanguageModel, config: RunConfig) -> str:
+    identity = vlm.base_identity(full=True if config.hash_weights else None)
+    return str(identity["sha256"] if identity["commit"] is None else f"{identity['sha256']}@{identity['commit']}")
+
+
+def check_plan(plan: RunPlan, config: RunConfig, model: VisionLanguageModel) -> list[Stage]:
     """The stages of a run; raises ValueError for whatever would fail hours into it."""
     method = method_class(plan.method)(fresh_copy(model), config.method_settings(plan.method), seed=plan.seed)
     method.check(plan.stream)
@@ -151,42 +175,33 @@ def check_plan(plan: RunPlan, config: RunConfig, model: MultimodalModel) -> list
     return evaluated_stages(stages, config.evaluation.stages)
 
 
-def check_lengths(stream: Stream, model: MultimodalModel, max_new_tokens: int) -> None:
-    """Raise `ConfigError` for a sample that is longer than the model's positions, or that holds a special token.
+def check_samples(stream: Stream, vlm: VisionLanguageModel, max_new_tokens: int) -> None:
+    """Raise `ConfigError` for a sample that cannot be trained on or answered: longer than the model's positions, with a
+    special token in its text, or with a reference that takes more than `max_new_tokens` tokens.
 
-    And for a test answer that has more than `max_new_tokens` tokens, its end included: no generated answer could be it.
-
-    "<image>" in an instruction, as other projects' files have it, would stand for an image token that no image fills.
+    Of images the sizes alone are read.
     """
-    room = int(model.model.config.get_text_config().max_position_embeddings)
-    special = {number: token.content for number, token in model.tokenizer.added_tokens_decoder.items() if token.special}
-    frame = len(model.prompt_ids("")) - len(model.text_ids(""))
-    for task in stream.tasks:
-        for split, samples in (("train", task.train), ("test", task.test)):
-            for sample in samples:
-                instruction = model.text_ids(sample.instruction)
-                taught = [] if split == "test" else model.text_ids(sample.answers[0])
-                for what, ids in (("instruction", instruction), ("answer", taught)):
-                    if found := [special[number] for number in ids if number in special]:
-                        raise ConfigError(
-                            f"{task.name}/{split} sample {sample.id!r} has the model's special token {found[0]!r} in "
-                            f"its {what}; expected plain text. Remove it: the prompt puts the image in front itself."
-                        )
-                if split == "test":
-                    longest = max((len(model.answer_ids(answer)), answer) for answer in sample.answers)
-                    if longest[0] > max_new_tokens:
-                        raise ConfigError(
-                            f"{task.name}/test sample {sample.id!r} has the answer {longest[1]!r}, which takes "
-                            f"{longest[0]} tokens with its end; evaluation.max_new_tokens is {max_new_tokens}, so "
-                            f"every generated answer would be cut before it. Raise it to at least {longest[0]}."
-                        )
-                answer = max_new_tokens if split == "test" else len(model.answer_ids(sample.answers[0]))
-                length = frame + len(instruction) + answer
-                if length > room:
-                    raise ConfigError(
-                        f"{task.name}/{split} sample {sample.id!r} takes {length} tokens with its answer; the model "
-                        f"has {room} positions. Shorten the instruction or lower evaluation.max_new_tokens."
-                    )
+
+    def conversations(split: str) -> Iterator[tuple[str, Conversation]]:
+        for task in stream.tasks:
+            for sample in getattr(task, split):
+                shown = [_Unread(path) for path in sample.images]
+                for answer in sample.answers[:1] if split == "train" else sample.answers:
+                    yield f"{task.name}/{split} sample {sample.id!r}", conversation(sample, answer, images=shown)
+
+    for split, limit in (("train", None), ("validation", None), ("test", max_new_tokens)):
+        check_conversations(
+            vlm.processor, conversations(split), vlm.model.config, declaration=vlm.declaration, max_new_tokens=limit
+        )
+
+
+class _Unread(Image.Image):
+    """An image file of which only the header is read."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        with Image.open(path) as image:
+            self._size = image.size
 
 
 def check_folder(plan: RunPlan) -> None:

@@ -31,7 +31,7 @@ def mini() -> RunConfig:
         seeds=(0, 1, 2),
         lora=LoraSettings(rank=16, alpha=32.0, dropout=0.0),
         training=TrainingSettings(num_train_epochs=2.0, per_device_train_batch_size=16, learning_rate=2e-3, bf16=True),
-        evaluation=EvaluationSettings(per_device_eval_batch_size=64, max_new_tokens=32, bf16=True),
+        evaluation=EvaluationSettings(per_device_eval_batch_size=64, max_new_tokens=32),
         test_samples=100,
         # A hundred epochs make the error a tenth smaller and the router four times as slow.
         options={"dmole": DMoLESettings(router=RouterSettings(epochs=30))},

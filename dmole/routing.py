@@ -27,58 +27,41 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dmole.data.collate import collate
 from dmole.method_settings import RouterSettings
 from dmole.models.adapters import as_pretrained
-from dmole_kernels import masked_max_pool, router_score, router_select
+from dmole.models.towers import VISION
+from dmole_kernels import router_score, router_select
 
 if TYPE_CHECKING:
     from dmole.data.sample import Sample
-    from dmole.models.multimodal import MultimodalModel
+    from dmole.models.vision_language import VisionLanguageModel
 
 # The public code lets a second expert in when it has this share of the batch's votes.
 SECOND_VOTE_SHARE = 0.3
 
 
-def router_features(mm: MultimodalModel, samples: Sequence[Sample], *, batch_size: int = 32) -> Tensor:
+def router_features(vlm: VisionLanguageModel, samples: Sequence[Sample], *, batch_size: int = 32) -> Tensor:
     """z_ND: ``normalise([max_t vision_BTD ; max_t text_BTD])``, L2-normalised rows, fp32, without a graph.
 
-    The text is the instruction alone (no image, no answer). Call it outside any gates: experts have to be off.
+    The text is the instruction alone (no image, no answer). A sample without images has zeros for the vision tower, and
+    a model without one has the text alone. Call it outside any gates: experts have to be off.
     """
     chunks: list[Tensor] = []
-    with torch.no_grad(), as_pretrained(mm.model):
+    with torch.no_grad(), as_pretrained(vlm.model):
         for start in range(0, len(samples), batch_size):
             chunk = samples[start : start + batch_size]
-            input_ids, attention_mask = _instructions(mm, chunk)
-            device = mm.model.device
-            vision_BTD = mm.vision_features(mm.pixel_values([sample.image for sample in chunk]).to(device))
-            text_BTD = mm.text_features(input_ids.to(device), attention_mask.to(device))
-            every_token = torch.ones(vision_BTD.shape[:2], dtype=torch.bool, device=device)
-            z_BD = torch.cat(
-                [
-                    masked_max_pool(vision_BTD.float(), every_token),
-                    masked_max_pool(text_BTD.float(), attention_mask.to(device).bool()),
-                ],
-                dim=1,
-            )
-            chunks.append(F.normalize(z_BD, dim=1))
+            parts_BD = []
+            if VISION in vlm.towers:
+                batch = collate(vlm, chunk, with_answers=False)
+                parts_BD.append(vlm.vision_features(batch.encoded)[0])
+            try:
+                parts_BD.append(vlm.text_features([sample.instruction for sample in chunk]))
+            except ValueError as error:
+                raise ValueError(f"samples {chunk[0].id!r} to {chunk[-1].id!r}: {error}") from error
+            device = parts_BD[0].device
+            chunks.append(F.normalize(torch.cat([part_BD.to(device) for part_BD in parts_BD], dim=1), dim=1))
     return torch.cat(chunks) if chunks else torch.empty(0, 0, device="cpu")
-
-
-def _instructions(mm: MultimodalModel, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
-    rows = [mm.text_ids(sample.instruction) for sample in samples]
-    for sample, row in zip(samples, rows, strict=True):
-        if not row:
-            raise ValueError(
-                f"sample {sample.id!r}: got an instruction without a token ({sample.instruction!r}); expected text, "
-                f"which the router reads. Write an instruction."
-            )
-    width = max(len(row) for row in rows)
-    input_ids = torch.full((len(rows), width), int(mm.tokenizer.pad_token_id or 0), device="cpu")
-    attention_mask = torch.zeros_like(input_ids)
-    for i, row in enumerate(rows):
-        input_ids[i, : len(row)] = torch.tensor(row, device="cpu")
-        attention_mask[i, : len(row)] = 1
-    return input_ids, attention_mask
 
 
 class FeatureStore:
@@ -89,10 +72,10 @@ class FeatureStore:
     of the batch in which it came first. Every stage tests the same batches, so each is computed once a run.
     """
 
-    def __init__(self, mm: MultimodalModel, *, batch_size: int = 32) -> None:
-        self._mm = mm
+    def __init__(self, vlm: VisionLanguageModel, *, batch_size: int = 32) -> None:
+        self._vlm = vlm
         self._batch_size = batch_size
-        self._kept: dict[tuple[int, tuple[tuple[str, str], ...]], Tensor] = {}
+        self._kept: dict[tuple[int, tuple[tuple[tuple[str, ...], str], ...]], Tensor] = {}
 
     def __len__(self) -> int:
         """How many batches are kept."""
@@ -100,9 +83,12 @@ class FeatureStore:
 
     def features(self, samples: Sequence[Sample]) -> Tensor:
         """z_ND of the samples, in their order."""
-        key = (torch.get_num_threads(), tuple((str(sample.image), sample.instruction) for sample in samples))
+        key = (
+            torch.get_num_threads(),
+            tuple((tuple(map(str, sample.images)), sample.instruction) for sample in samples),
+        )
         if key not in self._kept:
-            self._kept[key] = router_features(self._mm, samples, batch_size=self._batch_size)
+            self._kept[key] = router_features(self._vlm, samples, batch_size=self._batch_size)
         # A copy: the caller may write into it.
         return self._kept[key].clone()
 

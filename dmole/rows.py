@@ -19,6 +19,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 
+from dmole.acceleration import make_accelerator
 from dmole.arithmetic import arithmetic
 from dmole.checkpoint import CheckpointError
 from dmole.config import RunConfig, fingerprint
@@ -27,7 +28,7 @@ from dmole.evaluation import Evaluation, Prediction, evaluate, generation_queue
 from dmole.files import write_atomically
 from dmole.methods import method_class
 from dmole.methods.base import JSON
-from dmole.models.multimodal import MultimodalModel
+from dmole.models.vision_language import VisionLanguageModel
 from dmole.plan import RunPlan, fresh_copy
 from dmole.training import Profile
 
@@ -56,7 +57,9 @@ def shared_row_file(output: Path, plan: RunPlan) -> Path:
     Data, base model, image processor and tokenizer, settings of evaluation and threads; then the machine
     (`dmole.arithmetic`), the libraries and the source of this package.
     """
-    decides = {name: plan.identity[name] for name in ("stream", "base_weights", "inputs", "threads")}
+    names = ("stream", "base_weights", "inputs", "threads", "declaration", "dtype", "quantization")
+    decides = {name: plan.identity[name] for name in names}
+    decides["precision"] = {name: plan.identity["training"][name] for name in ("bf16", "fp16")}
     # Which stages are tested later does not change row 0.
     settings = plan.identity["evaluation"]
     decides["evaluation"] = {name: settings[name] for name in settings if name not in ("stages", "zero_shot")}
@@ -65,7 +68,7 @@ def shared_row_file(output: Path, plan: RunPlan) -> Path:
 
 
 def zero_shot_row(
-    plan: RunPlan, config: RunConfig, base: MultimodalModel, *, after_batch: Callable[[int], None]
+    plan: RunPlan, config: RunConfig, base: VisionLanguageModel, *, after_batch: Callable[[int], None]
 ) -> Evaluation:
     """Row 0, from its file in the output folder; measured first if there is none.
 
@@ -86,7 +89,8 @@ def zero_shot_row(
     tasks = sorted(plan.stream.tasks, key=lambda task: task.name)
     queue = generation_queue(base, tasks, config.evaluation.per_device_eval_batch_size)
     # A profile of its own: later runs read this row from its file, so it is in no run's time.
-    result = evaluate(method, tasks, queue, config.evaluation, profile=Profile(), after_batch=after_batch)
+    accelerator = make_accelerator(config.training)
+    result = evaluate(method, tasks, queue, config.evaluation, accelerator, profile=Profile(), after_batch=after_batch)
     body = row_bytes(result)
     everyone.wait_for_everyone()
     if everyone.is_main_process:

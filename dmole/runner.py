@@ -33,8 +33,8 @@ from dmole.config import RunConfig
 from dmole.estimate import estimate, measure
 from dmole.interruption import StopSignals
 from dmole.methods.base import Stage
-from dmole.models.multimodal import MultimodalModel
-from dmole.plan import RunPlan, check_folder, check_lengths, check_plan, plan_runs, work_units
+from dmole.models.vision_language import VisionLanguageModel
+from dmole.plan import RunPlan, check_folder, check_plan, check_samples, plan_runs, work_units
 from dmole.progress import Costs, RunProgress
 from dmole.results import write_summary
 from dmole.rows import ZERO_SHOT
@@ -57,14 +57,14 @@ def run(config: RunConfig, *, console: Console | None = None, fresh: bool = Fals
             console = Console(quiet=True)
         # What the first process builds and caches, the others read.
         with accelerator.main_process_first():
-            model = open_model(config.model)
+            model = open_model(config)
             stream = open_stream(config.stream, console).limit(
                 train=config.train_samples, validation=config.validation_samples, test=config.test_samples
             )
         place(model.model, accelerator)
         processes = accelerator.num_processes
         plans = plan_runs(config, stream, model, processes=processes)
-        check_lengths(stream, model, config.evaluation.max_new_tokens)
+        check_samples(stream, model, config.evaluation.max_new_tokens)
         stages = {plan.folder: check_plan(plan, config, model) for plan in plans}
         accelerator.wait_for_everyone()
         if fresh and accelerator.is_main_process:
@@ -108,7 +108,7 @@ def _announce(
     plans: Sequence[RunPlan],
     stages: dict[Path, list[Stage]],
     config: RunConfig,
-    model: MultimodalModel,
+    model: VisionLanguageModel,
     console: Console,
 ) -> Costs:
     """Print what the runs will cost, and what they would cost too much of; the measured costs of their work."""

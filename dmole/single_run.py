@@ -30,7 +30,7 @@ from dmole.files import write_atomically
 from dmole.interruption import StopSignals
 from dmole.methods import method_class
 from dmole.methods.base import JSON, Method, Stage
-from dmole.models.multimodal import MultimodalModel
+from dmole.models.vision_language import VisionLanguageModel
 from dmole.plan import RunPlan, fresh_copy
 from dmole.processes import shard
 from dmole.progress import RunProgress
@@ -74,7 +74,7 @@ class SingleRun:
     """One plan, from wherever its folder stands to its results. `base` is copied, not changed."""
 
     def __init__(
-        self, plan: RunPlan, config: RunConfig, base: MultimodalModel, progress: RunProgress, stop: StopSignals
+        self, plan: RunPlan, config: RunConfig, base: VisionLanguageModel, progress: RunProgress, stop: StopSignals
     ) -> None:
         self.plan = plan
         self.config = config
@@ -219,6 +219,7 @@ class SingleRun:
             tasks,
             queue,
             self.config.evaluation,
+            self.accelerator,
             profile=self.profile,
             after_batch=self._count_answers(
                 f"{label}: testing",

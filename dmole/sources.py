@@ -16,10 +16,12 @@ from typing import Literal
 
 from rich.console import Console
 
+from dmole.config import RunConfig
 from dmole.config_error import ConfigError
 from dmole.data.reading import read_stream
 from dmole.data.sample import Stream
-from dmole.models.multimodal import MultimodalModel, load_model
+from dmole.models.loading import load
+from dmole.models.vision_language import VisionLanguageModel
 
 Group = Literal["dmole.models", "dmole.streams"]
 
@@ -40,16 +42,35 @@ def open_stream(name: str, console: Console) -> Stream:
     return read_stream(Path(name))
 
 
-def open_model(name: str) -> MultimodalModel:
-    """A registered model, or a folder in transformers' format."""
+def open_model(config: RunConfig) -> VisionLanguageModel:
+    """The model of `model:`: a registered one, a folder in transformers' format, or a hub id; ready to be trained on.
+
+    Raises ConfigError for a name that is none of these, and for what `dmole.models.loading.load` and
+    `VisionLanguageModel.ready` refuse.
+    """
     known = registered("dmole.models")
+    name = config.model
     if name in known:
-        return load_model(known[name].load()())
-    _check_folder("model", "a model in transformers' format", name, known)
-    # A folder may need image processors that the packages register with transformers when they are imported.
-    for point in known.values():
-        point.load()
-    return load_model(name)
+        name = str(known[name].load()())
+    else:
+        if "/" not in name:
+            _check_folder("model", "a model in transformers' format, a hub id such as 'owner/name'", name, known)
+        # A folder may need image processors that the packages register with transformers when they are imported.
+        for point in known.values():
+            point.load()
+    try:
+        return load(
+            name,
+            dtype=config.dtype,
+            device_map=config.device_map,
+            quantization=config.quantization,
+            declaration=config.declaration,
+        ).ready()
+    except OSError as error:
+        raise ConfigError(
+            f"model: {config.model!r} cannot be read ({' '.join(str(error).split())[:300]}); expected a folder of "
+            f"save_pretrained or a hub id. Check the name and the connection."
+        ) from error
 
 
 def _check_folder(setting: str, content: str, name: str, known: dict[str, EntryPoint]) -> None:

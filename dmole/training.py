@@ -146,7 +146,7 @@ class StageTraining:
 
     def run(self, after_step: Callable[[StageTraining], None]) -> None:
         """Train from `self.step` to the end, calling `after_step(self)` after each optimizer step."""
-        model = self.method.mm.model
+        model = self.method.vlm.model
         model.train()
         try:
             with activation_checkpointing(model, self.settings), contextlib.closing(self._windows()) as coming:
@@ -175,12 +175,12 @@ class StageTraining:
         workers = self.settings.dataloader_num_workers
         steps = pieces if workers == 0 else list(pieces)
         every = [piece.places for step in steps for piece in step] if isinstance(steps, list) else []
-        ahead = load(self.method.mm, self.stage.task.train, every, workers=workers)
+        ahead = load(self.method.vlm, self.stage.task.train, every, workers=workers)
         for step in steps:
             if workers:
                 yield [(piece, next(ahead)) for piece in step]
             else:
-                made = load(self.method.mm, self.stage.task.train, [piece.places for piece in step], workers=0)
+                made = load(self.method.vlm, self.stage.task.train, [piece.places for piece in step], workers=0)
                 yield list(zip(step, made, strict=True))
 
     def _one_step(self, window: list[tuple[Piece, Batch]]) -> None:

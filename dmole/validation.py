@@ -33,7 +33,7 @@ def validation_loss(
     The model computes in evaluation mode. The random state is put back, whatever computes in between: dropout goes on
     as if nothing had been measured.
     """
-    model = method.mm.model
+    model = method.vlm.model
     modes = [(module, module.training) for module in model.modules()]
     device = accelerator.device
     devices = [] if device.type == "cpu" else [device]
@@ -48,7 +48,7 @@ def validation_loss(
     model.train(False)
     try:
         with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"), torch.no_grad():
-            batches = load(method.mm, samples, [piece.places for piece in pieces], workers=0)
+            batches = load(method.vlm, samples, [piece.places for piece in pieces], workers=0)
             for piece, batch in zip(pieces, batches, strict=True):
                 tokens.append(answer_tokens(batch) * piece.counts)
                 batch = send_to_device(batch, device)

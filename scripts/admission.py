@@ -25,6 +25,7 @@ import typer
 from PIL import Image
 from rich.console import Console
 
+from dmole.acceleration import make_accelerator
 from dmole.config import RunConfig, load_config
 from dmole.data.sample import Sample, Stream, Task
 from dmole.evaluation import evaluate, generation_queue
@@ -48,7 +49,7 @@ def blinded(task: Task, image: Path) -> Task:
     """The task with one gray picture everywhere."""
 
     def blind(samples: tuple[Sample, ...]) -> tuple[Sample, ...]:
-        return tuple(dataclasses.replace(sample, image=image) for sample in samples)
+        return tuple(dataclasses.replace(sample, images=(image,)) for sample in samples)
 
     return dataclasses.replace(task, train=blind(task.train), validation=blind(task.validation), test=blind(task.test))
 
@@ -63,16 +64,16 @@ def best_constant(task: Task) -> tuple[float, str]:
 def points(config: RunConfig, task: Task, method_name: str) -> tuple[float, float]:
     """Points and well-formed share on `task.test` of one method trained on `task.train` alone."""
     torch.use_deterministic_algorithms(True)
-    mm = open_model(config.model)
-    method = method_class(method_name)(mm, config.method_settings(method_name), seed=0)
+    vlm = open_model(config)
+    method = method_class(method_name)(vlm, config.method_settings(method_name), seed=0)
     stream = Stream(name="admission", tasks=(task,))
     profile = Profile()
     for stage in method.stages(stream):
         method.begin_stage(stage.index, stage.task)
         StageTraining(method, stage, config.training, seed=0, profile=profile).run(lambda _: None)
         method.end_stage(stage.index, stage.task)
-    queue = generation_queue(mm, stream.tasks, config.evaluation.per_device_eval_batch_size)
-    row = evaluate(method, stream.tasks, queue, config.evaluation, profile=profile)
+    queue = generation_queue(vlm, stream.tasks, config.evaluation.per_device_eval_batch_size)
+    row = evaluate(method, stream.tasks, queue, config.evaluation, make_accelerator(config.training), profile=profile)
     return row.points[task.name], row.well_formed[task.name]
 
 

@@ -1,59 +1,79 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples -> one padded batch: right-padded with labels for training, left-padded without answers for generation."""
+"""Samples -> conversations -> one batch of tensors, with what the gates of each tower need to know about its rows."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from dmole.data.sample import Sample
-from dmole.models.multimodal import MultimodalModel
+from dmole.models.chat_template import Conversation
+from dmole.models.prompts import IGNORE, Encoded
+from dmole.models.vision_language import VisionLanguageModel
 
-IGNORE = -100  # cross-entropy's ignore_index
+__all__ = ["IGNORE", "Batch", "collate", "conversation", "open_image"]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Shapes: ``input_ids``, ``attention_mask``, ``labels`` [B, T] int64; ``pixel_values`` [B, C, H, W] float32.
+    """A batch of B samples as a model reads it.
 
-    ``labels`` is -100 outside the answer (and everywhere when the batch was made for generation).
+    Attributes:
+        encoded: everything that the processor returned, and the labels of the answers.
+        units: by tower, how much of its input belongs to each sample: `units` of `dmole_kernels.ExpertGates.use`.
     """
 
     samples: tuple[Sample, ...]
-    input_ids: Tensor
-    attention_mask: Tensor
-    pixel_values: Tensor
-    labels: Tensor
+    encoded: Encoded
+    units: dict[str, list[int]]
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """The batch with its tensors on `device`."""
-        names = ("input_ids", "attention_mask", "pixel_values", "labels")
-        moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names}
-        return dataclasses.replace(self, **moved)
+    @property
+    def input_ids(self) -> Tensor:
+        """int64 [B, T]."""
+        return self.encoded.inputs["input_ids"]
+
+    @property
+    def labels(self) -> Tensor:
+        """int64 [B, T], -100 outside the answers. ValueError for a batch that was made for generation."""
+        if self.encoded.labels is None:
+            raise ValueError("labels: got a batch without answers; expected one. Collate with with_answers=True.")
+        return self.encoded.labels
+
+    def to(self, device: torch.device | str, **_: Any) -> Batch:
+        """The same batch on `device`. accelerate passes `non_blocking` too."""
+        return replace(self, encoded=self.encoded.to(device))
 
 
-def collate(model: MultimodalModel, samples: Sequence[Sample], *, with_answers: bool) -> Batch:
-    """``with_answers``: prompt + ``answers[0]``, right-padded, labels on it. Else the prompt, left-padded."""
-    prompts = [model.prompt_ids(sample.instruction) for sample in samples]
-    answers = [model.answer_ids(sample.answers[0]) if with_answers else [] for sample in samples]
-    lengths = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
-    width = max(lengths)
-    input_ids = torch.full((len(prompts), width), int(model.tokenizer.pad_token_id or 0), device="cpu")
-    attention_mask = torch.zeros_like(input_ids)
-    labels = torch.full_like(input_ids, IGNORE)
-    for row, (prompt, answer, length) in enumerate(zip(prompts, answers, lengths, strict=True)):
-        start = 0 if with_answers else width - length
-        input_ids[row, start : start + length] = torch.tensor(prompt + answer, device="cpu")
-        attention_mask[row, start : start + length] = 1
-        labels[row, start + len(prompt) : start + length] = torch.tensor(answer, dtype=torch.long, device="cpu")
-    return Batch(
-        samples=tuple(samples),
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        pixel_values=model.pixel_values([sample.image for sample in samples]),
-        labels=labels,
+def collate(vlm: VisionLanguageModel, samples: Sequence[Sample], *, with_answers: bool) -> Batch:
+    """`with_answers`: prompt and `answers[0]`, right-padded, labels on it. Else the prompt, left-padded."""
+    encoded = vlm.encode(
+        [conversation(sample, sample.answers[0] if with_answers else None) for sample in samples],
+        with_answers=with_answers,
     )
+    return Batch(samples=tuple(samples), encoded=encoded, units=vlm.units(encoded))
+
+
+def conversation(sample: Sample, answer: str | None, *, images: Sequence[Image.Image] | None = None) -> Conversation:
+    """transformers' messages: the sample's images in front of its instruction, then the answer if there is one.
+
+    Args:
+        images: what stands for the sample's images; None opens their files.
+    """
+    shown = [open_image(path) for path in sample.images] if images is None else images
+    asked = [*({"type": "image", "image": image} for image in shown), {"type": "text", "text": sample.instruction}]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": asked}]
+    if answer is not None:
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    return messages
+
+
+def open_image(path: Path) -> Image.Image:
+    """The picture in RGB."""
+    with Image.open(path) as image:
+        return image.convert("RGB")

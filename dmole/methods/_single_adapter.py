@@ -36,7 +36,7 @@ from dmole_kernels import ExpertGates
 if TYPE_CHECKING:
     from dmole.data.collate import Batch
     from dmole.data.sample import Stream, Task
-    from dmole.models.multimodal import MultimodalModel
+    from dmole.models.vision_language import VisionLanguageModel
 
 ADAPTER = "adapter"
 
@@ -64,11 +64,11 @@ def _budget(dmole: DMoLESettings, used: Mapping[str, tuple[str, ...]]) -> int:
 class SingleAdapter(Method):
     """The mechanics; subclasses say when the adapter starts afresh."""
 
-    def __init__(self, mm: MultimodalModel, settings: MethodSettings, *, seed: int) -> None:
-        super().__init__(mm, settings, seed=seed)
+    def __init__(self, vlm: VisionLanguageModel, settings: MethodSettings, *, seed: int) -> None:
+        super().__init__(vlm, settings, seed=seed)
         self.gates = {tower: ExpertGates() for tower in self.candidates}
         self.layers = attach(
-            mm.model,
+            vlm.model,
             self.candidates,
             gates=self.gates,
             dropout=settings.lora.dropout,
@@ -104,13 +104,14 @@ class SingleAdapter(Method):
         return expert_parameters(self.layers, ADAPTER)
 
     def training_gates(self, batch: Batch) -> AbstractContextManager[None]:
-        return self._always_on(len(batch.samples))
+        return self._always_on(batch)
 
     def evaluation_gates(self, batch: Batch) -> AbstractContextManager[RoutingRecord | None]:
-        return self._always_on(len(batch.samples))
+        return self._always_on(batch)
 
-    def _always_on(self, rows: int) -> AbstractContextManager[None]:
-        return experts_on(self.gates, torch.ones(rows, 1, device="cpu"), (ADAPTER,), units=1)
+    def _always_on(self, batch: Batch) -> AbstractContextManager[None]:
+        gate_S1 = torch.ones(len(batch.samples), 1, device="cpu")
+        return experts_on(self.gates, gate_S1, (ADAPTER,), units=batch.units)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, JSON]]:
         tensors, description = adapter_state(self.layers)

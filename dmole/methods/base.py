@@ -3,7 +3,7 @@
 
 One run, in the order of the calls (`check` before any training of any method starts):
 
-    method = Cls(mm, settings, seed=seed)
+    method = Cls(vlm, settings, seed=seed)
     method.check(stream)
     for stage in method.stages(stream):
         method.begin_stage(stage.index, stage.task)
@@ -30,11 +30,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from dmole.config import MethodSettings
-from dmole.data.collate import IGNORE, Batch
+from dmole.data.collate import Batch
 
 if TYPE_CHECKING:
     from dmole.data.sample import Stream, Task
-    from dmole.models.multimodal import MultimodalModel
+    from dmole.models.vision_language import VisionLanguageModel
 
 Sizes = Mapping[str, Mapping[str, int]]
 JSON = Any  # what json.dumps takes: dict, list, str, int, float, bool, None
@@ -72,11 +72,11 @@ class Method(ABC):
     # A frozen keyword-only dataclass: what a configuration may set under the method's name.
     Options: ClassVar[type[Any]] = NoOptions
 
-    def __init__(self, mm: MultimodalModel, settings: MethodSettings, *, seed: int) -> None:
-        self.mm = mm
+    def __init__(self, vlm: VisionLanguageModel, settings: MethodSettings, *, seed: int) -> None:
+        self.vlm = vlm
         self.settings = settings
         self.seed = seed
-        self.candidates = settings.select_candidates(mm.candidates)
+        self.candidates = settings.select_candidates(vlm.candidates)
         self.seconds: dict[str, float] = {}
 
     def check(self, stream: Stream) -> None:  # noqa: B027 - an optional hook
@@ -114,7 +114,7 @@ class Method(ABC):
     def evaluation_gates(self, batch: Batch) -> AbstractContextManager[RoutingRecord | None]:
         """The same at test, where no task is known; yields who serves each sample, or None for unrouted methods.
 
-        Beam search gives each sample several rows, side by side: open gates with `experts_on(..., units=1)`.
+        Beam search gives each sample several rows, side by side: open gates with the batch's units.
         """
 
     def validation_gates(self, batch: Batch) -> AbstractContextManager[None]:
@@ -127,7 +127,7 @@ class Method(ABC):
         Opens no gates. The caller does, around this and around backward: activation checkpointing runs the layers
         again during backward, where gates that were open during forward alone are gone.
         """
-        return answer_loss(self.mm.model, batch)
+        return answer_loss(self.vlm, batch)
 
     def end_stage(self, stage: int, task: Task) -> None:  # noqa: B027 - an optional hook
         """Called once after the last step of a stage."""
@@ -158,22 +158,6 @@ class Method(ABC):
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def answer_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """The model's cross-entropy over the tokens whose label is not -100, mean over the batch's tokens.
-
-    The head computes logits from one position before the first answer on: the image and the shared part of the prompts
-    need none, which saves most of the head's time in training.
-    """
-    answered = (batch.labels != IGNORE).any(dim=0)
-    first = int(answered.int().argmax())
-    keep = batch.labels.shape[1] - max(first - 1, 0)
-    output = model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        pixel_values=batch.pixel_values,
-        labels=batch.labels[:, -keep:],
-        logits_to_keep=keep,
-        use_cache=False,
-    )
-    loss: Tensor = output.loss
-    return loss
+def answer_loss(vlm: VisionLanguageModel, batch: Batch) -> Tensor:
+    """The model's cross-entropy over the tokens whose label is not -100, mean over the batch's tokens."""
+    return vlm.loss(batch.encoded)

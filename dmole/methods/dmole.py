@@ -58,7 +58,7 @@ from dmole_kernels import ExpertGates
 if TYPE_CHECKING:
     from dmole.data.collate import Batch
     from dmole.data.sample import Sample, Stream, Task
-    from dmole.models.multimodal import MultimodalModel
+    from dmole.models.vision_language import VisionLanguageModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,15 +82,15 @@ class DMoLE(Method):
     name: ClassVar[str] = "dmole"
     Options: ClassVar[type[Any]] = DMoLESettings
 
-    def __init__(self, mm: MultimodalModel, settings: MethodSettings, *, seed: int) -> None:
-        super().__init__(mm, settings, seed=seed)
+    def __init__(self, vlm: VisionLanguageModel, settings: MethodSettings, *, seed: int) -> None:
+        super().__init__(vlm, settings, seed=seed)
         self.options = settings.options_as(DMoLESettings)
         if self.options.towers != "both":
             self.candidates = {self.options.towers: self.candidates[self.options.towers]}
         self.budget = self._checked_budget()
         self.gates = {tower: ExpertGates() for tower in self.candidates}
         self.adapters = attach(
-            mm.model,
+            vlm.model,
             self.candidates,
             gates=self.gates,
             dropout=settings.lora.dropout,
@@ -98,7 +98,7 @@ class DMoLE(Method):
         )
         self.pool = ExpertPool()
         self.router = Router(self.options.router)
-        self._features = FeatureStore(mm, batch_size=self.options.router.feature_batch_size)
+        self._features = FeatureStore(vlm, batch_size=self.options.router.feature_batch_size)
         self._stage: _StageMemory | None = None
         self.seconds = {"proxy_seconds": 0.0, "router_seconds": 0.0}
 
@@ -168,7 +168,7 @@ class DMoLE(Method):
                 seed=derived_seed(self.seed, "proxy", stage),
             )
             scores = layer_scores(
-                self.mm,
+                self.vlm,
                 subset,
                 loss=answer_loss,
                 candidates=self.candidates,
@@ -206,14 +206,14 @@ class DMoLE(Method):
         # them, because a batch decides the last bits of a feature.
         size = self.options.router.feature_batch_size
         if process()[1] == 1:
-            return router_features(self.mm, samples, batch_size=size)
+            return router_features(self.vlm, samples, batch_size=size)
 
         def batch(place: int) -> Tensor:
             chunk = samples[place * size : (place + 1) * size]
-            return router_features(self.mm, chunk, batch_size=size).cpu()
+            return router_features(self.vlm, chunk, batch_size=size).cpu()
 
         chunks = shared(math.ceil(len(samples) / size), batch)
-        return torch.cat(chunks).to(self.mm.model.device) if chunks else torch.empty(0, 0, device="cpu")
+        return torch.cat(chunks).to(self.vlm.model.device) if chunks else torch.empty(0, 0, device="cpu")
 
     # Training
 
@@ -224,7 +224,7 @@ class DMoLE(Method):
         if not len(self.pool):
             raise ValueError("training_gates: got a batch before begin_stage; expected begin_stage first.")
         neighbour_S = None if self._stage is None else self._stage.neighbour_N[self._rows(batch)]
-        return self._learning(neighbour_S, len(batch.samples))
+        return self._learning(neighbour_S, batch)
 
     def validation_gates(self, batch: Batch) -> AbstractContextManager[None]:
         if self._stage is None:
@@ -233,7 +233,7 @@ class DMoLE(Method):
             neighbour_S = self._stage.neighbour_N[:1].expand(len(batch.samples))
         else:
             neighbour_S = self._neighbours(self._features.features(batch.samples))
-        return self._learning(neighbour_S, len(batch.samples))
+        return self._learning(neighbour_S, batch)
 
     def _neighbours(self, features_ND: Tensor) -> Tensor:
         """The old task whose expert is active beside the new one, for each sample: [N] int64, -1 for none."""
@@ -243,16 +243,16 @@ class DMoLE(Method):
         within = self.options.neighbour_within_threshold
         return self.router.nearest(features_ND, mode=mode, within_threshold=within)
 
-    def _learning(self, neighbour_S: Tensor | None, samples: int) -> AbstractContextManager[None]:
+    def _learning(self, neighbour_S: Tensor | None, batch: Batch) -> AbstractContextManager[None]:
         """The new expert for everyone, and each sample's neighbour; every expert where there is no router."""
-        experts = tuple(placement.expert for placement in self.pool)
+        experts, samples = tuple(placement.expert for placement in self.pool), len(batch.samples)
         if neighbour_S is None:
             gate_SE = torch.ones(samples, len(experts), device="cpu")
         else:
             # Column k is 1 where old task k is the sample's neighbour; the last one is the new expert.
             old_SE = neighbour_S[:, None] == torch.arange(len(experts) - 1, device="cpu")
             gate_SE = torch.cat([old_SE.float(), torch.ones(samples, 1, device="cpu")], dim=1)
-        return experts_on(self.gates, gate_SE, experts)
+        return experts_on(self.gates, gate_SE, experts, units=batch.units)
 
     def _rows(self, batch: Batch) -> Tensor:
         assert self._stage is not None
@@ -289,14 +289,15 @@ class DMoLE(Method):
     def _evaluating(self, batch: Batch) -> Iterator[RoutingRecord | None]:
         experts = tuple(placement.expert for placement in self.pool)
         if self.options.routing == "none":
-            with experts_on(self.gates, torch.ones(len(batch.samples), len(experts), device="cpu"), experts, units=1):
+            gate_SE = torch.ones(len(batch.samples), len(experts), device="cpu")
+            with experts_on(self.gates, gate_SE, experts, units=batch.units):
                 yield None
             return
         with self.timed("router_seconds"):
             features_ND = self._features.features(batch.samples)
             routes = self.router.select(features_ND, mode=self.options.routing)
         # During a stage the pool is one task ahead of the router, which is trained at its end.
-        with experts_on(self.gates, routes.gate_NT, experts[: len(self.router.tasks)], units=1):
+        with experts_on(self.gates, routes.gate_NT, experts[: len(self.router.tasks)], units=batch.units):
             yield RoutingRecord(chosen=routes.chosen)
 
     # Resume and report

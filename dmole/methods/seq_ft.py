@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dmole.config import MethodSettings
 from dmole.methods._single_adapter import ADAPTER, SingleAdapter
@@ -21,7 +21,7 @@ from dmole.models.adapters import remove_expert
 
 if TYPE_CHECKING:
     from dmole.data.sample import Task
-    from dmole.models.multimodal import MultimodalModel
+    from dmole.models.vision_language import VisionLanguageModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +38,8 @@ class SeqFt(SingleAdapter):
     name: ClassVar[str] = "seq_ft"
     Options: ClassVar[type[Any]] = SeqFtOptions
 
-    def __init__(self, mm: MultimodalModel, settings: MethodSettings, *, seed: int) -> None:
-        super().__init__(mm, settings, seed=seed)
+    def __init__(self, vlm: VisionLanguageModel, settings: MethodSettings, *, seed: int) -> None:
+        super().__init__(vlm, settings, seed=seed)
         self.mode = settings.options_as(SeqFtOptions).mode
 
     def begin_stage(self, stage: int, task: Task) -> None:
@@ -53,7 +53,9 @@ class SeqFt(SingleAdapter):
             for layer in self.layers.values():
                 pair = dict(layer.bank.named_parameters())
                 a, b = pair[f"experts.{ADAPTER}.lora_a"], pair[f"experts.{ADAPTER}.lora_b"]
-                layer.base.weight.add_(layer.bank.scale(ADAPTER) * (b @ a))
+                update = layer.bank.scale(ADAPTER) * (b @ a)
+                # Not in place: other runs share the pretrained weights.
+                layer.base.weight = nn.Parameter(layer.base.weight + update.to(layer.base.weight.dtype), False)
         remove_expert(self.layers, ADAPTER)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, JSON]]:
@@ -68,7 +70,7 @@ class SeqFt(SingleAdapter):
         with torch.no_grad():
             for name, layer in self.layers.items():
                 if f"merged/{name}" in tensors:
-                    layer.base.weight.copy_(tensors[f"merged/{name}"])
+                    layer.base.weight = nn.Parameter(tensors[f"merged/{name}"].to(layer.base.weight), False)
 
     def report(self) -> dict[str, JSON]:
         return {**super().report(), "mode": self.mode}

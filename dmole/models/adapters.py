@@ -65,7 +65,7 @@ def attach(
     adapters: Adapters = {}
     for name, (tower, linear) in found.items():
         wrapped = MultiLoRALinear(
-            linear, gates=gates[tower], dropout=dropout, dropout_mode=dropout_mode, backend=backend
+            linear, gates=gates[tower], dropout=dropout, dropout_mode=dropout_mode, rows="units", backend=backend
         )
         wrapped.place = name
         wrapped.train(linear.training)
@@ -130,18 +130,19 @@ def expert_parameters(adapters: Mapping[str, MultiLoRALinear], expert: str | Non
 
 @contextmanager
 def experts_on(
-    gates: Mapping[str, ExpertGates], gate: Tensor, experts: Sequence[str], *, units: int | None = None
+    gates: Mapping[str, ExpertGates], gate: Tensor, experts: Sequence[str], *, units: Mapping[str, Sequence[int]]
 ) -> Iterator[None]:
     """Opens the gate [samples, experts] on every tower, with the columns of the experts that the tower holds.
 
     An expert may have its linears in one tower only; a tower that holds none of the experts stays the base model.
-    `units=1` splits a layer's rows evenly among the samples: beam search gives each of them `num_beams` rows.
+    `units` says how much of each tower's input belongs to each sample (`dmole.models.units`); with beam search a layer
+    has `num_beams` times as many rows, those of a sample side by side.
     """
     with ExitStack() as stack:
-        for tower in gates.values():
-            held = [e for e, name in enumerate(experts) if name in tower.names]
+        for tower, shared in gates.items():
+            held = [e for e, name in enumerate(experts) if name in shared.names]
             if held:
-                stack.enter_context(tower.use(gate[:, held], [experts[e] for e in held], units=units))
+                stack.enter_context(shared.use(gate[:, held], [experts[e] for e in held], units=units[tower]))
         yield
 
 

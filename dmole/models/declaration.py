@@ -26,30 +26,28 @@ Labels = Literal["prefix", "assistant_mask"]
 
 @dataclass(frozen=True, kw_only=True)
 class Declaration:
-    """Facts about a model; every field may be left out, which leaves it to the rules.
+    """Facts about a model; every field may be left out, which leaves it to the rules."""
 
-    Attributes:
-        vision, language: qualified names of the towers, as in `model.named_modules()`; "" is the whole model.
-        candidates: a tuple of endings ("q_proj", "mlp.fc1") keeps those of the linears that the rule finds; a string is
-            a regular expression that matches the whole name, and is taken over all linears of a tower instead.
-        rows: what the rows of the vision tower are: "images" (every image has as many), "tokens" (as many as the image
-            has tokens in `input_ids`, times a constant), "tiles" (`image_grid_pinpoints`), "padded" (every sample has
-            as many, images or not), or "auto": found by running the model.
-        image_token_id: the id that stands for one image token in `input_ids`.
-        text_features: qualified name of the module whose last hidden state is the router's text feature.
-        logits_to_keep: whether the loss asks the head for the last positions only; None: where forward names it.
-        labels: how the answer's tokens are found, see `dmole.models.prompts`.
-        plain_markers: texts of the chat template that look like special tokens and that the model reads as plain text.
-    """
-
+    # The vision tower's qualified name, as in model.named_modules().
     vision: str | None = None
+    # The language tower's qualified name; "" is the whole model.
     language: str | None = None
+    # A list of endings (q_proj, mlp.fc1) keeps those of the linears that the rule finds; a text is a regular expression
+    # that matches the whole name, and is taken over all linears of a tower instead.
     candidates: tuple[str, ...] | str | None = None
+    # What the rows of the vision tower are. images: every image has as many. tokens: as many as the image has tokens in
+    # input_ids, times a constant. tiles: as image_grid_pinpoints cuts them. padded: every sample has as many, images or
+    # not. auto: found by running the model.
     rows: Rows = "auto"
+    # The id that stands for one image token in input_ids.
     image_token_id: int | None = None
+    # Qualified name of the module whose last hidden state is the router's text feature.
     text_features: str | None = None
+    # Whether the loss asks the head for the last positions only; none: where forward names logits_to_keep.
     logits_to_keep: bool | None = None
+    # How the answer's tokens are found, see dmole.models.answers.
     labels: Labels = "prefix"
+    # Texts of the chat template that look like special tokens and that the model reads as plain text.
     plain_markers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -21,14 +21,15 @@ from torch import nn
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CHUNK = 2**22
+SMALL = 2**30
 
 
-def base_identity(model: nn.Module, source: str, *, full: bool = False) -> dict[str, Any]:
+def base_identity(model: nn.Module, source: str, *, full: bool | None = None) -> dict[str, Any]:
     """The identity as JSON: "source", "kind", "commit" (of a hub id, else None) and "sha256".
 
     Args:
         source: the folder or hub id that the model was loaded from; "" hashes the tensors of the model.
-        full: read every byte of the weights.
+        full: read every byte of the weights; None does so where they take at most 1 GiB.
 
     Raises:
         ValueError: for a source without safetensors.
@@ -37,6 +38,8 @@ def base_identity(model: nn.Module, source: str, *, full: bool = False) -> dict[
     if not source:
         return {"source": "", "kind": "tensors", "commit": None, "sha256": _of_tensors(model)}
     files, index = weight_files(source)
+    if full is None:
+        full = sum(file.stat().st_size for file in files) <= SMALL
     digest = hashlib.sha256(index)
     for file in files:
         digest.update(f"{file.name} {file.stat().st_size}\n".encode())

@@ -215,7 +215,7 @@ class VisionLanguageModel:
         parts = [type(self.processor).__name__, own, settings, rules, template, self.declaration.labels]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
-    def base_identity(self, *, full: bool = False) -> dict[str, Any]:
+    def base_identity(self, *, full: bool | None = None) -> dict[str, Any]:
         """Which base this is, see `dmole.models.identity.base_identity`."""
         return identity.base_identity(self.model, self.source, full=full)
 

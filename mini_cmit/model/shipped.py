@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dmole.models.multimodal import MultimodalModel, load_model
+from dmole.models.loading import load
+from dmole.models.vision_language import VisionLanguageModel
 
 MINI_WEIGHTS = Path(__file__).parent / "weights"
 
@@ -27,6 +28,6 @@ def mini_folder() -> Path:
     return MINI_WEIGHTS
 
 
-def load_mini_model() -> MultimodalModel:
+def load_mini_model() -> VisionLanguageModel:
     """The shipped model; every linear of both towers is a candidate."""
-    return load_model(mini_folder())
+    return load(mini_folder()).ready()

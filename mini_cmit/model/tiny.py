@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 from transformers.models.llava import LlavaProcessor
 
-from dmole.models.multimodal import MultimodalModel
+from dmole.models.declaration import Declaration
 from dmole.models.progress_bars import no_progress_bars
+from dmole.models.vision_language import VisionLanguageModel, wrap
 from mini_cmit.model.architecture import build_network, train_tokenizer
 from mini_cmit.model.image_processing import PixelImageProcessor
 from mini_cmit.model.processing import CHAT_TEMPLATE
@@ -25,7 +26,7 @@ from mini_cmit.model.processing import CHAT_TEMPLATE
 _GRID = 2
 
 
-def build_tiny_model(seed: int = 0, *, texts: Iterable[str] = (), side: int = 16) -> MultimodalModel:
+def build_tiny_model(seed: int = 0, *, texts: Iterable[str] = (), side: int = 16) -> VisionLanguageModel:
     """The model in memory; equal seeds give equal weights. ``side`` in pixels, even."""
     corpus = [
         *texts,
@@ -55,7 +56,8 @@ def build_tiny_model(seed: int = 0, *, texts: Iterable[str] = (), side: int = 16
         vision_feature_select_strategy="full",
         chat_template=CHAT_TEMPLATE,
     )
-    return MultimodalModel(model=network, processor=processor)
+    # What `ready` would measure.
+    return wrap(network, processor, Declaration(rows="images"))
 
 
 def write_tiny_model(folder: Path, seed: int = 0, *, texts: Iterable[str] = (), side: int = 16) -> Path:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dmole.data.collate import IGNORE
-from dmole.models.multimodal import MultimodalModel
+from mini_cmit.model.base import BaseModel
 from mini_cmit.model.image_processing import MiniImageProcessor
 from mini_cmit.pretraining.corpus import Shard
 from mini_cmit.pretraining.scene import Turn
@@ -45,7 +45,7 @@ class PretrainingData:
     def __init__(
         self,
         shards: Sequence[Shard],
-        mm: MultimodalModel,
+        mm: BaseModel,
         *,
         seed: int,
         turns: int,

@@ -45,8 +45,8 @@ from torch.nn import functional as F
 from transformers import SiglipVisionConfig
 
 from dmole.data.collate import IGNORE
-from dmole.models.multimodal import MultimodalModel, load_model
 from mini_cmit.model.architecture import build_mini_network, train_tokenizer
+from mini_cmit.model.base import BaseModel, load_base
 from mini_cmit.model.image_processing import MiniImageProcessor
 from mini_cmit.model.processing import CHAT_TEMPLATE, MiniProcessor
 from mini_cmit.pretraining.batches import Batch, PretrainingData
@@ -96,7 +96,7 @@ class Pretraining:
         self.rank = rank
         self.processes = processes
         self.shards = [read_shard(corpus, family) for family in families]
-        self.mm = load_model(settings.start_from) if settings.start_from else self._new_model()
+        self.mm = load_base(settings.start_from) if settings.start_from else self._new_model()
         self.network = self.mm.model.requires_grad_(True).train()
         # On a CPU in bfloat16 the backward of the flash kernel takes a quarter of a step; plain products are 1.5 times
         # as fast over the whole step (24 sequences of 115 tokens, one thread).
@@ -115,7 +115,7 @@ class Pretraining:
             processes=processes,
         )
 
-    def _new_model(self) -> MultimodalModel:
+    def _new_model(self) -> BaseModel:
         texts = (t for shard in self.shards for turns in shard.turns for turn in turns for t in _texts(turn))
         tokenizer = train_tokenizer(texts, self.settings.vocabulary)
         mean, deviation = channel_statistics(self.shards)
@@ -128,7 +128,7 @@ class Pretraining:
             vision_feature_select_strategy="full",
             chat_template=CHAT_TEMPLATE,
         )
-        return MultimodalModel(build_mini_network(tokenizer, SIDE), processor)
+        return BaseModel(build_mini_network(tokenizer, SIDE), processor)
 
     def run(self, output: Path) -> None:
         """Trains, writes ``output`` (model) and ``output/pretraining.csv`` (the log) with the recipe beside it."""

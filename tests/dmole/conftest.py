@@ -13,7 +13,7 @@ from PIL import Image
 from dmole.config import RunConfig, load_config
 from dmole.data.reading import read_stream
 from dmole.data.sample import Stream
-from dmole.models.multimodal import MultimodalModel
+from dmole.models.vision_language import VisionLanguageModel
 from mini_cmit.model.tiny import build_tiny_model
 
 TASKS = (
@@ -77,7 +77,7 @@ def validated_stream(validated_folder: Path) -> Stream:
 
 
 @pytest.fixture
-def tiny_model() -> MultimodalModel:
+def tiny_model() -> VisionLanguageModel:
     return build_tiny_model(0)
 
 

@@ -24,7 +24,7 @@ from dmole.data.collate import collate
 from dmole.data.sample import Sample
 from dmole.methods.base import answer_loss
 from dmole.models.adapters import add_experts, attach
-from dmole.models.multimodal import MultimodalModel
+from dmole.models.vision_language import VisionLanguageModel
 from dmole_kernels import ExpertGates
 from mini_cmit.model.tiny import build_tiny_model
 
@@ -35,7 +35,7 @@ CANDIDATES = {
 
 
 @pytest.fixture(scope="module")
-def mm() -> MultimodalModel:
+def vlm() -> VisionLanguageModel:
     return build_tiny_model(0)
 
 
@@ -47,7 +47,7 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> tuple[Sample, ...]:
         image: Path = folder / f"{i}.png"
         Image.new("RGB", (16, 16), (40 * i, 90, 200 - 30 * i)).save(image)
         answer = "red and green" if i % 2 else "no"
-        made.append(Sample(id=f"s{i}", image=image, instruction="Answer briefly." * (1 + i % 2), answers=(answer,)))
+        made.append(Sample(id=f"s{i}", images=(image,), instruction="Answer briefly." * (1 + i % 2), answers=(answer,)))
     return tuple(made)
 
 
@@ -176,20 +176,22 @@ def test_proxy_subset(samples: tuple[Sample, ...]) -> None:
         proxy_subset(samples, minimum=0)
 
 
-def autograd_scores(mm: MultimodalModel, samples: tuple[Sample, ...], batch_size: int) -> dict[str, dict[str, float]]:
+def autograd_scores(
+    vlm: VisionLanguageModel, samples: tuple[Sample, ...], batch_size: int
+) -> dict[str, dict[str, float]]:
     """The same by plain autograd on the weights, batch gradients summed in `.grad`."""
-    names = [name for tower in mm.candidates.values() for name in tower]
-    linears = {name: mm.model.get_submodule(name) for name in names}
+    names = [name for tower in vlm.candidates.values() for name in tower]
+    linears = {name: vlm.model.get_submodule(name) for name in names}
     try:
         for linear in linears.values():
             linear.requires_grad_(True)
         for start in range(0, len(samples), batch_size):
-            answer_loss(mm.model, collate(mm, samples[start : start + batch_size], with_answers=True)).backward()
+            answer_loss(vlm.model, collate(vlm, samples[start : start + batch_size], with_answers=True)).backward()
         norms = {
             name: sum(0.0 if p.grad is None else float(p.grad.norm()) for p in linear.parameters())
             for name, linear in linears.items()
         }
-        return {tower: {name: norms[name] for name in names} for tower, names in mm.candidates.items()}
+        return {tower: {name: norms[name] for name in names} for tower, names in vlm.candidates.items()}
     finally:
         for linear in linears.values():
             linear.requires_grad_(False)
@@ -198,26 +200,26 @@ def autograd_scores(mm: MultimodalModel, samples: tuple[Sample, ...], batch_size
 
 @pytest.mark.parametrize("batch_size", [2, 5])
 def test_scores_are_the_norms_of_the_summed_gradients(
-    mm: MultimodalModel, samples: tuple[Sample, ...], batch_size: int
+    vlm: VisionLanguageModel, samples: tuple[Sample, ...], batch_size: int
 ) -> None:
-    scores = layer_scores(mm, samples, loss=answer_loss, batch_size=batch_size)
-    want = autograd_scores(mm, samples, batch_size)
+    scores = layer_scores(vlm, samples, loss=answer_loss, batch_size=batch_size)
+    want = autograd_scores(vlm, samples, batch_size)
     assert list(scores) == list(want)
     for tower, by_linear in want.items():
-        assert list(scores[tower]) == list(mm.candidates[tower])
+        assert list(scores[tower]) == list(vlm.candidates[tower])
         for name, value in by_linear.items():
             assert scores[tower][name] == pytest.approx(value, rel=1e-4, abs=1e-7), name
         assert max(by_linear.values()) > 0
 
 
 def test_experts_that_are_attached_stay_out_of_the_scores(samples: tuple[Sample, ...]) -> None:
-    mm = build_tiny_model(0)
-    before = layer_scores(mm, samples, loss=answer_loss)
-    adapters = attach(mm.model, mm.candidates, gates={tower: ExpertGates() for tower in mm.candidates})
+    vlm = build_tiny_model(0)
+    before = layer_scores(vlm, samples, loss=answer_loss)
+    adapters = attach(vlm.model, vlm.candidates, gates={tower: ExpertGates() for tower in vlm.candidates})
     add_experts(adapters, adapters, "e", rank=2, alpha=4.0)
     for adapter in adapters.values():
         torch.nn.init.normal_(adapter.bank.expert("e").lora_b)
-    assert layer_scores(mm, samples, loss=answer_loss) == before
+    assert layer_scores(vlm, samples, loss=answer_loss) == before
     experts = [p for adapter in adapters.values() for p in adapter.bank.parameters()]
     assert all(p.requires_grad and p.grad is None for p in experts)
 
@@ -231,61 +233,61 @@ class ProductShapes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         out = func(*args, **(kwargs or {}))
-        if isinstance(out, Tensor) and any(op in str(func) for op in ("mm", "linear", "matmul", "einsum")):
+        if isinstance(out, Tensor) and any(op in str(func) for op in ("vlm", "linear", "matmul", "einsum")):
             self.shapes.add(tuple(out.shape))
         return out
 
 
 def test_no_weight_gradient_outside_the_candidates_is_computed(
-    mm: MultimodalModel, samples: tuple[Sample, ...]
+    vlm: VisionLanguageModel, samples: tuple[Sample, ...]
 ) -> None:
     """Candidates: attention alone. The MLPs' and the head's weight gradients have shapes that nothing else has."""
-    attention = {tower: tuple(n for n in names if "self_attn" in n) for tower, names in mm.candidates.items()}
+    attention = {tower: tuple(n for n in names if "self_attn" in n) for tower, names in vlm.candidates.items()}
     others = {
         tuple(module.weight.shape)
-        for name, module in mm.model.named_modules()
+        for name, module in vlm.model.named_modules()
         if isinstance(module, torch.nn.Linear) and "self_attn" not in name and tuple(module.weight.shape) != (32, 32)
     }
     assert len(others) >= 3  # up, down, head
     written: list[str] = []
     hooks = []
-    for name, parameter in mm.model.named_parameters():
+    for name, parameter in vlm.model.named_parameters():
         parameter.requires_grad_(True)
         hooks.append(parameter.register_post_accumulate_grad_hook(lambda p, name=name: written.append(name)))
     try:
         with ProductShapes() as seen:
-            layer_scores(mm, samples, loss=answer_loss, candidates=attention, batch_size=5)
-        assert all(parameter.requires_grad for parameter in mm.model.parameters())
+            layer_scores(vlm, samples, loss=answer_loss, candidates=attention, batch_size=5)
+        assert all(parameter.requires_grad for parameter in vlm.model.parameters())
         assert written == []
-        assert all(parameter.grad is None for parameter in mm.model.parameters())
+        assert all(parameter.grad is None for parameter in vlm.model.parameters())
         assert not seen.shapes & others
 
         # The instrument sees them where they do exist.
         with ProductShapes() as seen:
-            answer_loss(mm.model, collate(mm, samples, with_answers=True)).backward()
+            answer_loss(vlm.model, collate(vlm, samples, with_answers=True)).backward()
         assert others <= seen.shapes
         assert written
     finally:
         for hook in hooks:
             hook.remove()
-        mm.model.requires_grad_(False)
-        mm.model.zero_grad(set_to_none=True)
+        vlm.model.requires_grad_(False)
+        vlm.model.zero_grad(set_to_none=True)
 
 
-def test_the_sketch_estimates_the_exact_score(mm: MultimodalModel, samples: tuple[Sample, ...]) -> None:
-    exact = layer_scores(mm, samples, loss=answer_loss)
-    sketch = layer_scores(mm, samples, loss=answer_loss, method="sketch")
+def test_the_sketch_estimates_the_exact_score(vlm: VisionLanguageModel, samples: tuple[Sample, ...]) -> None:
+    exact = layer_scores(vlm, samples, loss=answer_loss)
+    sketch = layer_scores(vlm, samples, loss=answer_loss, method="sketch")
     for tower, by_linear in exact.items():
         for name, value in by_linear.items():
             if value > 1e-4:
                 assert sketch[tower][name] == pytest.approx(value, rel=0.7), name
 
 
-def test_layer_scores_refuses_bad_input(mm: MultimodalModel, samples: tuple[Sample, ...]) -> None:
+def test_layer_scores_refuses_bad_input(vlm: VisionLanguageModel, samples: tuple[Sample, ...]) -> None:
     with pytest.raises(ValueError, match="samples: got none; expected at least one sample"):
-        layer_scores(mm, (), loss=answer_loss)
+        layer_scores(vlm, (), loss=answer_loss)
     with pytest.raises(ValueError, match="proxy_batch_size: got 0; expected at least 1"):
-        layer_scores(mm, samples, loss=answer_loss, batch_size=0)
+        layer_scores(vlm, samples, loss=answer_loss, batch_size=0)
     norm = {"vision": ("model.vision_tower.post_layernorm",)}
     with pytest.raises(ValueError, match="is a LayerNorm; expected an nn.Linear"):
-        layer_scores(mm, samples, loss=answer_loss, candidates=norm)
+        layer_scores(vlm, samples, loss=answer_loss, candidates=norm)

@@ -6,7 +6,7 @@ import torch
 
 from dmole.batches import Piece, load, permutation, pieces_of, steps_per_epoch, windows
 from dmole.data.sample import Stream
-from dmole.models.multimodal import MultimodalModel
+from dmole.models.vision_language import VisionLanguageModel
 from dmole.training_settings import TrainingSettings
 
 
@@ -68,7 +68,7 @@ def test_a_process_without_samples_keeps_pace() -> None:
     assert pieces_of([7, 8, 9], 2, process=3, processes=4) == [Piece((7,), counts=False)]
 
 
-def test_workers_prepare_the_same_batches_and_draw_nothing(toy_stream: Stream, tiny_model: MultimodalModel) -> None:
+def test_workers_prepare_the_same_batches_and_draw_nothing(toy_stream: Stream, tiny_model: VisionLanguageModel) -> None:
     samples = toy_stream.tasks[0].train
     wanted = [(0, 3), (5,), (1, 2, 9)]
     plain = list(load(tiny_model, samples, wanted, workers=0))

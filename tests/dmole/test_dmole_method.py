@@ -39,7 +39,7 @@ def stream(tmp_path_factory: pytest.TempPathFactory) -> Stream:
         for i in range(14):
             image = folder / f"{name}{i}.png"
             Image.new("RGB", (16, 16), tuple(min(255, max(0, c + 2 * (i % 5))) for c in colour)).save(image)
-            samples.append(Sample(id=f"{i}", image=image, instruction=instruction, answers=(answer,)))
+            samples.append(Sample(id=f"{i}", images=(image,), instruction=instruction, answers=(answer,)))
         rows = tuple(samples)
         tasks.append(Task(name=name, metric="exact_match", train=rows[:8], validation=rows[8:11], test=rows[11:]))
     return Stream(name="tiny", tasks=tuple(tasks))
@@ -52,7 +52,7 @@ def make(options: DMoLESettings = OPTIONS, *, seed: int = 0, **settings: Any) ->
 
 def batches(method: DMoLE, task: Task) -> Iterator[Batch]:
     for start in range(0, len(task.train), 4):
-        yield collate(method.mm, task.train[start : start + 4], with_answers=True)
+        yield collate(method.vlm, task.train[start : start + 4], with_answers=True)
 
 
 def steps(method: DMoLE, task: Task, rate: float = 0.5) -> list[float]:
@@ -99,7 +99,7 @@ def watching(method: DMoLE, record: Callable[[str, tuple[str, ...], Tensor], Non
 
 def logits(method: DMoLE, batch: Batch) -> Tensor:
     with torch.no_grad():
-        return method.mm.model(
+        return method.vlm.model(
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, pixel_values=batch.pixel_values
         ).logits
 
@@ -112,7 +112,7 @@ def test_the_registry_knows_it() -> None:
 
 def test_before_any_task_the_model_is_the_base(stream: Stream) -> None:
     method = make()
-    batch = collate(method.mm, stream.tasks[0].test, with_answers=False)
+    batch = collate(method.vlm, stream.tasks[0].test, with_answers=False)
     want = logits(make(), batch)
     with method.evaluation_gates(batch) as routing:
         assert torch.equal(logits(method, batch), want)
@@ -138,7 +138,7 @@ def test_a_stage_places_the_budget_and_trains_only_its_expert(stream: Stream) ->
     assert all(p.dtype == torch.float32 for p in parameters.values())
     first = steps(method, task)
     assert steps(method, task)[0] < first[0]
-    frozen = [n for n, p in method.mm.model.named_parameters() if p.grad is not None and n not in parameters]
+    frozen = [n for n, p in method.vlm.model.named_parameters() if p.grad is not None and n not in parameters]
     assert frozen == []
     method.end_stage(1, task)
     assert method.trainable_parameters() == {}
@@ -148,7 +148,7 @@ def test_a_stage_places_the_budget_and_trains_only_its_expert(stream: Stream) ->
 def test_old_experts_are_active_frozen_beside_the_new_one(stream: Stream) -> None:
     method = make()
     learn(method, stream, 2)
-    old = {name: p.detach().clone() for name, p in method.mm.model.named_parameters()}
+    old = {name: p.detach().clone() for name, p in method.vlm.model.named_parameters()}
     task = stream.tasks[2]
     method.begin_stage(3, task)
     seen: list[tuple[tuple[str, ...], Tensor]] = []
@@ -164,7 +164,7 @@ def test_old_experts_are_active_frozen_beside_the_new_one(stream: Stream) -> Non
     neighbours = method.pool["grey"].neighbours
     assert sum(neighbours.values()) == 8 and set(neighbours) <= {"red", "blue"}
     new = method.trainable_parameters()
-    now = dict(method.mm.model.named_parameters())
+    now = dict(method.vlm.model.named_parameters())
     assert all(torch.equal(now[name], value) for name, value in old.items())
     assert any(not torch.equal(p, torch.zeros_like(p)) for name, p in new.items() if name.endswith("lora_b"))
 
@@ -194,7 +194,7 @@ def test_samples_are_routed_each_by_itself_in_a_mixed_batch(stream: Stream) -> N
     method = make()
     learn(method, stream, 2)
     mixed = [sample for trio in zip(*(task.test for task in stream.tasks), strict=True) for sample in trio]
-    batch = collate(method.mm, mixed, with_answers=False)
+    batch = collate(method.vlm, mixed, with_answers=False)
     seen: dict[str, Tensor] = {}
     with watching(method, lambda tower, experts, gate: seen.update({tower: gate})):
         with method.evaluation_gates(batch) as routing:
@@ -212,7 +212,7 @@ def test_samples_are_routed_each_by_itself_in_a_mixed_batch(stream: Stream) -> N
     # A sample's answer does not depend on its batch mates; the unknown task's is the base model's.
     base = logits(method, batch)
     for n, sample in enumerate(mixed[:3]):
-        single = collate(method.mm, [sample], with_answers=False)
+        single = collate(method.vlm, [sample], with_answers=False)
         with method.evaluation_gates(single) as alone:
             answer = logits(method, single)[0, -1]
         assert alone is not None and alone.chosen[0] == routing.chosen[n]
@@ -224,7 +224,7 @@ def test_batch_vote_serves_one_list_to_all(stream: Stream) -> None:
     method = make(DMoLESettings(proxy_min_samples=4, routing="batch_vote", router=ROUTER))
     learn(method, stream, 2)
     mixed = [*stream.tasks[0].test, *stream.tasks[1].test[:1]]
-    with method.evaluation_gates(collate(method.mm, mixed, with_answers=False)) as routing:
+    with method.evaluation_gates(collate(method.vlm, mixed, with_answers=False)) as routing:
         assert routing is not None and routing.chosen == (("red",),) * 4
 
 
@@ -232,7 +232,7 @@ def test_evaluation_works_under_inference_mode_and_before_a_stage_ends(stream: S
     method = make()
     learn(method, stream, 1)
     method.begin_stage(2, stream.tasks[1])
-    batch = collate(method.mm, stream.tasks[0].test, with_answers=False)
+    batch = collate(method.vlm, stream.tasks[0].test, with_answers=False)
     with torch.inference_mode(), method.evaluation_gates(batch) as routing:
         logits(method, batch)
     assert routing is not None and routing.chosen == (("red",),) * 3
@@ -274,7 +274,7 @@ def test_resume_gives_the_same_numbers(stream: Stream, inside: bool, routing: An
     assert meta == meta_again
     assert tensors.keys() == again.keys()
     assert all(torch.equal(tensors[name], again[name]) for name in tensors)
-    batch = collate(whole.mm, [*first.test, *second.test], with_answers=False)
+    batch = collate(whole.vlm, [*first.test, *second.test], with_answers=False)
     with whole.evaluation_gates(batch) as one, resumed.evaluation_gates(batch) as two:
         assert one == two
         assert torch.equal(logits(whole, batch), logits(resumed, batch))
@@ -305,7 +305,7 @@ def test_ablations(stream: Stream) -> None:
     budgets = v3.pool["red"].budgets
     assert abs(budgets["vision"] - budgets["language"]) <= 1
     assert v4.pool["red"].scores == {} and sum(v4.pool["red"].budgets.values()) == sum(budgets.values())
-    batch = collate(v4.mm, stream.tasks[1].test, with_answers=False)
+    batch = collate(v4.vlm, stream.tasks[1].test, with_answers=False)
     base = logits(v4, batch)
     with v4.evaluation_gates(batch) as routing:
         assert routing is None
@@ -340,7 +340,7 @@ def test_thresholds_from_validation_need_validation_samples(stream: Stream) -> N
 
 def test_misuse_is_refused(stream: Stream) -> None:
     method = make()
-    stranger = collate(method.mm, stream.tasks[1].test, with_answers=True)
+    stranger = collate(method.vlm, stream.tasks[1].test, with_answers=True)
     with pytest.raises(ValueError, match="training_gates: got a batch before begin_stage"):
         method.training_gates(stranger)
     method.begin_stage(1, stream.tasks[0])

@@ -12,7 +12,7 @@ from benchmarks.lora_providers import cpu_backends
 from benchmarks.machine import Machine
 from dmole.config import RunConfig
 from dmole.data.sample import Stream
-from dmole.models.multimodal import MultimodalModel
+from dmole.models.vision_language import VisionLanguageModel
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def machine() -> Machine:
 
 
 def test_end_to_end_plays_both_sides_in_turns(
-    toy_config: Callable[..., RunConfig], toy_stream: Stream, tiny_model: MultimodalModel, machine: Machine
+    toy_config: Callable[..., RunConfig], toy_stream: Stream, tiny_model: VisionLanguageModel, machine: Machine
 ) -> None:
     # The same backend twice: with one backend in the build there is no other to play against.
     names: Sequence[str] = (cpu_backends()[-1],) * 2
@@ -43,7 +43,7 @@ def test_end_to_end_plays_both_sides_in_turns(
 def test_backends_that_disagree_are_not_timed(
     toy_config: Callable[..., RunConfig],
     toy_stream: Stream,
-    tiny_model: MultimodalModel,
+    tiny_model: VisionLanguageModel,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     original = Side.__post_init__

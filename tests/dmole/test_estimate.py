@@ -15,21 +15,21 @@ from dmole.checkpoint import weights_digest
 from dmole.config import RunConfig
 from dmole.data.sample import Stream
 from dmole.estimate import EXPERTS, GIB, Estimate, Rates, estimate, measure, trained_weights
-from dmole.models.multimodal import MultimodalModel
+from dmole.models.vision_language import VisionLanguageModel
 from dmole.plan import check_plan, plan_runs
 from dmole.runner import run
 
 RATES = Rates(trained_sample=0.5, answer=0.25, peak_bytes=2.0 * GIB, device="cpu")
 
 
-def estimated(config: RunConfig, stream: Stream, model: MultimodalModel) -> Estimate:
+def estimated(config: RunConfig, stream: Stream, model: VisionLanguageModel) -> Estimate:
     plans = plan_runs(config, stream, model)
     stages = {plan.folder: check_plan(plan, config, model) for plan in plans}
     return estimate(plans, stages, config, model, RATES)
 
 
 def test_the_sums_by_hand(
-    toy_config: Callable[..., RunConfig], toy_stream: Stream, tiny_model: MultimodalModel
+    toy_config: Callable[..., RunConfig], toy_stream: Stream, tiny_model: VisionLanguageModel
 ) -> None:
     config = toy_config("methods=[seq_ft, finetune]", "training={num_train_epochs: 2, per_device_train_batch_size: 4}")
     got = estimated(config, toy_stream, tiny_model)
@@ -46,7 +46,7 @@ def test_the_sums_by_hand(
 
 
 def test_a_part_of_the_matrix_costs_less(
-    toy_config: Callable[..., RunConfig], toy_stream: Stream, tiny_model: MultimodalModel
+    toy_config: Callable[..., RunConfig], toy_stream: Stream, tiny_model: VisionLanguageModel
 ) -> None:
     answers = {
         mode: estimated(toy_config("methods=seq_ft", f"evaluation.stages={mode}"), toy_stream, tiny_model).answers
@@ -71,7 +71,7 @@ def test_what_there_is_too_little_of_is_named(tmp_path: Path) -> None:
 
 
 def test_measuring_changes_nothing(
-    toy_config: Callable[..., RunConfig], toy_stream: Stream, tiny_model: MultimodalModel
+    toy_config: Callable[..., RunConfig], toy_stream: Stream, tiny_model: VisionLanguageModel
 ) -> None:
     digest, state = weights_digest(tiny_model.model), torch.get_rng_state()
     rates = measure(tiny_model, toy_stream, toy_config())

@@ -15,14 +15,14 @@ from dmole.generation import Answer, end_tokens, generate, sampling
 from dmole.methods import method_class
 from dmole.methods.base import Stage
 from dmole.models.adapters import add_experts, attach, experts_on
-from dmole.models.multimodal import MultimodalModel
+from dmole.models.vision_language import VisionLanguageModel
 from dmole.seeding import derived_generator
 from dmole.training import Profile
 from dmole_kernels import ExpertGates
 
 
 @pytest.fixture
-def talkative(tiny_model: MultimodalModel) -> MultimodalModel:
+def talkative(tiny_model: VisionLanguageModel) -> VisionLanguageModel:
     """The tiny model with large random weights: it says something, and something else for every prompt."""
     generator = derived_generator("talkative")
     with torch.no_grad():
@@ -41,7 +41,9 @@ def mixed(toy_stream: Stream) -> list[Sample]:
 NAMES = tuple(f"t/{number}" for number in range(6))
 
 
-def texts(model: MultimodalModel, samples: list[Sample], names: Sequence[str] = NAMES, **settings: Any) -> list[str]:
+def texts(
+    model: VisionLanguageModel, samples: list[Sample], names: Sequence[str] = NAMES, **settings: Any
+) -> list[str]:
     batch = collate(model, samples, with_answers=False)
     return [answer.text for answer in generate(model, batch, EvaluationSettings(**settings), names[: len(samples)])]
 
@@ -53,7 +55,7 @@ WAYS = pytest.mark.parametrize("way", [GREEDY, BEAMS, SAMPLED], ids=["greedy", "
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_equals_transformers_generation(beams: int, toy_stream: Stream, talkative: MultimodalModel) -> None:
+def test_equals_transformers_generation(beams: int, toy_stream: Stream, talkative: VisionLanguageModel) -> None:
     batch = collate(talkative, mixed(toy_stream), with_answers=False)
     assert (batch.attention_mask[:, 0] == 0).any(), "the batch should have padding"
     out = talkative.model.generate(
@@ -71,7 +73,7 @@ def test_equals_transformers_generation(beams: int, toy_stream: Stream, talkativ
 
 @WAYS
 def test_an_answer_does_not_depend_on_batch_mates(
-    way: dict[str, Any], toy_stream: Stream, talkative: MultimodalModel
+    way: dict[str, Any], toy_stream: Stream, talkative: VisionLanguageModel
 ) -> None:
     samples = mixed(toy_stream)
     together = texts(talkative, samples, **way)
@@ -81,7 +83,7 @@ def test_an_answer_does_not_depend_on_batch_mates(
 
 
 @pytest.fixture
-def two_experts(talkative: MultimodalModel) -> dict[str, ExpertGates]:
+def two_experts(talkative: VisionLanguageModel) -> dict[str, ExpertGates]:
     gates = {tower: ExpertGates() for tower in talkative.candidates}
     adapters = attach(talkative.model, talkative.candidates, gates=gates)
     for name in ("one", "two"):
@@ -95,7 +97,7 @@ def two_experts(talkative: MultimodalModel) -> dict[str, ExpertGates]:
 
 @WAYS
 def test_each_row_keeps_its_own_expert(
-    way: dict[str, Any], toy_stream: Stream, talkative: MultimodalModel, two_experts: dict[str, ExpertGates]
+    way: dict[str, Any], toy_stream: Stream, talkative: VisionLanguageModel, two_experts: dict[str, ExpertGates]
 ) -> None:
     samples = mixed(toy_stream)
     routes = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [0.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
@@ -114,7 +116,7 @@ def test_each_row_keeps_its_own_expert(
 
 
 def test_beams_without_units_are_refused(
-    toy_stream: Stream, talkative: MultimodalModel, two_experts: dict[str, ExpertGates]
+    toy_stream: Stream, talkative: VisionLanguageModel, two_experts: dict[str, ExpertGates]
 ) -> None:
     # Three beams of six samples have the rows of eighteen: a gate of six rows must not be read as something else.
     with experts_on(two_experts, torch.ones(6, 2), ("one", "two")):
@@ -137,7 +139,7 @@ def test_sampling_has_the_distribution_of_the_warped_logits() -> None:
 
 
 def test_sampling_repeats_with_its_seed_and_draws_nothing_from_the_global_state(
-    toy_stream: Stream, talkative: MultimodalModel
+    toy_stream: Stream, talkative: VisionLanguageModel
 ) -> None:
     samples, state = mixed(toy_stream), torch.get_rng_state()
     first = texts(talkative, samples, **SAMPLED)
@@ -147,7 +149,7 @@ def test_sampling_repeats_with_its_seed_and_draws_nothing_from_the_global_state(
     assert texts(talkative, samples, **GREEDY) != first
 
 
-def test_the_settings_take_precedence_over_the_models_own(toy_stream: Stream, talkative: MultimodalModel) -> None:
+def test_the_settings_take_precedence_over_the_models_own(toy_stream: Stream, talkative: VisionLanguageModel) -> None:
     samples = mixed(toy_stream)
     expected = texts(talkative, samples, **GREEDY)
     own = talkative.model.generation_config
@@ -156,7 +158,7 @@ def test_the_settings_take_precedence_over_the_models_own(toy_stream: Stream, ta
     assert texts(talkative, samples, **GREEDY, repetition_penalty=3.0) != expected
 
 
-def test_generation_stops_at_the_end_token_and_at_the_limit(toy_stream: Stream, talkative: MultimodalModel) -> None:
+def test_generation_stops_at_the_end_token_and_at_the_limit(toy_stream: Stream, talkative: VisionLanguageModel) -> None:
     batch = collate(talkative, mixed(toy_stream), with_answers=False)
 
     def answers(limit: int) -> list[Answer]:
@@ -176,7 +178,7 @@ def test_generation_stops_at_the_end_token_and_at_the_limit(toy_stream: Stream, 
     hook.remove()
 
 
-def test_an_answer_ends_at_any_of_the_models_end_tokens(toy_stream: Stream, talkative: MultimodalModel) -> None:
+def test_an_answer_ends_at_any_of_the_models_end_tokens(toy_stream: Stream, talkative: VisionLanguageModel) -> None:
     samples = mixed(toy_stream)
     whole = texts(talkative, samples, **GREEDY)
     batch = collate(talkative, samples, with_answers=False)
@@ -194,7 +196,7 @@ def test_an_answer_ends_at_any_of_the_models_end_tokens(toy_stream: Stream, talk
     assert end_tokens(talkative) == [second, talkative.tokenizer.eos_token_id]
 
 
-def test_bf16_is_autocast(toy_stream: Stream, talkative: MultimodalModel) -> None:
+def test_bf16_is_autocast(toy_stream: Stream, talkative: VisionLanguageModel) -> None:
     seen: list[torch.dtype] = []
     layer = talkative.model.get_submodule(talkative.candidates["language"][0])
     hook = layer.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
@@ -208,7 +210,7 @@ def test_bf16_is_autocast(toy_stream: Stream, talkative: MultimodalModel) -> Non
 # Not beams: transformers' beam search makes its first mask on the default device and moves it.
 @pytest.mark.parametrize("way", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_no_tensor_is_made_on_the_default_device(
-    way: dict[str, Any], toy_stream: Stream, talkative: MultimodalModel, two_experts: dict[str, ExpertGates]
+    way: dict[str, Any], toy_stream: Stream, talkative: VisionLanguageModel, two_experts: dict[str, ExpertGates]
 ) -> None:
     samples = mixed(toy_stream)
     batch, gate = collate(talkative, samples, with_answers=False), torch.ones(6, 2)
@@ -226,13 +228,13 @@ def test_no_tensor_is_made_on_the_default_device(
     assert [answer.text for answer in answers] == expected
 
 
-def test_as_many_names_as_samples_are_needed(toy_stream: Stream, talkative: MultimodalModel) -> None:
+def test_as_many_names_as_samples_are_needed(toy_stream: Stream, talkative: VisionLanguageModel) -> None:
     batch = collate(talkative, mixed(toy_stream), with_answers=False)
     with pytest.raises(ValueError, match=r"names: got 2 for 6 samples; expected one each\."):
         generate(talkative, batch, EvaluationSettings(), NAMES[:2])
 
 
-def test_queue_holds_every_sample_once_and_mixes_tasks(toy_stream: Stream, tiny_model: MultimodalModel) -> None:
+def test_queue_holds_every_sample_once_and_mixes_tasks(toy_stream: Stream, tiny_model: VisionLanguageModel) -> None:
     queue = generation_queue(tiny_model, toy_stream.tasks, 5)
     assert [len(batch) for batch in queue] == [5, 5, 2]
     asked = sorted((task, sample.id) for batch in queue for task, sample in batch)
@@ -255,7 +257,7 @@ def test_scores_use_each_samples_own_answers(toy_stream: Stream) -> None:
     assert [p.id for p in result.predictions] == [sample.id for task in toy_stream.tasks for sample in task.test]
 
 
-def test_evaluating_counts_samples_and_seconds(toy_stream: Stream, tiny_model: MultimodalModel) -> None:
+def test_evaluating_counts_samples_and_seconds(toy_stream: Stream, tiny_model: VisionLanguageModel) -> None:
     method = method_class("zero_shot")(tiny_model, MethodSettings(), seed=0)
     settings, profile, seen = EvaluationSettings(per_device_eval_batch_size=5, max_new_tokens=2), Profile(), []
     queue = generation_queue(tiny_model, toy_stream.tasks, settings.per_device_eval_batch_size)
@@ -265,7 +267,7 @@ def test_evaluating_counts_samples_and_seconds(toy_stream: Stream, tiny_model: M
     assert set(profile.seconds) == {"evaluation_data", "evaluation_generate", "evaluation_score"}
 
 
-def protocol(method: str, toy_stream: Stream, tiny_model: MultimodalModel) -> list[Stage]:
+def protocol(method: str, toy_stream: Stream, tiny_model: VisionLanguageModel) -> list[Stage]:
     return method_class(method)(tiny_model, MethodSettings(), seed=0).stages(toy_stream)
 
 
@@ -284,14 +286,14 @@ def protocol(method: str, toy_stream: Stream, tiny_model: MultimodalModel) -> li
     ],
 )
 def test_the_stages_that_are_tested(
-    method: str, mode: str, expected: dict[int, str], toy_stream: Stream, tiny_model: MultimodalModel
+    method: str, mode: str, expected: dict[int, str], toy_stream: Stream, tiny_model: VisionLanguageModel
 ) -> None:
     letter = dict(zip(toy_stream.task_names, "abc", strict=True))
     stages = evaluated_stages(protocol(method, toy_stream, tiny_model), mode)  # type: ignore[arg-type]
     assert {stage.row: "".join(letter[name] for name in stage.evaluates) for stage in stages} == expected
 
 
-def test_the_row_of_a_final_score_is_the_protocols(toy_stream: Stream, tiny_model: MultimodalModel) -> None:
+def test_the_row_of_a_final_score_is_the_protocols(toy_stream: Stream, tiny_model: VisionLanguageModel) -> None:
     names = toy_stream.task_names
     rows = {
         method: list(final_rows(protocol(method, toy_stream, tiny_model), names).values())

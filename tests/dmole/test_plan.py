@@ -12,7 +12,7 @@ from PIL import Image
 from dmole.config import RunConfig
 from dmole.config_error import ConfigError
 from dmole.data.sample import Stream
-from dmole.models.multimodal import MultimodalModel
+from dmole.models.vision_language import VisionLanguageModel
 from dmole.plan import check_folder, check_lengths, fresh_copy, order_label, order_names, plan_runs, stream_digest
 
 NAMES = ("a", "b", "c", "d")
@@ -37,7 +37,7 @@ def test_unknown_orders(order: str) -> None:
 
 
 def test_plans_cover_the_grid_and_know_what_matters(
-    toy_config: Callable[..., RunConfig], toy_stream: Stream, tiny_model: MultimodalModel
+    toy_config: Callable[..., RunConfig], toy_stream: Stream, tiny_model: VisionLanguageModel
 ) -> None:
     grid = ("methods=[dmole, seq_ft]", "seeds=[0, 1]", "orders=[default, reversed]")
     plans = plan_runs(toy_config(*grid), toy_stream, tiny_model)
@@ -91,7 +91,7 @@ def test_stream_digest_sees_a_picture_drawn_anew_under_its_old_name(toy_stream: 
     ids=["instruction", "answer"],
 )
 def test_special_tokens_in_texts_are_refused(
-    change: dict[str, object], message: str, toy_stream: Stream, tiny_model: MultimodalModel
+    change: dict[str, object], message: str, toy_stream: Stream, tiny_model: VisionLanguageModel
 ) -> None:
     check_lengths(toy_stream, tiny_model, 8)
     first = toy_stream.tasks[0]
@@ -103,7 +103,7 @@ def test_special_tokens_in_texts_are_refused(
 
 @pytest.mark.parametrize(("text", "why"), [('{"fingerprint', "is not JSON"), ("[]", "holds no settings of a run")])
 def test_a_damaged_config_file_is_named(
-    text: str, why: str, toy_config: Callable[..., RunConfig], toy_stream: Stream, tiny_model: MultimodalModel
+    text: str, why: str, toy_config: Callable[..., RunConfig], toy_stream: Stream, tiny_model: VisionLanguageModel
 ) -> None:
     plan = plan_runs(toy_config("methods=seq_ft"), toy_stream, tiny_model)[0]
     plan.folder.mkdir(parents=True)
@@ -112,7 +112,7 @@ def test_a_damaged_config_file_is_named(
         check_folder(plan)
 
 
-def test_a_fresh_copy_shares_no_weight(tiny_model: MultimodalModel) -> None:
+def test_a_fresh_copy_shares_no_weight(tiny_model: VisionLanguageModel) -> None:
     copied = fresh_copy(tiny_model)
     own = {p.data_ptr() for p in tiny_model.model.parameters()}
     assert not own & {p.data_ptr() for p in copied.model.parameters()}

@@ -7,7 +7,7 @@ import pytest
 
 from dmole.config import build_config
 from dmole.methods import method_names
-from dmole.models.multimodal import MultimodalModel
+from dmole.models.vision_language import VisionLanguageModel
 from dmole.recipes import ATTENTION, RECIPES, mini_small, paper
 
 
@@ -24,7 +24,7 @@ def test_the_demo_is_the_same_stream_with_fewer_samples() -> None:
     assert set(full.methods) == set(method_names())
 
 
-def test_papers_candidates_are_the_attention_projections(tiny_model: MultimodalModel) -> None:
+def test_papers_candidates_are_the_attention_projections(tiny_model: VisionLanguageModel) -> None:
     config = paper("stream", "model")
     chosen = config.method_settings("dmole").select_candidates(tiny_model.candidates)
     names = {name.rpartition(".")[2] for linears in chosen.values() for name in linears}

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from dmole.data.sample import Sample
 from dmole.method_settings import RouterSettings
 from dmole.models.adapters import add_experts, attach
-from dmole.models.multimodal import MultimodalModel
+from dmole.models.vision_language import VisionLanguageModel
 from dmole.routing import FeatureStore, Router, router_features, train_autoencoder
 from dmole_kernels import ExpertGates
 from mini_cmit.model.tiny import build_tiny_model
@@ -28,7 +28,7 @@ FAST = RouterSettings(hidden=16, epochs=30, batch_size=16, learning_rate=1e-2, f
 
 
 @pytest.fixture(scope="module")
-def mm() -> MultimodalModel:
+def vlm() -> VisionLanguageModel:
     return build_tiny_model(0)
 
 
@@ -39,7 +39,7 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> tuple[Sample, ...]:
     for i, text in enumerate(("Answer.", "Answer with the letter. " * 2, "Describe the image.", "no")):
         image: Path = folder / f"{i}.png"
         Image.new("RGB", (16, 16), (60 * i, 90, 200 - 40 * i)).save(image)
-        made.append(Sample(id=f"s{i}", image=image, instruction=text, answers=("yes",)))
+        made.append(Sample(id=f"s{i}", images=(image,), instruction=text, answers=("yes",)))
     return tuple(made)
 
 
@@ -74,50 +74,50 @@ class Scripted(Router):
 # Features
 
 
-def test_features_are_unit_vectors_of_both_towers(mm: MultimodalModel, samples: tuple[Sample, ...]) -> None:
-    z = router_features(mm, samples)
+def test_features_are_unit_vectors_of_both_towers(vlm: VisionLanguageModel, samples: tuple[Sample, ...]) -> None:
+    z = router_features(vlm, samples)
     assert z.shape == (4, 64) and z.dtype == torch.float32 and not z.requires_grad
     assert torch.allclose(z.norm(dim=1), torch.ones(4))
     with torch.no_grad():
         sample = samples[1]
-        vision = mm.vision_features(mm.pixel_values([sample.image])).amax(dim=1)
-        ids = torch.tensor([mm.text_ids(sample.instruction)])
-        text = mm.text_features(ids, torch.ones_like(ids)).amax(dim=1)
+        vision = vlm.vision_features(vlm.pixel_values([sample.image])).amax(dim=1)
+        ids = torch.tensor([vlm.text_ids(sample.instruction)])
+        text = vlm.text_features(ids, torch.ones_like(ids)).amax(dim=1)
     assert torch.allclose(z[1], F.normalize(torch.cat([vision, text], dim=1), dim=1)[0], atol=1e-5)
 
 
-def test_a_feature_does_not_depend_on_batch_mates(mm: MultimodalModel, samples: tuple[Sample, ...]) -> None:
+def test_a_feature_does_not_depend_on_batch_mates(vlm: VisionLanguageModel, samples: tuple[Sample, ...]) -> None:
     """The longest instruction pads the others; pooling over padding would move their features by far more than this."""
-    together = router_features(mm, samples)
-    alone = torch.cat([router_features(mm, (sample,)) for sample in samples])
+    together = router_features(vlm, samples)
+    alone = torch.cat([router_features(vlm, (sample,)) for sample in samples])
     assert torch.allclose(together, alone, atol=1e-6)
-    assert torch.allclose(router_features(mm, samples, batch_size=3), together, atol=1e-6)
+    assert torch.allclose(router_features(vlm, samples, batch_size=3), together, atol=1e-6)
 
 
 def test_features_are_of_the_pretrained_model(samples: tuple[Sample, ...]) -> None:
-    mm = build_tiny_model(0)
-    before = router_features(mm, samples)
-    adapters = attach(mm.model, mm.candidates, gates={t: ExpertGates() for t in mm.candidates}, dropout=0.5)
+    vlm = build_tiny_model(0)
+    before = router_features(vlm, samples)
+    adapters = attach(vlm.model, vlm.candidates, gates={t: ExpertGates() for t in vlm.candidates}, dropout=0.5)
     add_experts(adapters, adapters, "e", rank=2, alpha=4.0)
     for adapter in adapters.values():
         torch.nn.init.normal_(adapter.bank.expert("e").lora_b)
-    mm.model.train()
-    assert torch.equal(router_features(mm, samples), before)
-    assert mm.model.training
+    vlm.model.train()
+    assert torch.equal(router_features(vlm, samples), before)
+    assert vlm.model.training
     assert adapters[next(iter(adapters))].bank.expert("e").lora_b.requires_grad
 
 
 def test_the_store_computes_each_batch_once(
-    mm: MultimodalModel, samples: tuple[Sample, ...], monkeypatch: pytest.MonkeyPatch
+    vlm: VisionLanguageModel, samples: tuple[Sample, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     computed: list[int] = []
 
-    def counted(mm: MultimodalModel, samples: Sequence[Sample], *, batch_size: int) -> Tensor:
+    def counted(vlm: VisionLanguageModel, samples: Sequence[Sample], *, batch_size: int) -> Tensor:
         computed.append(len(samples))
-        return router_features(mm, samples, batch_size=batch_size)
+        return router_features(vlm, samples, batch_size=batch_size)
 
     monkeypatch.setattr("dmole.routing.router_features", counted)
-    store = FeatureStore(mm, batch_size=2)
+    store = FeatureStore(vlm, batch_size=2)
     first = store.features(samples[:3])
     kept = first.clone()
     first.zero_()  # the caller's own copy
@@ -130,29 +130,29 @@ def test_the_store_computes_each_batch_once(
 
 def test_what_the_store_holds_changes_no_bit_of_another_batch(samples: tuple[Sample, ...]) -> None:
     """With entries by sample, a batch would get the bits of the batches in which its samples came first."""
-    mm = build_tiny_model(0)
+    vlm = build_tiny_model(0)
     many = [replace(samples[i % 4], instruction=f"{samples[i % 4].instruction} {'yes ' * i}") for i in range(24)]
-    store = FeatureStore(mm)
+    store = FeatureStore(vlm)
     for sample in many[:8]:
         store.features([sample])
     store.features(many[4:20])
-    assert torch.equal(store.features(many), FeatureStore(mm).features(many))
+    assert torch.equal(store.features(many), FeatureStore(vlm).features(many))
     before = torch.get_num_threads()
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            assert torch.equal(store.features(many), FeatureStore(mm).features(many))
+            assert torch.equal(store.features(many), FeatureStore(vlm).features(many))
     finally:
         torch.set_num_threads(before)
 
 
-def test_an_instruction_without_tokens_is_refused(mm: MultimodalModel, samples: tuple[Sample, ...]) -> None:
+def test_an_instruction_without_tokens_is_refused(vlm: VisionLanguageModel, samples: tuple[Sample, ...]) -> None:
     """The mini model's tokenizer has a token even for the empty text; others have none."""
     words = Tokenizer(WordLevel({"<pad>": 0, "no": 1}))
     words.pre_tokenizer = Whitespace()
-    processor = copy.deepcopy(mm.processor)
+    processor = copy.deepcopy(vlm.processor)
     processor.tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>")
-    other = replace(mm, processor=processor)
+    other = replace(vlm, processor=processor)
     empty = replace(samples[0], id="mute", instruction=" ")
     with pytest.raises(ValueError, match="sample 'mute': got an instruction without a token"):
         router_features(other, (samples[3], empty))

@@ -23,10 +23,10 @@ def built(name: str, **options: object) -> Method:
 
 
 def logits(method: Method, stream: Stream, *, training: bool = False) -> Tensor:
-    batch = collate(method.mm, stream.tasks[0].train[:2], with_answers=training)
+    batch = collate(method.vlm, stream.tasks[0].train[:2], with_answers=training)
     gates = method.training_gates(batch) if training else method.evaluation_gates(batch)
     with torch.no_grad(), gates:
-        out: Tensor = method.mm.model(
+        out: Tensor = method.vlm.model(
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, pixel_values=batch.pixel_values
         ).logits
     return out

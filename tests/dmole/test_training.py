@@ -14,7 +14,7 @@ from dmole.data.collate import collate
 from dmole.data.sample import Stream
 from dmole.methods import method_class
 from dmole.methods.base import Method, answer_loss
-from dmole.models.multimodal import MultimodalModel
+from dmole.models.vision_language import VisionLanguageModel
 from dmole.optimization import make_optimizer, make_schedule
 from dmole.training import Profile, StageTraining, stage_steps
 from dmole.training_settings import TrainingSettings
@@ -120,27 +120,27 @@ def test_dropout_is_on_in_training_only(toy_stream: Stream) -> None:
             parameter.normal_()
     running = training(method, toy_stream)
     seen: list[bool] = []
-    running.run(lambda running: seen.append(method.mm.model.training))
+    running.run(lambda running: seen.append(method.vlm.model.training))
     assert seen == [True] * running.total
-    assert not any(module.training for module in method.mm.model.modules())
+    assert not any(module.training for module in method.vlm.model.modules())
 
 
 def test_only_the_adapter_moves_and_the_loss_falls(toy_stream: Stream) -> None:
     method = begun(toy_stream, dropout=0.0)
     names = set(method.trainable_parameters())
-    before = {name: p.detach().clone() for name, p in method.mm.model.named_parameters()}
+    before = {name: p.detach().clone() for name, p in method.vlm.model.named_parameters()}
     running = training(
         method, toy_stream, TrainingSettings(num_train_epochs=8.0, per_device_train_batch_size=4, learning_rate=1e-2)
     )
     running.run(lambda running: None)
-    moved = {n for n, p in method.mm.model.named_parameters() if not torch.equal(p, before[n])}
+    moved = {n for n, p in method.vlm.model.named_parameters() if not torch.equal(p, before[n])}
     assert moved == names
     assert sum(running.losses[-3:]) < sum(running.losses[:3]) - 0.5
     assert set(running.profile.seconds) == {"data", "forward", "backward", "optimizer"}
     assert running.trainable_count == sum(before[name].numel() for name in names)
 
 
-def test_loss_equals_cross_entropy_over_all_positions(toy_stream: Stream, tiny_model: MultimodalModel) -> None:
+def test_loss_equals_cross_entropy_over_all_positions(toy_stream: Stream, tiny_model: VisionLanguageModel) -> None:
     samples = [sample for task in toy_stream.tasks for sample in task.train[:2]]
     batch = collate(tiny_model, samples, with_answers=True)
     whole = tiny_model.model(

@@ -127,7 +127,7 @@ def test_activation_checkpointing_trains_the_same_numbers(toy_stream: Stream, me
         counted += 1
 
     made = begun(toy_stream, method=method)
-    watched = next(m for n, m in made.mm.model.named_modules() if n.endswith("language_model.layers.0.self_attn"))
+    watched = next(m for n, m in made.vlm.model.named_modules() if n.endswith("language_model.layers.0.self_attn"))
     handle = watched.register_forward_hook(count)
     recomputing = StageTraining(made, made.stages(toy_stream)[0], again, seed=3, profile=Profile())
     recomputing.run(lambda running: None)
@@ -151,7 +151,7 @@ def test_a_reentrant_checkpoint_that_would_cut_a_tower_off_is_refused(toy_stream
         SETTINGS, activation_checkpointing=True, activation_checkpointing_kwargs={"use_reentrant": True}
     )
     # As in a tower whose embeddings transformers does not find.
-    method.mm.model.enable_input_require_grads = lambda: None  # type: ignore[method-assign]
+    method.vlm.model.enable_input_require_grads = lambda: None  # type: ignore[method-assign]
     running = StageTraining(method, method.stages(toy_stream)[0], settings, seed=3, profile=Profile())
     with pytest.raises(ConfigError, match=r"use_reentrant is True, and .*layers.0 gets no input that needs a gradient"):
         running.run(lambda running: None)
@@ -175,8 +175,8 @@ def test_a_stage_leaves_the_model_as_it_was(toy_stream: Stream, checkpointing: b
         activation_checkpointing_kwargs={"use_reentrant": True} if checkpointing else {},
     )
     method = begun(toy_stream)
-    model = method.mm.model
-    answer_loss(model, collate(method.mm, toy_stream.tasks[0].train[:2], with_answers=True))
+    model = method.vlm.model
+    answer_loss(model, collate(method.vlm, toy_stream.tasks[0].train[:2], with_answers=True))
     before = hooks(model)  # transformers' own, of the first call
     StageTraining(method, method.stages(toy_stream)[0], settings, seed=3, profile=Profile()).run(lambda running: None)
     assert "forward" not in vars(model) and not hasattr(model, "_is_accelerate_prepared")
@@ -186,7 +186,7 @@ def test_a_stage_leaves_the_model_as_it_was(toy_stream: Stream, checkpointing: b
     samples = toy_stream.tasks[1].train
     fresh = build_tiny_model(0)
     expected = layer_scores(fresh, samples, loss=answer_loss, batch_size=4)
-    assert layer_scores(method.mm, samples, loss=answer_loss, batch_size=4) == expected
+    assert layer_scores(method.vlm, samples, loss=answer_loss, batch_size=4) == expected
     assert torch.get_autocast_dtype("cpu") == torch.bfloat16 and not torch.is_autocast_enabled("cpu")
 
 
@@ -235,7 +235,7 @@ def test_the_validation_loss_is_the_mean_over_all_answer_tokens(validated_stream
     task = validated_stream.tasks[0]
     total, tokens = 0.0, 0
     for sample in task.validation:
-        batch = collate(method.mm, [sample], with_answers=True)
+        batch = collate(method.vlm, [sample], with_answers=True)
         with torch.no_grad(), method.validation_gates(batch):
             total += float(method.loss(batch)) * answer_tokens(batch)
         tokens += answer_tokens(batch)
@@ -252,7 +252,7 @@ def test_dmole_validates_with_the_new_expert_and_the_neighbour(validated_stream:
     gates = method.gates["language"]  # type: ignore[attr-defined]
 
     def watch(module: object, inputs: object) -> None:
-        if not method.mm.model.training and gates.block is not None:
+        if not method.vlm.model.training and gates.block is not None:
             used.append(gates.block.active)
 
     layer = next(iter(method.adapters.values()))  # type: ignore[attr-defined]

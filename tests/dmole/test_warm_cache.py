@@ -128,7 +128,7 @@ def test_row_zero_is_measured_on_the_pretrained_model_whichever_run_is_first(
     evaluate = dmole.rows.evaluate
 
     def spied(method, *arguments, **options):  # type: ignore[no-untyped-def]
-        measured.append(any(isinstance(module, MultiLoRALinear) for module in method.mm.model.modules()))
+        measured.append(any(isinstance(module, MultiLoRALinear) for module in method.vlm.model.modules()))
         return evaluate(method, *arguments, **options)
 
     monkeypatch.setattr(dmole.rows, "evaluate", spied)

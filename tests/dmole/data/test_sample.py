@@ -9,7 +9,7 @@ from dmole.data import Sample, Stream, Task
 
 
 def sample(name: str) -> Sample:
-    return Sample(id=name, image=Path("/none.png"), instruction="?", answers=("x",))
+    return Sample(id=name, images=(Path("/none.png"),), instruction="?", answers=("x",))
 
 
 def task(name: str, metric: str = "exact_match", count: int = 20) -> Task:

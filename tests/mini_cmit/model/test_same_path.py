@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from dmole.models.multimodal import load_model
 from PIL import Image
 
 from dmole.data.collate import collate
 from dmole.data.sample import Sample
 from dmole.models.contract import check, drawn_probes
 from dmole.models.loading import load
-from dmole.models.multimodal import load_model
 from dmole.models.vision_language import VisionLanguageModel
 from mini_cmit.model.shipped import MINI_WEIGHTS
 from mini_cmit.model.tiny import tiny_folder

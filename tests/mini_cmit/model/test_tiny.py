@@ -20,7 +20,7 @@ def samples(tmp_path: Path) -> list[Sample]:
     Image.new("RGB", (20, 20), "#ff8000").save(tmp_path / "a.png")
     texts = [("Answer briefly. yes no", "red"), ("Describe the image in one sentence.", "a green 27!")]
     return [
-        Sample(id=str(i), image=tmp_path / "a.png", instruction=instruction, answers=(answer,))
+        Sample(id=str(i), images=(tmp_path / "a.png",), instruction=instruction, answers=(answer,))
         for i, (instruction, answer) in enumerate(texts)
     ]
 
