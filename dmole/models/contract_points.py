@@ -144,7 +144,7 @@ def attached(vlm: VisionLanguageModel) -> dict[str, ExpertHandle]:
             for layer in handle.layers.values():
                 expert = layer.bank.expert(name)
                 for parameter, std in ((expert.lora_a, 0.3 * (32 / layer.in_features) ** 0.5), (expert.lora_b, 0.3)):
-                    drawn = torch.randn(parameter.shape, generator=generator) * std
+                    drawn = torch.randn(parameter.shape, generator=generator, device="cpu") * std
                     with torch.no_grad():
                         parameter.copy_(drawn)
     return handles
