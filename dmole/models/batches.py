@@ -7,7 +7,8 @@ The two groups are processed apart and joined:
     [samples, ...] inputs          zeros for the samples without images (Idefics2, Idefics3)
     images, tiles or patches       as they are: the rows of the samples with images follow each other in order
 
-Models in which text attends to images by a mask of its own (Mllama) cannot mix the groups, and are refused.
+Models in which text attends to images by a mask of its own (Mllama) cannot mix samples with different numbers of
+images, and are refused.
 
 Shape letters: B samples, L tokens.
 """
@@ -48,8 +49,12 @@ def processed_batch(
     """
     groups = [[s for s, n in enumerate(images) if n], [s for s, n in enumerate(images) if not n]]
     if not all(groups):
-        return process(rows)
+        inputs = process(rows)
+        if len(set(images)) > 1:
+            _refuse_image_masks(inputs, images)
+        return inputs
     seen, unseen = (process([rows[s] for s in group]) for group in groups)
+    _refuse_image_masks(seen, images)
     length = max(part["input_ids"].shape[1] for part in (seen, unseen))
     joined: Inputs = {}
     for name in {**seen, **unseen}:
@@ -66,12 +71,6 @@ def processed_batch(
                 joined[name] = given.new_zeros(len(rows), *given.shape[1:])
                 joined[name][groups[0]] = given
             continue
-        if given.dim() > 2 and None in parts:
-            # Mllama: rows of its mask without an image attend to every image of the batch.
-            raise ValueError(
-                f"processor: got {name} {tuple(given.shape)}, by which text attends to images; expected samples with "
-                f"and without images apart, since such a model mixes them up. Put them into different batches."
-            )
         fill = pad_id if name == "input_ids" else 0
         whole = given.new_full((len(rows), length, *given.shape[2:]), fill)
         for group, part in zip(groups, parts, strict=True):
@@ -80,6 +79,20 @@ def processed_batch(
                 whole[group, place] = part
         joined[name] = whole
     return joined
+
+
+def _refuse_image_masks(inputs: Inputs, images: Sequence[int]) -> None:
+    """Masks [B, L, images, ...] by which text attends to images: Mllama's.
+
+    Text without an image in front attends to every image there is in the batch, also to those that only pad it.
+    """
+    for name, value in inputs.items():
+        if _of_tokens(value, inputs) and value.dim() > 2:
+            raise ValueError(
+                f"processor: got {name} {tuple(value.shape)} for samples with {list(images)} images; expected samples "
+                f"with the same number of images, since this model's text attends to the images of its batch mates. "
+                f"Put them into different batches, or set the batch size to 1."
+            )
 
 
 def _of_tokens(value: Tensor, inputs: Inputs) -> bool:

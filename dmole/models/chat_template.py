@@ -20,7 +20,9 @@ Conversation = Sequence[Message]
 
 # "<|im_start|>", "<user>": text that stands for one token wherever a tokenizer has it. Llama 2's "[INST]" and "<<SYS>>"
 # are plain text in the checkpoints that use them.
-MARKER = re.compile(r"(?<!<)<\|?[A-Za-z_/][^<>\s]*>")
+MARKER = re.compile(r"(?<!<)<[|｜]?[A-Za-z_/][^<>\s]*>")
+# Attributes of a processor that name what it writes for an image; its tokens of videos and sound are not used here.
+WRITTEN = re.compile("(image|img|vision|boi|eoi).*(token|tag)$")
 PROBE = "xyzzy"  # a text that no template writes itself
 
 
@@ -169,7 +171,7 @@ def _ended(source: str, end: str) -> str:
 def _check_placeholders(processor: ProcessorMixin) -> None:
     """The tokens that the processor itself writes: image placeholders and what it puts around them."""
     for name, value in vars(processor).items():
-        if isinstance(value, str) and name.endswith(("_token", "_tag")) and not _is_token(processor, value):
+        if isinstance(value, str) and WRITTEN.search(name) and not _is_token(processor, value):
             raise ValueError(
                 f"tokenizer: got no token {value!r}, which {type(processor).__name__} writes as its {name}; expected "
                 f"the tokenizer that the model was trained with. Take tokenizer.json from the model's own folder."

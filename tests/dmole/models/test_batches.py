@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dmole.models.batches import processed_batch
+from dmole.models.batches import per_sample_inputs, processed_batch
+
+from .folders import FAMILIES
 
 # Two samples with one and two images, one sample without; each conversation is a number.
 ROWS: list[Any] = [[1], [0], [2]]
@@ -58,3 +60,11 @@ def test_image_inputs_of_samples_without_images_are_refused() -> None:
 
     with pytest.raises(ValueError, match="processor: got flat for samples without images; expected inputs of tokens"):
         processed_batch(filled, ROWS, IMAGES, per_sample=frozenset, pad_id=7, left=False)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_inputs_with_a_row_a_sample_are_found_on_the_processor(family: str) -> None:
+    with torch.random.fork_rng(devices=[]):
+        _, processor = FAMILIES[family]()
+    expected = {"pixel_values", "pixel_attention_mask"} if family == "idefics3" else set()
+    assert per_sample_inputs(processor, str(processor.chat_template)) == expected

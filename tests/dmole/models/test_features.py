@@ -82,8 +82,8 @@ def features(family: str, loaded: tuple[Any, Any], samples: list[int]) -> tuple[
 
 
 def mixed(family: str) -> list[int]:
-    """All samples; Mllama's batches cannot mix samples with and without images."""
-    return [0, 2, 3] if family == "mllama" else [0, 1, 2, 3]
+    """All samples; Mllama's batches cannot mix samples with different numbers of images."""
+    return [0, 3] if family == "mllama" else [0, 1, 2, 3]
 
 
 def test_vision_features_do_not_depend_on_batch_mates(family: str, loaded: tuple[Any, Any]) -> None:
@@ -98,6 +98,22 @@ def test_vision_features_do_not_depend_on_batch_mates(family: str, loaded: tuple
         torch.testing.assert_close(together[row], alone[0], rtol=1e-4, atol=1e-5)
     distances = torch.cdist(together, together) + 10 * torch.eye(len(samples))
     assert distances.min() > 0.05
+
+
+@pytest.mark.parametrize("family", ["mllama"], indirect=True)
+def test_images_that_only_pad_a_batch_are_left_out(family: str, loaded: tuple[Any, Any]) -> None:
+    model, processor = loaded
+
+    def by_processor(samples: list[int]) -> Tensor:
+        inputs = processor.apply_chat_template(
+            [CONVERSATIONS[s] for s in samples], tokenize=True, return_dict=True, return_tensors="pt",
+            processor_kwargs={"text_kwargs": {"padding": True}},
+        )  # fmt: skip
+        return vision_features(model, TOWERS[family], inputs, [1] * len(samples))[0]
+
+    together = by_processor([0, 2, 3])
+    for row, s in enumerate([0, 2, 3]):
+        torch.testing.assert_close(together[row], by_processor([s])[0], rtol=1e-4, atol=1e-5)
 
 
 def test_text_features_do_not_depend_on_batch_mates(family: str, loaded: tuple[Any, Any]) -> None:

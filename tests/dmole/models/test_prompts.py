@@ -51,6 +51,7 @@ BATCHES = {
     "one": [ONE],
     "two": [TWO],
     "none": [NONE],
+    "same": [ONE, [user("Describe it.", SMALL), assistant("no")]],
     "images": [ONE, TWO],
     "mixed": [ONE, NONE, TWO],
     "text_first": [NONE, ONE, [user("Describe it.", SMALL), assistant("no")]],
@@ -143,7 +144,7 @@ def padded(request: pytest.FixtureRequest) -> tuple[nn.Module, Any]:
 @pytest.mark.parametrize("with_answers", [True, False], ids=["training", "generation"])
 @pytest.mark.parametrize(
     ("padded", "batches"),
-    [("idefics2", ["images", "mixed", "text_first"]), ("mllama", ["one", "two"])],
+    [("idefics2", ["images", "mixed", "text_first"]), ("mllama", ["one", "two", "same"])],
     indirect=["padded"],
 )
 def test_a_batch_of_padded_images_equals_its_samples_alone(
@@ -155,10 +156,13 @@ def test_a_batch_of_padded_images_equals_its_samples_alone(
 
 
 @pytest.mark.parametrize("padded", ["mllama"], indirect=True)
-def test_text_that_attends_to_images_is_not_mixed_with_text_alone(padded: tuple[nn.Module, Any]) -> None:
-    """Mllama's text without an image attends to all images of its batch: other logits than alone, in silence."""
-    with pytest.raises(ValueError, match=r"processor: got cross_attention_mask .*Put them into different batches"):
-        encode(padded[1], [ONE, NONE], with_answers=True, declaration=Declared())
+def test_text_that_attends_to_images_has_as_many_in_every_sample(padded: tuple[nn.Module, Any]) -> None:
+    """Mllama's text without an image before it attends to all images of its batch: other logits than alone."""
+    for images, batch in ([1, 0], [ONE, NONE]), ([1, 2], [ONE, TWO]):
+        with pytest.raises(ValueError) as raised:
+            encode(padded[1], batch, with_answers=True, declaration=Declared())
+        assert str(raised.value).startswith("processor: got cross_attention_mask (")
+        assert f"for samples with {images} images; expected samples with the same number" in str(raised.value)
 
 
 def test_another_image_gives_other_logits(processor: Any, model: Any) -> None:
