@@ -8,7 +8,7 @@ import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,12 @@ class VisionLanguageModel:
     towers: dict[str, str]
     candidates: dict[str, tuple[str, ...]]
     source: str = ""
+
+    @property
+    def rows(self) -> dict[str, Literal["samples", "units"]]:
+        """By tower, what the rows of its layers are: a vision tower without units would take images for samples."""
+        kinds: dict[str, Literal["samples", "units"]] = {VISION: "units", LANGUAGE: "samples"}
+        return {tower: kinds[tower] for tower in self.candidates}
 
     @property
     def image_token_id(self) -> int | None:
