@@ -114,8 +114,9 @@ def show_findings(console: Console, findings: Sequence[Finding]) -> bool:
         table.add_row(str(f.point), f.name, f.tower, "ok" if f.ok else "FAILED", f.figure)
     console.print(table)
     failed = [finding for finding in findings if not finding.ok]
-    for f in failed:
-        console.print(f"{f.point} {f.name}{' of ' + f.tower if f.tower else ''}: {f.remedy}", markup=False)
+    for remedy in dict.fromkeys(f.remedy for f in failed):
+        same = [f"{f.point} {f.name}{f', {f.tower} tower' if f.tower else ''}" for f in failed if f.remedy == remedy]
+        console.print(f"{'; '.join(same)}:\n  {remedy}", markup=False, highlight=False)
     return not failed
 
 

@@ -73,6 +73,7 @@ class SingleAdapter(Method):
             gates=self.gates,
             dropout=settings.lora.dropout,
             dropout_mode=settings.lora.dropout_mode,
+            rows=vlm.rows,
         )
         sizes = {
             tower: {name: self.layers[name].in_features + self.layers[name].out_features for name in names}

@@ -95,6 +95,7 @@ class DMoLE(Method):
             gates=self.gates,
             dropout=settings.lora.dropout,
             dropout_mode=settings.lora.dropout_mode,
+            rows=vlm.rows,
         )
         self.pool = ExpertPool()
         self.router = Router(self.options.router)

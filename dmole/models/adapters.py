@@ -28,12 +28,15 @@ def attach(
     dropout: float = 0.0,
     dropout_mode: Literal["shared", "per_expert"] = "shared",
     backend: str = "auto",
+    rows: Mapping[str, Literal["samples", "units"]] | None = None,
 ) -> Adapters:
     """Wraps every candidate linear of ``model`` in place, without experts, and freezes the whole model.
 
     Args:
         candidates: qualified names per tower.
         gates: one `ExpertGates` per tower; all layers of a tower read the same one.
+        rows: what the rows of each tower are, as `VisionLanguageModel.rows` says; layers of "units" refuse a gate
+            without units. None: samples, unless the gate has units.
         dropout: on the input of the experts, in training mode only.
 
     Raises ValueError when a name is no linear, or already carries experts (nothing is changed then).
@@ -65,8 +68,9 @@ def attach(
     adapters: Adapters = {}
     for name, (tower, linear) in found.items():
         wrapped = MultiLoRALinear(
-            linear, gates=gates[tower], dropout=dropout, dropout_mode=dropout_mode, rows="units", backend=backend
-        )
+            linear, gates=gates[tower], dropout=dropout, dropout_mode=dropout_mode, backend=backend,
+            rows=None if rows is None else rows[tower],
+        )  # fmt: skip
         wrapped.place = name
         wrapped.train(linear.training)
         _replace(model, name, wrapped)

@@ -54,31 +54,33 @@ def check(vlm: VisionLanguageModel, probes: Probes, *, save: bool | None = None)
     """
     findings: list[Finding] = []
 
-    def collect(point: int, name: str, found: Callable[..., Iterator[Finding]], *arguments: Any) -> None:
+    def collect(point: int, name: str, tower: str, found: Callable[..., Iterator[Finding]], *arguments: Any) -> None:
         try:
             findings.extend(found(vlm, *arguments))
         except ValueError as error:
             # A refusal is an answer about this model, and the points after it have theirs.
-            findings.append(points.finding(point, name, "", False, str(error)))
+            said = str(error)
+            remedy = f"{said} {points.ROWS_REMEDY}" if point in (4, 5, 10) and "declaration." not in said else said
+            findings.append(points.finding(point, name, tower, False, "refused", remedy))
 
     unequal, owned = probes.one_two_one, probes.two_none_one
     before, plain = points.generated(vlm, probes.prompts, beams=1), points.logits(vlm, owned)
-    collect(1, "save and load", points.saved, owned, save)
-    collect(2, "towers and candidates", points.structure, owned)
-    collect(6, "proxy norms", points.proxy_norms, owned)
-    collect(7, "loss", points.whole_loss, owned)
-    collect(10, "router features", points.router_features, probes)
+    collect(1, "save and load", "", points.saved, owned, save)
+    collect(2, "towers and candidates", "", points.structure, owned)
+    collect(6, "proxy norms", "", points.proxy_norms, owned)
+    collect(7, "loss", "", points.whole_loss, owned)
+    collect(10, "router features", "", points.router_features, probes)
     handles = points.attached(vlm)
     try:
-        collect(3, "attached, no gates", points.same_logits, plain, owned)
+        collect(3, "attached, no gates", "", points.same_logits, plain, owned)
         for tower in handles:
             for owners, batch in (("0 1 1 2", unequal), ("0 0 2", owned)):
                 name = f"logits, images of {owners}"
-                collect(4, name, points.logit_swap, handles, tower, batch, name)
-            collect(4, "gradients", points.gradient_swap, handles, tower, owned)
+                collect(4, name, tower, points.logit_swap, handles, tower, batch, name)
+            collect(4, "gradients", tower, points.gradient_swap, handles, tower, owned)
         for beams, name in ((1, "generate, greedy"), (2, "generate, 2 beams")):
-            collect(5, name, points.text_swap, handles, probes.prompts, beams, name)
-        collect(9, "generate, no gates", points.same_text, before, probes.prompts)
+            collect(5, name, "", points.text_swap, handles, probes.prompts, beams, name)
+        collect(9, "generate, no gates", "", points.same_text, before, probes.prompts)
     finally:
         for handle in handles.values():
             handle.unconvert()

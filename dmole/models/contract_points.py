@@ -144,7 +144,7 @@ def attached(vlm: VisionLanguageModel) -> dict[str, ExpertHandle]:
             for layer in handle.layers.values():
                 expert = layer.bank.expert(name)
                 for parameter, std in ((expert.lora_a, 0.3 * (32 / layer.in_features) ** 0.5), (expert.lora_b, 0.3)):
-                    drawn = torch.randn(parameter.shape, generator=generator) * std
+                    drawn = torch.randn(parameter.shape, generator=generator, device="cpu") * std
                     with torch.no_grad():
                         parameter.copy_(drawn)
     return handles
@@ -152,6 +152,10 @@ def attached(vlm: VisionLanguageModel) -> dict[str, ExpertHandle]:
 
 def uniform_gate(sample: int) -> list[tuple[float, float]]:
     return [MIXED[sample]] * SAMPLES
+
+
+def unreached(tower: str) -> str:
+    return f"Experts of the {tower} tower do not reach the logits: set declaration.{tower} to the tower that does."
 
 
 def logit_swap(
@@ -170,10 +174,7 @@ def logit_swap(
         leak = max(leak, distance(mixed, uniform, batch, sample))
     figure = f"leak {leak / max(effect, 1e-30):.1e} of an effect of {effect:.1e}"
     if effect <= 1e-3:
-        yield finding(
-            4, name, tower, False, figure,
-            f"Experts of the {tower} tower do not reach the logits: set declaration.{tower} to the tower that does.",
-        )  # fmt: skip
+        yield finding(4, name, tower, False, figure, unreached(tower))
         return
     ok = leak <= tolerance(vlm) * effect
     yield finding(4, name, tower, ok, figure, ROWS_REMEDY)
@@ -198,7 +199,7 @@ def gradient_swap(
             leak = max(leak, float((one - other).abs().max()))
     ok = 0 < largest and leak <= tolerance(vlm) * largest
     figure = f"leak {leak / max(largest, 1e-30):.1e} of the largest gradient, {largest:.1e}"
-    yield finding(4, "gradients", tower, ok, figure, ROWS_REMEDY)
+    yield finding(4, "gradients", tower, ok, figure, ROWS_REMEDY if largest else unreached(tower))
 
 
 # 5
@@ -233,9 +234,13 @@ def proxy_norms(vlm: VisionLanguageModel, batch: Encoded) -> Iterator[Finding]:
     """On the first, middle and last candidate of each tower: autograd keeps a gradient of a whole weight for each."""
     for tower, names in vlm.candidates.items():
         chosen = {n: vlm.model.get_submodule(n) for n in dict.fromkeys((names[0], names[len(names) // 2], names[-1]))}
-        plain = {n: m for n, m in chosen.items() if type(m.weight) is nn.Parameter and m.weight.is_floating_point()}
+        plain = {
+            name: linear
+            for name, linear in chosen.items()
+            if type(linear.weight) is nn.Parameter and linear.weight.is_floating_point() and not linear.weight.is_meta
+        }
         if not plain:
-            yield finding(6, "proxy norms", tower, True, "not tried: autograd has none for quantised weights")
+            yield finding(6, "proxy norms", tower, True, "not tried: the weights are quantised or offloaded")
             continue
         with GradNormRecorder(plain, model=vlm.model) as recorder:
             torch.autograd.backward(vlm.loss(batch))

@@ -113,7 +113,8 @@ def measured_rows(model: nn.Module, candidates: Iterable[str], inputs: Mapping[s
         raise _Reached
 
     handles = [model.get_submodule(n).register_forward_pre_hook(hook, with_kwargs=True) for n in candidates]
-    mode = model.training
+    # In training mode dropout would draw random numbers, and the step after would see others.
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with torch.no_grad():
@@ -121,7 +122,8 @@ def measured_rows(model: nn.Module, candidates: Iterable[str], inputs: Mapping[s
     except _Reached:
         pass
     finally:
-        model.train(mode)
+        for module in training:
+            module.training = True
         for handle in handles:
             handle.remove()
     if not found:
@@ -156,6 +158,26 @@ def rule_of(measured: Sequence[tuple[int, int | None]]) -> Rows:
         f"equal rows, or rows in proportion to the tokens. Set declaration.rows to tiles or padded, and check it with "
         f"`dmole inspect --check`."
     )
+
+
+def check_rule(rows: Rows, measured: Sequence[tuple[int, int | None]], tiles: Sequence[int] | None = None) -> None:
+    """Raises ValueError where a declared rule disagrees with what was measured on images of different shapes.
+
+    tiles: for "tiles", how many the rule counts for each shape.
+    """
+    lengths = [length for length, _ in measured]
+    wrong = {
+        "images": len(set(lengths)) > 1,
+        "tokens": len({Fraction(length, number) if number else None for length, number in measured}) > 1,
+        "tiles": tiles is not None
+        and [Fraction(a, b) for a, b in zip(lengths, tiles, strict=True)] != [1] * len(lengths),
+    }
+    if wrong.get(rows, False):
+        counted = f", {list(tiles)} tiles" if tiles is not None else ""
+        raise ValueError(
+            f"declaration.rows: got {rows!r}, but images of different shapes have {lengths} rows in the vision tower, "
+            f"{[number for _, number in measured]} image tokens{counted}; expected them in proportion. Set other rows."
+        )
 
 
 def _check_tokens(images: Sequence[int], tokens: Sequence[int] | None, image_token_id: int | None) -> None:

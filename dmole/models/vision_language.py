@@ -8,18 +8,18 @@ import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from dmole.models import features, identity, prompts
 from dmole.models.chat_template import Conversation
-from dmole.models.declaration import Declaration, declared
+from dmole.models.declaration import Declaration, Rows, declared
 from dmole.models.drawn import drawn_conversation, drawn_image
 from dmole.models.prompts import IGNORE, Encoded
 from dmole.models.towers import LANGUAGE, VISION, Calls, find_candidates, find_towers, refuse_uncalled
-from dmole.models.units import image_tokens, measured_rows, rule_of, vision_units
+from dmole.models.units import check_rule, image_tokens, measured_rows, rule_of, vision_units
 
 # Square, wide, tall; small ones and ones that processors cut into tiles.
 SHAPES = ((48, 48), (96, 32), (32, 96), (448, 448), (896, 448), (224, 672))
@@ -46,6 +46,12 @@ class VisionLanguageModel:
     towers: dict[str, str]
     candidates: dict[str, tuple[str, ...]]
     source: str = ""
+
+    @property
+    def rows(self) -> dict[str, Literal["samples", "units"]]:
+        """By tower, what the rows of its layers are: a vision tower without units would take images for samples."""
+        kinds: dict[str, Literal["samples", "units"]] = {VISION: "units", LANGUAGE: "samples"}
+        return {tower: kinds[tower] for tower in self.candidates}
 
     @property
     def image_token_id(self) -> int | None:
@@ -168,7 +174,7 @@ class VisionLanguageModel:
 
     def text_features(self, texts: Sequence[str]) -> Tensor:
         """The router's text features [B, D] of instructions alone, see `dmole.models.features`."""
-        ids, mask = prompts.instruction_ids(self.processor, texts)
+        ids, mask = prompts.instruction_ids(self.processor, texts, declaration=self.declaration)
         module = self.towers[LANGUAGE] if self.declaration.text_features is None else self.declaration.text_features
         return features.text_features(self.model, module, ids.to(self.device), mask.to(self.device))
 
@@ -185,13 +191,10 @@ class VisionLanguageModel:
 
     @property
     def end_token_ids(self) -> frozenset[int]:
-        """What ends an answer: the template's end of turn, the tokenizer's end and those of the generation config."""
-        found = [getattr(self.tokenizer, "eos_token_id", None)]
-        if self.processor is not None:
-            found.append(prompts.template_of(self.processor, self.declaration).end_id)
-        configured = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
-        found += configured if isinstance(configured, list) else [configured]
-        return frozenset(int(token) for token in found if token is not None)
+        """What ends an answer: where generation stops (`prompts.stop_ids`), and the tokenizer's own end token."""
+        stops = prompts.stop_ids(self.processor, self.model.generation_config, declaration=self.declaration)
+        own = self.tokenizer.eos_token_id
+        return frozenset(stops if own is None else [*stops, own])
 
     def inputs_digest(self) -> str:
         """The sha256 of what turns conversations into tensors: processor, tokenizer, chat template, labels' rule."""
@@ -222,24 +225,34 @@ class VisionLanguageModel:
     def ready(self) -> VisionLanguageModel:
         """Call it before training: the same model with "auto" rows resolved, after what is assumed has been checked.
 
-        Images of several shapes are drawn; the rows of the vision tower are measured for each (`units.rule_of`), and
-        one forward has to call every candidate. Raises ValueError that names the field to set.
+        Images of several shapes are drawn; the rows of the vision tower are measured for each, which gives the rule or
+        has to agree with the declared one, and one forward has to call every candidate. Raises ValueError that names
+        the field to set.
         """
         declaration = self.declaration
-        if VISION in self.candidates and declaration.rows == "auto":
-            declaration = replace(declaration, rows=rule_of([self._measured(*shape) for shape in SHAPES]))
+        if VISION in self.candidates and declaration.rows != "padded":
+            declaration = replace(declaration, rows=self._checked_rule())
         # Two images, for the units that a text-only tower needs none of.
         self.refuse_uncalled_candidates(
             self.encode([drawn_conversation([drawn_image(*SHAPES[0])] * 2)], with_answers=True)
         )
         return replace(self, declaration=declaration)
 
-    def _measured(self, width: int, height: int) -> tuple[int, int | None]:
-        """Rows of the vision tower and image tokens of a sample with two equal images."""
-        # Two: of one image [1, T, d] the second dimension would be counted.
-        encoded = self.encode([drawn_conversation([drawn_image(width, height)] * 2)], with_answers=True)
-        tokens = image_tokens(encoded.inputs, self.image_token_id)
-        return self.vision_rows(encoded), None if tokens is None else tokens[0]
+    def _checked_rule(self) -> Rows:
+        """The rule for rows of the vision tower: found, or the declared one if it fits what is measured."""
+        rows, measured, tiles = self.declaration.rows, [], []
+        for shape in SHAPES:
+            # Two samples: of a single image [1, T, d] the second dimension would be counted. As conversations of one
+            # image each, since some processors treat several images in a prompt otherwise.
+            encoded = self.encode([drawn_conversation([drawn_image(*shape)])] * 2, with_answers=True)
+            tokens = image_tokens(encoded.inputs, self.image_token_id)
+            measured.append((self.vision_rows(encoded), None if tokens is None else sum(tokens)))
+            if rows == "tiles":
+                tiles.append(sum(self._vision_units(encoded)))
+        if rows == "auto":
+            return rule_of(measured)
+        check_rule(rows, measured, tiles or None)
+        return rows
 
     def refuse_uncalled_candidates(self, encoded: Encoded) -> None:
         """Runs one forward, without gradients, of a batch with images and text. Raises ValueError, with the field to

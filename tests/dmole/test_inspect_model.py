@@ -49,7 +49,7 @@ def test_check_passes_on_a_model_that_is_understood(idefics3: Path, capsys: pyte
 
 def test_check_exits_with_1_on_wrong_rows(idefics3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     declared = tmp_path / "declared.yaml"
-    declared.write_text("declaration:\n  rows: images\n")
+    declared.write_text("declaration:\n  rows: padded\n")
     assert status(["inspect", str(idefics3), "--check", "--declaration", str(declared)]) == 1
     out = capsys.readouterr().out
     assert "FAILED" in out and "Set declaration.rows to images, tokens, tiles or padded." in out
@@ -65,6 +65,9 @@ def test_what_is_not_understood_exits_with_2(
     declared.write_text("rows: patches\n")
     assert status(["inspect", str(idefics3), "--declaration", str(declared)]) == 2
     assert "declaration.rows is 'patches'; expected one of auto" in capsys.readouterr().err
+    declared.write_text("rows: images\n")
+    assert status(["inspect", str(idefics3), "--declaration", str(declared)]) == 2
+    assert "declaration.rows: got 'images', but images of different shapes have" in capsys.readouterr().err
     declared.write_text("- rows\n")
     assert status(["inspect", str(idefics3), "--declaration", str(declared)]) == 2
     assert "holds a list; expected a mapping" in capsys.readouterr().err

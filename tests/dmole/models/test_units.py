@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dmole.models.declaration import Rows
-from dmole.models.units import measured_rows, rule_of, vision_units
+from dmole.models.units import check_rule, measured_rows, rule_of, vision_units
 from dmole_kernels import ExpertGates, MultiLoRALinear
 from tests.kernels.families.tiny import FAMILIES
 
@@ -107,6 +107,41 @@ def test_the_rule_follows_from_images_of_several_shapes(measured: list[tuple[int
 def test_no_rule_for_rows_in_no_proportion(measured: list[tuple[int, int | None]]) -> None:
     with pytest.raises(ValueError, match=r"rows: images of different shapes .*Set declaration.rows to tiles or padded"):
         rule_of(measured)
+
+
+@pytest.mark.parametrize(
+    ("rows", "measured", "tiles"),
+    [
+        ("images", [(2, 32), (6, 32)], None),
+        ("tokens", [(128, 32), (96, 20)], None),
+        ("tokens", [(128, 32), (96, None)], None),
+        ("tiles", [(6, 32), (10, 32)], [6, 8]),
+    ],
+)
+def test_a_declared_rule_that_does_not_fit_is_refused(
+    rows: Rows, measured: list[tuple[int, int | None]], tiles: list[int] | None
+) -> None:
+    with pytest.raises(
+        ValueError, match=rf"declaration.rows: got '{rows}', but images of different shapes .*Set other"
+    ):
+        check_rule(rows, measured, tiles)
+
+
+def test_a_declared_rule_that_fits_is_taken() -> None:
+    check_rule("images", [(2, 32), (2, 48)])
+    check_rule("tokens", [(128, 32), (96, 24)])
+    check_rule("tiles", [(6, 32), (10, 48)], [6, 10])
+    check_rule("padded", [(6, 32), (10, 32)])
+
+
+def test_measuring_neither_draws_random_numbers_nor_changes_modes() -> None:
+    model = FAMILIES["llava"].build().train()
+    frozen: Any = model.get_submodule("model.vision_tower.encoder.layers.1").eval()
+    batch = FAMILIES["llava"].batch([0, 0, 2], 3).arguments
+    before, state = [m.training for m in model.modules()], torch.get_rng_state()
+    measured_rows(model, ["model.vision_tower.encoder.layers.0.mlp.fc1"], batch)
+    assert [m.training for m in model.modules()] == before and not frozen.training
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_measuring_leaves_the_forward_at_the_first_candidate() -> None:

@@ -11,11 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dmole.models.adapters import add_experts, attach, expert_parameters
 from dmole.models.declaration import KNOWN, Declaration, declared, read_declaration
 from dmole.models.drawn import drawn_conversation, drawn_image
 from dmole.models.loading import load
 from dmole.models.prompts import Encoded
 from dmole.models.vision_language import VisionLanguageModel, takes, wrap
+from dmole_kernels import ExpertGates
 from tests.dmole.models.families.wide import WIDE
 from tests.kernels.families.tiny import FAMILIES, TEXT_SIZES, VIT_SIZES
 
@@ -103,6 +105,27 @@ def test_an_encoder_decoder_is_refused_for_training(folder_of: FolderOf) -> None
 
 
 # -- units ---------------------------------------------------------------------------------------------------------
+
+
+def test_three_images_of_three_samples_are_refused_without_units() -> None:
+    """Images owned by samples 0, 0 and 2: a gate [3, 1] fits x [3, T, d], where image 1 is not that of sample 1."""
+    vlm = wrap(FAMILIES["llava"].build())
+    assert vlm.rows == {"vision": "units", "language": "samples"}
+    gates = {tower: ExpertGates() for tower in vlm.candidates}
+    adapters = attach(vlm.model, vlm.candidates, gates=gates, rows=vlm.rows)
+    add_experts(adapters, adapters, "a", rank=2, alpha=4.0)
+    for parameter in expert_parameters(adapters).values():
+        nn.init.normal_(parameter)
+    batch = encoded("llava", [0, 0, 2])
+    gate = torch.tensor([[1.0], [0.0], [0.0]])
+    with torch.no_grad():
+        off = vlm.model(**batch.inputs).logits
+        with gates["vision"].use(gate, ["a"]), pytest.raises(ValueError, match=r"not samples .* has no\s+units"):
+            vlm.model(**batch.inputs)
+        with gates["vision"].use(gate, ["a"], units=vlm.units(batch)["vision"]):
+            on = vlm.model(**batch.inputs).logits
+    changed = (on - off).abs().amax((1, 2))
+    assert changed[0] > 1e-3 and changed[1:].max() < 1e-5
 
 
 def test_units_of_one_tower_alone() -> None:

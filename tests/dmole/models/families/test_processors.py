@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,10 +27,20 @@ def test_every_point_holds_and_the_rule_of_the_rows_is_found(family: str, folder
     assert {finding.point for finding in findings} == POINTS
 
 
-@pytest.mark.parametrize("settings", [{"dtype": "bfloat16"}, {"quantization": "int8"}, {"device_map": "auto"}], ids=str)
-def test_every_point_holds_in_other_dtypes_quantised_and_placed(settings: dict[str, str], folder_of: FolderOf) -> None:
-    vlm = load(folder_of("idefics3"), **settings).ready()  # type: ignore[arg-type]
-    findings = check(vlm, drawn_probes(vlm))
+OFFLOADED = {"model.vision_model": "cpu", "model.connector": "cpu", "model.text_model": "disk", "lm_head": "cpu"}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "bfloat16": {"dtype": "bfloat16"},
+    "int8": {"quantization": "int8"},
+    "int8_bfloat16": {"quantization": "int8", "dtype": "bfloat16"},
+    "device_map": {"device_map": "auto"},
+    "offloaded": {"device_map": OFFLOADED},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_every_point_holds_in_other_dtypes_quantised_and_placed(settings: str, folder_of: FolderOf) -> None:
+    vlm = load(folder_of("idefics3"), **SETTINGS[settings]).ready()
+    findings = check(vlm, drawn_probes(vlm), save=settings != "offloaded")
     assert [finding for finding in findings if not finding.ok] == []
     assert {finding.point for finding in findings} == POINTS
 
