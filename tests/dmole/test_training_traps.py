@@ -349,6 +349,16 @@ def test_another_precision_of_the_launcher_is_refused(toy_stream: Stream, monkey
     assert trained(toy_stream, dataclasses.replace(SETTINGS, bf16=True))[1].step == 3
 
 
+def test_processes_that_accelerate_does_not_see_are_refused(
+    toy_stream: Stream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each would train by itself and write the same files."""
+    trained(toy_stream, SETTINGS)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"accelerate sees 1 processes; expected the 2 that were launched"):
+        trained(toy_stream, SETTINGS)
+
+
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16], ids=["float32_base", "bfloat16_base"])
 def test_experts_and_their_moments_stay_float32_under_bf16(toy_stream: Stream, base: torch.dtype) -> None:
     model = build_tiny_model(0)
