@@ -38,7 +38,7 @@ def make_accelerator(
     """The accelerator that trains with `settings`.
 
     Args:
-        folder: The run's folder, below which trackers may write. None: nothing is tracked.
+        folder: The run's folder, below which trackers may write. None: those of `report_to` are checked, not used.
         trackers: Trackers of the caller's own, besides those of `report_to`.
 
     Raises ConfigError for a precision that the device does not have, another one than `accelerate launch` was given,
@@ -55,16 +55,25 @@ def make_accelerator(
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         AcceleratorState._reset_state()
     threads = torch.get_num_threads()
-    chosen = [*_tracker_names(settings), *trackers]
+    installed = _tracker_names(settings)
+    chosen = [*(installed if folder is not None else ()), *trackers]
     accelerator = Accelerator(
         mixed_precision=precision,
+        # Where there is no device but the CPU, accelerate takes torchrun's processes for one each unless told.
+        cpu=not torch.accelerator.is_available(),
         # The loop divides by the tokens of the whole window; a number of steps would be divided by once more.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
         # Batches are split over the processes before they reach accelerate: the schedule moves once a step.
         dataloader_config=DataLoaderConfiguration(split_batches=True),
-        log_with=chosen if chosen and (folder is not None or trackers) else None,
+        log_with=chosen or None,
         project_dir=None if folder is None else str(folder / LOGS),
     )
+    launched_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched_processes:
+        raise ConfigError(
+            f"accelerate sees {accelerator.num_processes} processes; expected the {launched_processes} that were "
+            "launched (WORLD_SIZE), or each of them would train alone. Make no Accelerator before the run."
+        )
     torch.set_num_threads(threads)  # of several processes on a CPU, accelerate changes it
     if accelerator.distributed_type in REFUSED_ENGINES:
         raise ConfigError(

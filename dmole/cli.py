@@ -157,7 +157,9 @@ def run(
         settings=settings or [],
         output=output,
     )
-    earlier = earlier_runs(chosen)
+    # Of several processes (torchrun) the first one speaks, and it alone looks for what is there before it writes.
+    first = os.environ.get("RANK", "0") == "0"
+    earlier = earlier_runs(chosen) if first else []
     if earlier and not (resume or fresh):
         raise ValueError(
             f"{chosen.output} already holds {', '.join(earlier)}; expected no run of that name. Pass --resume to go on "
@@ -167,7 +169,12 @@ def run(
 
     console = Console()
     folder = run_all(chosen, console=console, fresh=fresh)
+    from dmole.processes import leave
     from dmole.reports.stored import read_runs
+
+    leave()
+    if not first:
+        return
 
     names = set(planned_runs(chosen))
     _show_tables(console, [result for result in read_runs(folder) if result.folder.name in names])

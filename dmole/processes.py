@@ -55,6 +55,13 @@ def gathered(own: list[T]) -> list[T]:
     return found
 
 
+def leave() -> None:
+    """End the process group at the end of a program, if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def shard(model: nn.Module, device_type: str) -> None:
     """Spread the weights of every layer over the processes with torch's `fully_shard`; call before experts are added.
 

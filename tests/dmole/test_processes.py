@@ -16,6 +16,7 @@ import torch
 
 from dmole.config_error import ConfigError
 from dmole.processes import gathered, is_sharded, process, shard, shared
+from dmole.reports.verify import verify_results
 from mini_cmit.model.tiny import build_tiny_model
 
 SCRIPT = Path(__file__).with_name("training_processes.py")
@@ -104,9 +105,26 @@ def test_an_evaluation_is_split_and_gathered(results: list[dict[str, Any]], alon
     for result in results:
         found = result[way]["row"]
         assert found.points == expected.points
-        assert [(p.task, p.id, p.route) for p in found.predictions] == [
-            (p.task, p.id, p.route) for p in expected.predictions
-        ]
+        assert found.predictions == expected.predictions
+
+
+@pytest.mark.slow
+def test_processes_that_use_different_experts_do_not_get_each_other_s_gradients(results: list[dict[str, Any]]) -> None:
+    assert [result["unused"] for result in results] == [[0.5, 50.0, None]] * 2
+
+
+@pytest.mark.slow
+def test_torchrun_runs_the_command_line(toy_folder: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "dmole"]
+    command += ["run", str(toy_folder), "--model", "tiny", "--method", "seq_ft", "--output", str(tmp_path / "out")]
+    for setting in ("training.num_train_epochs=1", "training.per_device_train_batch_size=2", "lora.rank=4"):
+        command += ["--set", setting]
+    command += ["--set", "evaluation.max_new_tokens=3", "--set", "training.bf16=true"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert done.stdout.count("results: ") == 1
+    assert verify_results(tmp_path / "out").ok
 
 
 @pytest.mark.slow

@@ -263,21 +263,23 @@ def test_dmole_validates_with_the_new_expert_and_the_neighbour(validated_stream:
     assert math.isfinite(running.validation.history[0][1])
 
 
+# A rate at which the tiny model gets worse after a while.
+WORSENING = TrainingSettings(
+    num_train_epochs=12.0,
+    per_device_train_batch_size=4,
+    learning_rate=0.3,
+    lr_scheduler_type="constant",
+    eval_strategy="steps",
+    eval_steps=1,
+    load_best_model_at_end=True,
+    early_stopping_patience=3,
+)
+
+
 def test_the_best_weights_are_kept_and_patience_ends_a_stage(validated_stream: Stream) -> None:
-    # A rate at which the tiny model gets worse after a while.
-    settings = TrainingSettings(
-        num_train_epochs=12.0,
-        per_device_train_batch_size=4,
-        learning_rate=0.3,
-        lr_scheduler_type="constant",
-        eval_strategy="steps",
-        eval_steps=1,
-        load_best_model_at_end=True,
-        early_stopping_patience=3,
-    )
     seen: dict[int, dict[str, Tensor]] = {}
     method = begun(validated_stream)
-    running = StageTraining(method, method.stages(validated_stream)[0], settings, seed=3, profile=Profile())
+    running = StageTraining(method, method.stages(validated_stream)[0], WORSENING, seed=3, profile=Profile())
     running.run(lambda running: seen.setdefault(running.step, weights(method)) and None)
     losses = dict(running.validation.history)
     best = min(losses, key=lambda step: losses[step])
@@ -288,26 +290,24 @@ def test_the_best_weights_are_kept_and_patience_ends_a_stage(validated_stream: S
 
 
 def test_a_resumed_stage_knows_its_best_weights_and_patience(validated_stream: Stream) -> None:
-    settings = dataclasses.replace(
-        SETTINGS, num_train_epochs=3.0, learning_rate=0.05, eval_strategy="steps", eval_steps=2,
-        load_best_model_at_end=True, early_stopping_patience=2,
-    )  # fmt: skip
-    whole_method, whole = trained(validated_stream, settings, dropout=0.2)
+    whole_method, whole = trained(validated_stream, WORSENING, dropout=0.2)
+    assert whole.validation.best is not None and whole.step < whole.total
     method = begun(validated_stream, dropout=0.2)
-    running = StageTraining(method, method.stages(validated_stream)[0], settings, seed=3, profile=Profile())
+    running = StageTraining(method, method.stages(validated_stream)[0], WORSENING, seed=3, profile=Profile())
 
     class Stop(Exception):
         pass
 
     def stop(running: StageTraining) -> None:
-        if running.step == 4:
+        # Two of the three losses that are not better have been seen.
+        if running.validation.not_better == 2 and running.step == whole.step - 1:
             raise Stop
 
     with pytest.raises(Stop):
         running.run(stop)
     tensors, meta = running.state()
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-    resumed = StageTraining(method, method.stages(validated_stream)[0], settings, seed=3, profile=Profile())
+    resumed = StageTraining(method, method.stages(validated_stream)[0], WORSENING, seed=3, profile=Profile())
     resumed.load_state(tensors, meta)
     resumed.run(lambda running: None)
     assert resumed.validation.history == whole.validation.history
@@ -347,6 +347,16 @@ def test_another_precision_of_the_launcher_is_refused(toy_stream: Stream, monkey
     with pytest.raises(ConfigError, match=r"launched with mixed precision 'bf16' and the run's settings say 'no'"):
         trained(toy_stream, SETTINGS)
     assert trained(toy_stream, dataclasses.replace(SETTINGS, bf16=True))[1].step == 3
+
+
+def test_processes_that_accelerate_does_not_see_are_refused(
+    toy_stream: Stream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each would train by itself and write the same files."""
+    trained(toy_stream, SETTINGS)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"accelerate sees 1 processes; expected the 2 that were launched"):
+        trained(toy_stream, SETTINGS)
 
 
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16], ids=["float32_base", "bfloat16_base"])

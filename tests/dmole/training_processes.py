@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import io
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from dmole.acceleration import make_accelerator, set_random_state
+from dmole.acceleration import make_accelerator, set_random_state, sum_gradients
 from dmole.allocation import layer_scores
 from dmole.config import LoraSettings, MethodSettings, load_config
 from dmole.data.reading import read_stream
@@ -95,6 +94,15 @@ def keep_first_gradients(running: StageTraining) -> list[Tensor]:
     return gradients
 
 
+def sums_where_processes_use_different_parameters(accelerator: Any) -> list[float | None]:
+    """Parameter i has a gradient in process i alone; the third in none."""
+    parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    rank = accelerator.process_index
+    parameters[rank].grad = torch.full((2,), 0.5 if rank == 0 else 50.0)
+    sum_gradients(accelerator, parameters)
+    return [None if p.grad is None else float(p.grad[0]) for p in parameters]
+
+
 EVALUATION = load_config(overrides=["evaluation={batch_size: 4, max_new_tokens: 3}"]).evaluation
 
 
@@ -141,6 +149,7 @@ def main(folder: Path, output: Path) -> None:
     for name in ("seq_ft", "dmole"):
         results[name] = numbers(folder, name)
         results[f"{name}_sharded"] = numbers(folder, name, sharded=True)
+    results["unused"] = sums_where_processes_use_different_parameters(accelerator)
     results["dmole_checkpointing"] = numbers(
         folder, "dmole", activation_checkpointing=True, activation_checkpointing_kwargs={"use_reentrant": True}
     )
@@ -156,5 +165,4 @@ def main(folder: Path, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("ACCELERATE_USE_CPU", "1")
     main(Path(sys.argv[1]), Path(sys.argv[2]))
