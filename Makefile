@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # make demo: set-up, then D-MoLE and Seq-FT over the reduced mini stream, with table and picture.
 # make test: set-up, then every check and test.
-# make test-long: every drawn test with 2,000 draws instead of 40.
+# make test-long: every drawn test with 2,000 draws instead of 40, the contract on more families of models.
 # make sanitize: the compiled ops' tests on a build with the address and undefined-behaviour sanitizers.
 
 PYTHON ?= python3
@@ -22,6 +22,7 @@ test: setup lint aot
 
 test-long: setup
 	DMOLE_DRAWS=2000 $(BIN)/python -m pytest -m hypothesis tests/kernels
+	$(BIN)/python -m pytest -m long
 
 sanitize: setup
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python scripts/sanitize.py
@@ -40,10 +41,12 @@ setup: $(READY)
 
 # torch comes first and by itself: the plain index would bring a CUDA build of several GB as somebody's dependency. The
 # compiled kernels come last and in place; ninja compiles again only what changed. A CUDA build of torch pins the Triton
-# that it needs, and that one is kept; beside a CPU build, constraints.txt says which.
+# that it needs, and that one is kept; beside a CPU build, constraints.txt says which. The checkout itself is registered
+# anew each time: its packages and entry points may be others than when it was installed.
 $(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*.cpp csrc/cpu/*.* csrc/cpu/per_isa/* csrc/cuda/*)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "make: 'python -m venv' failed; install Python 3.10 or newer with its venv module." >&2; exit 1; }
-	@if $(BIN)/python scripts/check_installed.py; then echo "setup: every pinned package is already installed; nothing is downloaded"; else \
+	@if $(BIN)/python scripts/check_installed.py; then echo "setup: every pinned package is already installed; nothing is downloaded"; \
+	  DMOLE_KERNELS_BUILD=skip $(PIP) install -q --no-index --no-deps --no-build-isolation -e .; else \
 	  grep -v '^triton==' constraints.txt > $(PINS) && $(PIP) install -q -c $(PINS) torch && \
 	  { $(PIP) freeze | grep '^triton==' || grep '^triton==' constraints.txt; } >> $(PINS) && \
 	  DMOLE_KERNELS_BUILD=skip $(PIP) install -q -c $(PINS) -e ".[data,dev,peft,triton]" || \
@@ -60,14 +63,14 @@ results: setup
 	  --set dmole.neighbour_within_threshold=true --resume
 	$(BIN)/dmole verify results/mini
 	$(BIN)/dmole verify results/mini_matched_neighbour
-	$(BIN)/dmole readme README.md dmole/data/mini/README.md
+	$(BIN)/dmole readme README.md mini_cmit/README.md
 
 docs: setup
 	$(PIP) install -q -c constraints.txt "mkdocs>=1.6" "mkdocstrings[python]>=0.28"
 	$(BIN)/mkdocs build --site-dir build/site
 
 data: setup
-	$(BIN)/dmole data build
+	$(BIN)/python -m mini_cmit.tasks
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

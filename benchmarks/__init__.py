@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Timings of dmole_kernels against its rivals: correct first, interleaved in one process, a CSV row with its machine.
+"""Timings of dmole_kernels and its baselines: checked first, interleaved in one process, one CSV row per measurement.
 
 python -m benchmarks.run --suite multi_lora --output benchmarks/results/multi_lora.csv
-python -m benchmarks.headline
+python -m benchmarks.summary
 python -m benchmarks.tables README.md
 """

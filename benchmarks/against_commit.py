@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m benchmarks.against_commit OLD_CHECKOUT --output FILE`: this checkout's time / another's, row by row.
 
-Two processes, one per checkout, each with its own build, run the cases of `benchmarks.headline` on one thread; batches
-of calls alternate between them, and the order of each pair alternates too. A row is the median over the rounds of
+Two processes, one per checkout, each with its own build, run the cases of `benchmarks.summary` on one thread; batches
+of calls alternate between them, and so does the order within a pair. A row is the median over the rounds of
 new / old, with the quartiles. Both checkouts need a compiled extension of the same kind (or none).
 """
 

@@ -2,9 +2,9 @@
 """
     python -m benchmarks.base_product [--output benchmarks/results/base_product.json]
 
-Do a row's bits depend on how many rows stand beside it, or on the number of threads? For the vendor's base product
-(`F.linear`), which this package does not promise, and for the experts' delta, which it does on the cpu backend.
-Compared with the first rows of one call on 256 rows with one thread; no times are taken.
+Checks whether the bits of a row depend on the number of rows in the batch or on the number of threads: for the base
+product (`F.linear`), where this package makes no guarantee, and for the experts' delta, where the cpu backend does.
+Calls are compared with the first rows of one call on 256 rows with one thread; nothing is timed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ RANKS = (4, 16, 9)
 
 
 def calls_that_differ(product: Callable[[int], Tensor], thread_counts: Iterable[int]) -> list[str]:
-    """The calls, as "rows x threads", whose rows are not bit for bit the whole's; product(n) takes the first n."""
+    """The calls, as "rows x threads", whose rows differ in any bit from the full batch; product(n) uses the first n."""
     with threads(1):
         whole = product(WHOLE)
     differing = []

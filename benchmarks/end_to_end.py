@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""D-MoLE's continual run with every CPU backend at once: the same stages, taken in turns in one process.
+"""A continual run of D-MoLE with every CPU backend, interleaved in one process.
 
 Each backend has its own copy of the model and its own method object and sees the same batches. They alternate after
-every training step and every generated batch (the first place goes round), and after every begin and end of a stage.
-Rows: direction is the part of the work (begin_stage, data, forward, backward, optimizer, end_stage, evaluation_...;
-`step` is a training step whole), times are per occurrence.
+every training step and every generated batch (the order rotates), and after every begin and end of a stage. In the
+rows, direction is the phase (begin_stage, data, forward, backward, optimizer, end_stage, evaluation_...; `step` is a
+whole training step); times are per occurrence.
 
-Correct first: the backends' losses at the first step must agree to 2 %, or nothing is timed.
+The losses of the backends at the first step must agree to 2 %, or nothing is timed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.lora_rivals import cpu_backends
+from benchmarks.lora_providers import cpu_backends
 from benchmarks.machine import Machine
 from benchmarks.records import Row
 from benchmarks.timing import percentiles_ms
@@ -38,12 +38,12 @@ PROFILED_STEPS = 5
 
 
 class _Pause(Exception):
-    """Raised after each step to leave `StageTraining.run`, which goes on where it stopped."""
+    """Raised after each step to leave `StageTraining.run`, which continues where it stopped."""
 
 
 @dataclass
 class Side:
-    """One backend's run. `samples[part]`: seconds of every occurrence."""
+    """The run of one backend. `samples[phase]`: seconds of every occurrence."""
 
     backend: str
     config: RunConfig
@@ -56,11 +56,11 @@ class Side:
         self.profile = Profile()
         self.method = method_class("dmole")(self.model, self.config.method_settings("dmole"), seed=0)
         self.training: StageTraining | None = None
-        # Dropout and the router's training draw from torch's one generator: each side goes on where it left it.
+        # Dropout and the router's training use the default generator of torch: each side restores its own state.
         self._random = torch.get_rng_state()
 
     @contextlib.contextmanager
-    def taking_its_turn(self) -> Iterator[None]:
+    def active(self) -> Iterator[None]:
         """This side's backend and random state."""
         torch.set_rng_state(self._random)
         with forced_backend(self.backend):
@@ -68,15 +68,15 @@ class Side:
         self._random = torch.get_rng_state()
 
     def timed(self, work: Callable[[], None], whole: str | None = None) -> None:
-        """Runs `work` with this side's backend and books what it added to each part of the profile."""
+        """Runs `work` with this side's backend and records the seconds that it added to each phase of the profile."""
         before = dict(self.profile.seconds)
-        with self.taking_its_turn():
+        with self.active():
             work()
-        parts = {name: total - before.get(name, 0.0) for name, total in self.profile.seconds.items()}
-        parts = {name: seconds for name, seconds in parts.items() if seconds > 0}
+        phases = {name: total - before.get(name, 0.0) for name, total in self.profile.seconds.items()}
+        phases = {name: seconds for name, seconds in phases.items() if seconds > 0}
         if whole is not None:
-            parts[whole] = sum(parts.values())
-        for name, seconds in parts.items():
+            phases[whole] = sum(phases.values())
+        for name, seconds in phases.items():
             self.samples.setdefault(name, []).append(seconds)
 
     @property
@@ -85,7 +85,7 @@ class Side:
 
 
 def forced_backend(name: str) -> contextlib.AbstractContextManager[object]:
-    """This backend for all "auto" calls inside; the package's own context manager where there is a choice."""
+    """Uses this backend for all "auto" calls inside; does nothing where it is the only one."""
     if len(cpu_backends()) == 1:
         return contextlib.nullcontext()
     context: contextlib.AbstractContextManager[object] = importlib.import_module("dmole_kernels").use_backend(name)
@@ -96,37 +96,37 @@ def play(
     config: RunConfig, stream: Stream, model: MultimodalModel, *, stages: int, steps: int | None, batches: int | None,
     backends: Sequence[str], profiled: int = 0,
 ) -> list[Side]:  # fmt: skip
-    """The first `stages` stages; of each, at most `steps` training steps and `batches` batches of the tests.
+    """Runs the first `stages` stages; of each, at most `steps` training steps and `batches` test batches.
 
-    `profiled`: so many steps at the end of the last stage's training go to `operator_profile` instead.
+    `profiled`: the number of steps at the end of the last stage's training that `operator_profile` runs instead.
     """
     sides = [Side(backend=name, config=config, model=fresh_copy(model)) for name in backends]
     tasks = sorted(stream.tasks, key=lambda task: task.name)
-    turn = 0
+    rotation = 0
 
-    def in_turns() -> list[Side]:
-        nonlocal turn
-        turn += 1
-        return sides[turn % len(sides) :] + sides[: turn % len(sides)]
+    def rotated() -> list[Side]:
+        nonlocal rotation
+        rotation += 1
+        return sides[rotation % len(sides) :] + sides[: rotation % len(sides)]
 
     chosen = sides[0].method.stages(stream)[:stages]
     for stage in chosen:
-        for side in in_turns():
+        for side in rotated():
             side.timed(_begin(side, stage))
         reserved = profiled if stage is chosen[-1] else 0
         total = stage_steps(config.training, stage) - reserved
         for _ in range(total if steps is None else min(steps, total)):
-            for side in in_turns():
+            for side in rotated():
                 side.timed(_step(side), whole="step")
             _check_losses(sides)
         if reserved:
             for side in sides:
                 side.operators = operator_profile(side, steps=reserved)
-        for side in in_turns():
+        for side in rotated():
             side.timed(_end(side, stage))
         queue = generation_queue(model, tasks, config.evaluation.per_device_eval_batch_size)[:batches]
         for items in queue:
-            for side in in_turns():
+            for side in rotated():
                 side.timed(_predict(side, items))
     return sides
 
@@ -185,22 +185,22 @@ def rows_of(sides: Sequence[Side], machine: Machine, *, case: str, threads: int)
     dtype = "bfloat16" if sides[0].config.training.bf16 else "float32"
     return [
         machine.row(
-            case=case, dtype=dtype, direction=part, threads=threads, provider=side.backend,
+            case=case, dtype=dtype, direction=phase, threads=threads, provider=side.backend,
             times_ms=percentiles_ms(samples),
         )
         for side in sides
-        for part, samples in sorted(side.samples.items())
+        for phase, samples in sorted(side.samples.items())
     ]  # fmt: skip
 
 
 def summary(sides: Sequence[Side]) -> list[str]:
-    """Total seconds by backend, then where they went, largest part first."""
+    """Total seconds by backend, then by phase, the largest first."""
     lines = []
     for side in sides:
         lines.append(f"{side.backend}: {side.total_seconds:.2f} s")
-        parts: Mapping[str, float] = side.profile.seconds
-        for part, seconds in sorted(parts.items(), key=lambda item: -item[1]):
-            lines.append(f"  {part:24s} {seconds:9.2f} s  {100 * seconds / side.total_seconds:5.1f} %")
+        phases: Mapping[str, float] = side.profile.seconds
+        for phase, seconds in sorted(phases.items(), key=lambda item: -item[1]):
+            lines.append(f"  {phase:24s} {seconds:9.2f} s  {100 * seconds / side.total_seconds:5.1f} %")
         for name, seconds in side.method.timings().items():
             lines.append(f"  of which {name:15s} {seconds:9.2f} s")
     fastest = min(sides, key=lambda side: side.total_seconds)
@@ -213,20 +213,20 @@ def summary(sides: Sequence[Side]) -> list[str]:
 
 
 def operator_profile(side: Side, *, steps: int, count: int = 20) -> list[str]:
-    """The operators that the next training steps spend their own time in; these steps are booked nowhere."""
-    booked = dict(side.profile.seconds)
-    with side.taking_its_turn(), profile(activities=[ProfilerActivity.CPU]) as recorded:
+    """The operators of the next training steps by self time; these steps are not recorded."""
+    recorded_seconds = dict(side.profile.seconds)
+    with side.active(), profile(activities=[ProfilerActivity.CPU]) as recorded:
         for _ in range(steps):
             _step(side)()
-    side.profile.seconds = booked
+    side.profile.seconds = recorded_seconds
     averages = sorted(recorded.key_averages(), key=lambda event: -event.self_cpu_time_total)
     total = sum(event.self_cpu_time_total for event in averages)
-    lines = [f"{side.backend}: operators by their own time over {steps} training steps"]
+    lines = [f"{side.backend}: operators by self time over {steps} training steps"]
     for event in averages[:count]:
-        share = 100 * event.self_cpu_time_total / total
+        percent = 100 * event.self_cpu_time_total / total
         milliseconds = event.self_cpu_time_total / 1e3 / steps
         lines.append(
-            f"  {event.key[:48]:48s} {milliseconds:9.3f} ms a step {share:6.1f} %  {event.count // steps} calls"
+            f"  {event.key[:48]:48s} {milliseconds:9.3f} ms a step {percent:6.1f} %  {event.count // steps} calls"
         )
     return lines
 
@@ -242,7 +242,7 @@ def mini_demo(
 
     config = mini_small()
     console = Console(stderr=True)
-    model = open_model(config.model, console)
+    model = open_model(config.model)
     stream = open_stream(config.stream, console).limit(
         train=config.train_samples, validation=config.validation_samples, test=config.test_samples
     )

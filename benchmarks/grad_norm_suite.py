@@ -3,7 +3,7 @@
 
 opacus_einsum        einsum("bti,btj->bij", grad, x), then the norm: a weight gradient for every sample
 <backend>_direct     tile by tile, never written          <backend>_ghost     two Gram matrices a sample
-<backend>_auto       what a user gets
+<backend>_auto       the default method
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from fnmatch import fnmatch
 import torch
 from torch import Tensor
 
-from benchmarks.contest import Contender, Contest
-from benchmarks.lora_rivals import cpu_backends
+from benchmarks.benchmark import Benchmark, Provider
+from benchmarks.lora_providers import cpu_backends
 from dmole_kernels import accumulate_gradient, accumulate_sketch, grad_norm_per_sample
 
 METHODS = ("auto", "direct", "ghost")
 SKETCH = 64
 # Relative error allowed: sums are in float32, but Opacus's own gradients are in the working dtype.
-OWN_TOLERANCE, RIVAL_TOLERANCE = 1e-4, 2e-2
+OWN_TOLERANCE, BASELINE_TOLERANCE = 1e-4, 2e-2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +56,10 @@ def opacus_einsum(x_BTD: Tensor, grad_BTP: Tensor) -> Tensor:
     return norm
 
 
-def norm_contest(
+def norm_benchmark(
     case: NormCase, dtype: torch.dtype, threads: int, *, methods: Sequence[str] = METHODS,
     table: dict[str, Callable[[Tensor, Tensor], Tensor]] | None = None,
-) -> Contest:  # fmt: skip
+) -> Benchmark:  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     b, t, d, p = case.samples, case.tokens, case.in_features, case.out_features
     x_BTD = torch.randn(b, t, d, generator=generator).to(dtype)
@@ -71,21 +71,21 @@ def norm_contest(
         for method in methods:
             runs[f"{backend}_{method}"] = _norm(backend, method)
     needed = min(2.0 * t * p * d, 1.0 * t * t * (p + d)) * b
-    contenders = [
-        Contender(
-            provider=name,
+    providers = [
+        Provider(
+            name=name,
             run=_bound(run, x_BTD, grad_BTP),
-            judge=_judge(run, x_BTD, grad_BTP, truth_B, OWN_TOLERANCE if "_einsum" not in name else RIVAL_TOLERANCE),
+            judge=_judge(run, x_BTD, grad_BTP, truth_B, OWN_TOLERANCE if "_einsum" not in name else BASELINE_TOLERANCE),
             flops=needed,
         )
         for name, run in {**runs, **(table or {})}.items()
     ]
-    return Contest(
+    return Benchmark(
         case=case.name,
         dtype=dtype,
         direction="forward",
         threads=threads,
-        contenders=contenders,
+        providers=providers,
         added_flops=needed,
         added_bytes=float((x_BTD.numel() + grad_BTP.numel()) * x_BTD.element_size()),
     )
@@ -118,7 +118,7 @@ def _accumulating(case: NormCase) -> str:
     return case.name.replace("norm", "accumulate")
 
 
-def accumulate_contest(case: NormCase, dtype: torch.dtype, threads: int) -> Contest:
+def accumulate_benchmark(case: NormCase, dtype: torch.dtype, threads: int) -> Benchmark:
     """The exact buffer and the sketch after one batch, against plain `addmm_` into a float32 buffer."""
     generator = torch.Generator().manual_seed(0)
     rows, d, p = case.samples * case.tokens, case.in_features, case.out_features
@@ -140,14 +140,14 @@ def accumulate_contest(case: NormCase, dtype: torch.dtype, threads: int) -> Cont
 
     exact_flops = 2.0 * rows * d * p
     sketch_flops = 2.0 * rows * SKETCH * (d + p + SKETCH)
-    contenders = [_adding("addmm", plain, truth_PD, exact_flops)]
+    providers = [_adding("addmm", plain, truth_PD, exact_flops)]
     for backend in cpu_backends():
-        contenders.append(_adding(f"{backend}_exact", exact(backend), truth_PD, exact_flops))
-        contenders.append(_adding(f"{backend}_sketch", sketch(backend), truth_KL, sketch_flops))
-    return Contest(case=_accumulating(case), dtype=dtype, direction="forward", threads=threads, contenders=contenders)
+        providers.append(_adding(f"{backend}_exact", exact(backend), truth_PD, exact_flops))
+        providers.append(_adding(f"{backend}_sketch", sketch(backend), truth_KL, sketch_flops))
+    return Benchmark(case=_accumulating(case), dtype=dtype, direction="forward", threads=threads, providers=providers)
 
 
-def _adding(provider: str, add: Callable[[Tensor], None], truth: Tensor, flops: float) -> Contender:
+def _adding(name: str, add: Callable[[Tensor], None], truth: Tensor, flops: float) -> Provider:
     buffer = torch.zeros(truth.shape)
 
     def complaints() -> Sequence[str]:
@@ -155,16 +155,17 @@ def _adding(provider: str, add: Callable[[Tensor], None], truth: Tensor, flops: 
         add(total)
         error = float((total.double() - truth).norm() / truth.norm())
         # Sketch products may round S and G L to the working dtype on their way.
-        return [] if error <= RIVAL_TOLERANCE else [f"sum: relative error {error:.3g} above {RIVAL_TOLERANCE:.3g}"]
+        allowed = BASELINE_TOLERANCE
+        return [] if error <= allowed else [f"sum: relative error {error:.3g} above {allowed:.3g}"]
 
-    return Contender(provider=provider, run=lambda: add(buffer.zero_()), judge=complaints, flops=flops)
+    return Provider(name=name, run=lambda: add(buffer.zero_()), judge=complaints, flops=flops)
 
 
-def contests(only: str = "*") -> Iterator[Contest]:
+def benchmarks(only: str = "*") -> Iterator[Benchmark]:
     for case in (case for case in CASES if fnmatch(case.name, only)):
         for dtype in (torch.float32, torch.bfloat16):
             for threads in (1, 2) if case.in_features == 1024 else (1,):
-                yield norm_contest(case, dtype, threads)
+                yield norm_benchmark(case, dtype, threads)
     for case in (case for case in (CASES[3], CASES[7], CASES[-1]) if fnmatch(_accumulating(case), only)):
         for dtype in (torch.float32, torch.bfloat16):
-            yield accumulate_contest(case, dtype, 1)
+            yield accumulate_benchmark(case, dtype, 1)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shapes of multi-expert LoRA calls, their tensors, and the least work that they are.
+"""Shapes of multi-expert LoRA calls, their tensors, and the minimum of flops and bytes that they need.
 
     added flops   forward 2 (D + P) sum_e n_e r_e; backward as much for dS and dx, and as much for dA and dB together
                   where all experts are trainable             n_e rows with a gate for expert e
     added bytes   forward b (ND + NP + NP + 2 NR + R(D + P)); backward b (2 NP + 3 ND + 4 NR + 2 R(D + P))
 
-The bytes are those of a kernel beside a finished base product (which is the vendor's): y is read and written once more.
+The bytes are those of a kernel beside a finished base product (PyTorch's): y is read and written once more.
 R counts the experts that some row uses.
 """
 
@@ -27,8 +27,8 @@ Direction = Literal["forward", "forward_backward"]
 class LoraCase:
     """`samples` x `tokens` rows. Gates are 1 for `top` experts of each sample (or token), or a softmax where top is 0.
 
-    popularity: how experts are drawn: "uniform", "zipf" (expert e with weight 1 / (e + 1)) or "one_hot" (the first
-    `top` serve everyone). trainable: "all", or "last" (old experts are frozen beside the new one).
+    popularity: how experts are drawn: "uniform", "zipf" (expert e with weight 1 / (e + 1)) or "one_hot" (all samples
+    use the first `top`). trainable: "all", or "last" (old experts are frozen beside the new one).
     """
 
     name: str
@@ -87,11 +87,11 @@ class LoraProblem:
 
     def added_flops(self, direction: Direction) -> float:
         used = [(e, float((self.gate_NE[:, e] != 0).sum()) * self.case.ranks[e]) for e in self.active]
-        every = 2.0 * sum(self.weight.shape) * sum(pairs for _, pairs in used)
+        forward = 2.0 * sum(self.weight.shape) * sum(pairs for _, pairs in used)
         if direction == "forward":
-            return every
-        learning = 2.0 * sum(self.weight.shape) * sum(pairs for e, pairs in used if self.inputs.trainable[e])
-        return 2 * every + learning
+            return forward
+        weight_gradients = 2.0 * sum(self.weight.shape) * sum(pairs for e, pairs in used if self.inputs.trainable[e])
+        return 2 * forward + weight_gradients
 
     def base_bytes(self, direction: Direction) -> float:
         """Operands and result of each of the base's products, once."""

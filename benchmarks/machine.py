@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this machine can do, measured, and its name, the versions and the commit of every row."""
+"""Measured peak and bandwidth of this machine, and the name, versions and commit of every row."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dmole.environment import describe_environment
 from dmole_kernels import BACKENDS, cpu
 from dmole_kernels.testing import threads as with_threads
 
-# (rows, in, out): the larger one is what vendors' libraries like best, the smaller one spares slow machines.
+# (rows, in, out): the larger one is fastest in most libraries, the smaller one saves time on slow machines.
 PEAK_SHAPES = ((1024, 1024, 1024), (2048, 2048, 2048))
 COPY_BYTES = 2**28  # far beyond every cache
 
@@ -29,8 +29,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 @dataclass
 class Machine:
-    """Peak and bandwidth are measured at the first question for a dtype and number of threads, and kept; on a GPU the
-    threads do not matter."""
+    """Peak and bandwidth are measured once per dtype and number of threads, when first needed; on a GPU the number of
+    threads has no effect."""
 
     name: str
     versions: str
@@ -42,7 +42,7 @@ class Machine:
     _bandwidth: dict[int, float] = field(default_factory=dict)
 
     def peak(self, dtype: torch.dtype, threads: int) -> float:
-        """FLOP/s of the fastest product, by `F.linear` or by the own kernel."""
+        """FLOP/s of the fastest product, by `F.linear` or by this package's kernel."""
         key = (dtype, threads)
         if key not in self._peak:
             with with_threads(threads), torch.no_grad():
@@ -50,7 +50,7 @@ class Machine:
         return self._peak[key]
 
     def bandwidth(self, threads: int) -> float:
-        """Byte/s read and written by the fastest `copy_` between buffers that no cache holds."""
+        """Byte/s read and written by the fastest `copy_` between buffers larger than every cache."""
         if threads not in self._bandwidth:
             source = torch.zeros(self.copy_bytes // 4, device=self.device)
             target = torch.empty_like(source)
@@ -82,7 +82,7 @@ class Machine:
         )
 
     def measured_rows(self) -> list[Row]:
-        """What every peak fraction and floor of a file was computed with, as rows of their own."""
+        """The measured peaks and bandwidths that peak fractions and floors were computed with, as rows."""
         rows = []
         for (dtype, threads), rate in self._peak.items():
             n, d, p = self.shapes[-1]
@@ -113,7 +113,7 @@ class Machine:
         return rows
 
     def describe(self) -> list[str]:
-        """What has been measured so far, readable."""
+        """Readable lines of the measurements so far."""
         rates = [f"peak {dtype_name(d)}, {t} thread(s): {rate / 1e9:.0f} GF/s" for (d, t), rate in self._peak.items()]
         return rates + [f"bandwidth, {t} thread(s): {rate / 1e9:.1f} GB/s" for t, rate in self._bandwidth.items()]
 

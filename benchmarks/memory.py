@@ -2,8 +2,8 @@
 """What a call allocates, and what it keeps for backward.
 
 `peak_memory_mib` follows every allocation and release of PyTorch's CPU allocator (torch.profiler's memory events), so
-it sees tensors made inside compiled ops too. It does not see what libraries take from malloc for themselves (packing
-buffers of MKL and oneDNN, a kernel's own scratch outside tensors).
+it sees tensors made inside compiled ops too. It does not see memory that libraries allocate with malloc (packing
+buffers of MKL and oneDNN, scratch memory of kernels).
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ def saved_for_backward_bytes(forward: Callable[[], Tensor], weights: Iterable[Te
     """Bytes of the distinct storages that `forward` saves for backward, the storages of `weights` aside."""
     known = {tensor.untyped_storage().data_ptr() for tensor in weights}
     saved: dict[int, int] = {}
-    held: list[Tensor] = []  # a storage freed meanwhile could give its address to the next
+    alive: list[Tensor] = []  # the address of a storage freed meanwhile could be used again
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
             saved[storage.data_ptr()] = storage.nbytes()
-            held.append(tensor)
+            alive.append(tensor)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

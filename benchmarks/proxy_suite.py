@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """D-MoLE's proxy over a whole model: the accumulated gradient norm of every attention linear in one backward pass.
 
-frozen_backward      forward and backward to the embeddings, no weight gradient: what any proxy needs at least; the
-                     others' overhead in time is counted from it, their extra memory is what they need above it
+frozen_backward      forward and backward to the embeddings, no weight gradient: the minimum of any proxy; the time
+                     overhead and the extra memory of the others are measured relative to it
 plain_backward       every weight's gradient is filled, then the norms are taken
 <backend>_exact      GradNormRecorder on a frozen model, one float32 buffer a candidate
 <backend>_sketch     the same with 64 x 64 sketches
-<backend>_exact_frozen_linears   exact, inside FrozenLinears: the model's own products by this backend, too
+<backend>_exact_frozen_linears   exact, inside FrozenLinears: this backend computes the model's own products, too
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.contest import Contender, Contest
-from benchmarks.lora_rivals import cpu_backends
+from benchmarks.benchmark import Benchmark, Provider
+from benchmarks.lora_providers import cpu_backends
 from dmole_kernels import FrozenLinears, GradNormRecorder, use_backend
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -56,7 +56,7 @@ CASES = (
 )
 
 
-def proxy_contest(case: ProxyCase, dtype: torch.dtype, threads: int) -> Contest:
+def proxy_benchmark(case: ProxyCase, dtype: torch.dtype, threads: int) -> Benchmark:
     torch.manual_seed(0)
     settings: dict[str, Any] = dict(
         hidden_size=case.hidden,
@@ -99,10 +99,10 @@ def proxy_contest(case: ProxyCase, dtype: torch.dtype, threads: int) -> Contest:
     added = 2.0 * rows * sum(linear.weight.numel() for linear in linears.values())
     in_layers = sum(m.weight.numel() for m in frozen.modules() if isinstance(m, nn.Linear))
     needed = 4.0 * rows * in_layers
-    contenders = [
-        Contender(provider="frozen_backward", run=frozen_backward, judge=lambda: [], flops=needed),
-        Contender(
-            provider="plain_backward",
+    providers = [
+        Provider(name="frozen_backward", run=frozen_backward, judge=lambda: [], flops=needed),
+        Provider(
+            name="plain_backward",
             run=plain_backward,
             judge=_judge(plain_backward, truth, TOLERANCE[dtype]),
             flops=needed + added,
@@ -111,11 +111,11 @@ def proxy_contest(case: ProxyCase, dtype: torch.dtype, threads: int) -> Contest:
     for backend in cpu_backends():
         exact, sketch = recorder("exact", backend), recorder("sketch", backend)
         exact_judge = _judge(exact, truth, TOLERANCE[dtype])
-        contenders.append(Contender(provider=f"{backend}_exact", run=exact, judge=exact_judge, flops=needed + added))
+        providers.append(Provider(name=f"{backend}_exact", run=exact, judge=exact_judge, flops=needed + added))
         own = recorder("exact", backend, FrozenLinears)
-        contenders.append(
-            Contender(
-                provider=f"{backend}_exact_frozen_linears",
+        providers.append(
+            Provider(
+                name=f"{backend}_exact_frozen_linears",
                 run=own,
                 judge=_judge(own, truth, TOLERANCE[dtype]),
                 flops=needed + added,
@@ -124,13 +124,13 @@ def proxy_contest(case: ProxyCase, dtype: torch.dtype, threads: int) -> Contest:
         # sqrt((2/k + 2/l) / 2) at most, see sketch_relative_std; all layers share their sketch matrices.
         tolerance = TOLERANCE[dtype] + SKETCH_DEVIATIONS * math.sqrt(1.0 / 64)
         sketch_judge = _judge(sketch, truth, tolerance)
-        contenders.append(Contender(provider=f"{backend}_sketch", run=sketch, judge=sketch_judge, flops=needed))
-    return Contest(
+        providers.append(Provider(name=f"{backend}_sketch", run=sketch, judge=sketch_judge, flops=needed))
+    return Benchmark(
         case=case.name,
         dtype=dtype,
         direction="forward_backward",
         threads=threads,
-        contenders=contenders,
+        providers=providers,
         base="frozen_backward",
         added_flops=added,
         added_bytes=0.0,
@@ -171,7 +171,7 @@ def _judge(
     return complaints
 
 
-def contests(only: str = "*") -> Iterator[Contest]:
+def benchmarks(only: str = "*") -> Iterator[Benchmark]:
     for case in (case for case in CASES if fnmatch(case.name, only)):
         for dtype in (torch.float32, torch.bfloat16):
-            yield proxy_contest(case, dtype, 1)
+            yield proxy_benchmark(case, dtype, 1)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Empty fields are "": a base layer has no overhead, a part of a training step no peak fraction.
+    """Empty fields are "": a base layer has no overhead, a phase of a training step no peak fraction.
 
     `peak_fraction`: flops the case needs (base product and active experts) / p50 / the GEMM peak measured in the same
     run with this dtype and number of threads. `overhead_over_floor`: (p50 - base's p50) / max(needed flops / peak,

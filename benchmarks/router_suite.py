@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The autoencoder router: scores of all tasks, the choice of experts, the pooled feature.
 
-autoencoder_loop     one nn.Sequential a task and F.mse_loss, as the paper's text reads
+autoencoder_loop     one nn.Sequential a task and F.mse_loss, as described in the paper
 python_loop          the choice sample by sample over sorted lists
 amax                 masked_fill and amax, the pooling alone
 """
@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.contest import Contender, Contest
-from benchmarks.lora_rivals import cpu_backends
+from benchmarks.benchmark import Benchmark, Provider
+from benchmarks.lora_providers import cpu_backends
 from dmole_kernels import masked_max_pool, router_score, router_select
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
@@ -44,7 +44,7 @@ CASES = (
 )
 
 
-def score_contest(case: ScoreCase, dtype: torch.dtype, threads: int) -> Contest:
+def score_benchmark(case: ScoreCase, dtype: torch.dtype, threads: int) -> Benchmark:
     generator = torch.Generator().manual_seed(0)
     t, n, d, h = case.tasks, case.samples, case.features, case.hidden
 
@@ -63,7 +63,7 @@ def score_contest(case: ScoreCase, dtype: torch.dtype, threads: int) -> Contest:
     runs |= {backend: ours(backend) for backend in cpu_backends()}
     flops = 4.0 * n * t * d * h
     weights = sum(tensor.numel() for tensor in stacked)
-    return _contest(
+    return _benchmark(
         case.name, dtype, threads, runs, truth_NT, TOLERANCE[dtype], flops=flops,
         added_bytes=float((weights + features_ND.numel()) * features_ND.element_size()),
     )  # fmt: skip
@@ -86,7 +86,7 @@ def _score_loop(networks: Sequence[nn.Module], features_ND: Tensor) -> Tensor:
     return torch.stack(errors, 1)
 
 
-def select_contest(samples: int, tasks: int, threads: int) -> Contest:
+def select_benchmark(samples: int, tasks: int, threads: int) -> Benchmark:
     generator = torch.Generator().manual_seed(0)
     error_NT = torch.rand(samples, tasks, generator=generator)
     threshold_T = torch.full((tasks,), 0.5)
@@ -96,7 +96,7 @@ def select_contest(samples: int, tasks: int, threads: int) -> Contest:
 
     runs = {"python_loop": lambda: _select_loop(error_NT, threshold_T)} | {b: ours(b) for b in cpu_backends()}
     truth_NT = _select_loop(error_NT.double(), threshold_T.double())
-    return _contest(f"select_{samples}x{tasks}", torch.float32, threads, runs, truth_NT.double(), 0.0)
+    return _benchmark(f"select_{samples}x{tasks}", torch.float32, threads, runs, truth_NT.double(), 0.0)
 
 
 def _select_loop(error_NT: Tensor, threshold_T: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ def _select_loop(error_NT: Tensor, threshold_T: Tensor) -> Tensor:
     return gate_NT
 
 
-def pool_contest(samples: int, tokens: int, features: int, dtype: torch.dtype, threads: int) -> Contest:
+def pool_benchmark(samples: int, tokens: int, features: int, dtype: torch.dtype, threads: int) -> Benchmark:
     generator = torch.Generator().manual_seed(0)
     hidden_BTD = torch.randn(samples, tokens, features, generator=generator).to(dtype)
     lengths_B = torch.randint(1, tokens + 1, (samples,), generator=generator)
@@ -123,22 +123,22 @@ def pool_contest(samples: int, tokens: int, features: int, dtype: torch.dtype, t
 
     truth_BD = torch.stack([h[:n].double().amax(0) for h, n in zip(hidden_BTD, lengths_B.tolist(), strict=True)])
     runs: dict[str, Callable[[], Tensor]] = {"amax": amax} | {backend: ours(backend) for backend in cpu_backends()}
-    return _contest(
+    return _benchmark(
         f"pool_{samples}x{tokens}x{features}", dtype, threads, runs, truth_BD, 0.0,
         added_bytes=float(hidden_BTD.numel() * hidden_BTD.element_size()),
     )  # fmt: skip
 
 
-def _contest(
+def _benchmark(
     name: str, dtype: torch.dtype, threads: int, runs: dict[str, Callable[[], Tensor]], truth: Tensor,
     tolerance: float, *, flops: float = 0.0, added_bytes: float = 0.0,
-) -> Contest:  # fmt: skip
-    contenders = [
-        Contender(provider=provider, run=_without_grad(run), judge=_judge(run, truth, tolerance), flops=flops)
+) -> Benchmark:  # fmt: skip
+    providers = [
+        Provider(name=provider, run=_without_grad(run), judge=_judge(run, truth, tolerance), flops=flops)
         for provider, run in runs.items()
     ]
-    return Contest(
-        case=name, dtype=dtype, direction="forward", threads=threads, contenders=contenders, added_flops=flops,
+    return Benchmark(
+        case=name, dtype=dtype, direction="forward", threads=threads, providers=providers, added_flops=flops,
         added_bytes=added_bytes,
     )  # fmt: skip
 
@@ -160,12 +160,12 @@ def _judge(run: Callable[[], Tensor], truth: Tensor, tolerance: float) -> Callab
     return complaints
 
 
-def contests(only: str = "*") -> Iterator[Contest]:
+def benchmarks(only: str = "*") -> Iterator[Benchmark]:
     for case in (case for case in CASES if fnmatch(case.name, only)):
         for dtype in (torch.float32, torch.bfloat16):
             for threads in (1, 2):
-                yield score_contest(case, dtype, threads)
-    others = [select_contest(64, 9, 1), select_contest(1024, 32, 1)]
+                yield score_benchmark(case, dtype, threads)
+    others = [select_benchmark(64, 9, 1), select_benchmark(1024, 32, 1)]
     for dtype in (torch.float32, torch.bfloat16):
-        others += [pool_contest(64, 256, 1024, dtype, 1), pool_contest(32, 25, 192, dtype, 1)]
-    yield from (contest for contest in others if fnmatch(contest.case, only))
+        others += [pool_benchmark(64, 256, 1024, dtype, 1), pool_benchmark(32, 25, 192, dtype, 1)]
+    yield from (benchmark for benchmark in others if fnmatch(benchmark.case, only))

@@ -14,31 +14,31 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from benchmarks import grad_norm_suite, linear_suite, lora_suite, proxy_suite, router_suite
-from benchmarks.contest import Contest, hold, report
-from benchmarks.lora_rivals import cpu_backends
+from benchmarks.benchmark import Benchmark, check_and_time, report
+from benchmarks.lora_providers import cpu_backends
 from benchmarks.machine import Machine, this_machine
 from benchmarks.records import Row, write_rows
 
-SUITES: dict[str, Callable[[str], Iterator[Contest]]] = {
-    "multi_lora": lora_suite.contests,
-    "linear": linear_suite.contests,
-    "grad_norm": grad_norm_suite.contests,
-    "router": router_suite.contests,
-    "proxy": proxy_suite.contests,
+SUITES: dict[str, Callable[[str], Iterator[Benchmark]]] = {
+    "multi_lora": lora_suite.benchmarks,
+    "linear": linear_suite.benchmarks,
+    "grad_norm": grad_norm_suite.benchmarks,
+    "router": router_suite.benchmarks,
+    "proxy": proxy_suite.benchmarks,
 }
 END_TO_END = "end_to_end"
 
 
-def run_contests(
-    contests: Iterator[Contest], machine: Machine, output: Path, *, seconds: float,
+def run_benchmarks(
+    benchmarks: Iterator[Benchmark], machine: Machine, output: Path, *, seconds: float,
     say: Callable[[str], object] = print,
 ) -> bool:  # fmt: skip
     """True when none of this package's own providers was wrong."""
     rows: list[Row] = []
     right = True
     own = cpu_backends()
-    for contest in contests:
-        outcome = hold(contest, seconds=seconds)
+    for benchmark in benchmarks:
+        outcome = check_and_time(benchmark, seconds=seconds)
         rows += outcome.rows(machine)
         right = right and not any(provider.startswith(own) for provider in outcome.wrong)
         for line in report(outcome):
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     machine = this_machine()
     print(f"{machine.name}\n{machine.versions}\ncommit {machine.commit}", flush=True)
     if options.suite == END_TO_END:
-        # It brings the whole application with it.
+        # Imported here because it imports the whole application.
         from benchmarks.end_to_end import mini_demo
 
         rows, lines = mini_demo(
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_rows(options.output, rows)
         print("\n".join(lines))
         return 0
-    right = run_contests(
+    right = run_benchmarks(
         SUITES[options.suite](options.only), machine, options.output, seconds=options.seconds,
         say=lambda line: print(line, flush=True),
     )  # fmt: skip

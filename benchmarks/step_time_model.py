@@ -6,17 +6,17 @@
 from the launches of the Triton backend as it would make them (bytes counted, see `Launch`), the vendors' published
 dense bfloat16 peaks and bandwidths, and the shapes of the language models' linears; forward and backward with a frozen
 base, 8 samples of 1024 tokens, experts of rank 16, two a sample. Attention, norms, the vision tower and the optimizer
-are left out of every column. Real kernels reach a part of the peaks, small ones the smallest part.
+are left out of every column. Real kernels reach a fraction of the peaks, small ones the smallest fraction.
 
-LLaVA 7B's shapes are transformers' defaults for `LlamaConfig`, the language model of `LlavaConfig` (a test holds them
-to it). InternVL2-2B's language model is InternLM2-1.8B, which transformers has no class for: hidden size 2048,
+LLaVA 7B's shapes are transformers' defaults for `LlamaConfig`, the language model of `LlavaConfig` (a test checks
+this). InternVL2-2B's language model is InternLM2-1.8B, which transformers has no class for: hidden size 2048,
 intermediate 8192, 24 blocks, 16 heads and 8 key-value heads of 128, queries, keys and values in one linear of 4096
 outputs, from its published configuration and confirmed by nothing installed.
 
-The D-MoLE-style loop serves one list of experts a batch, here two, so it does less than the other columns. For every
-linear it asks the device about each expert it holds, 1 + 2 E host synchronisations taken as 10 us each, and moves six
-times the output's bytes whoever is active; an active expert adds two products, a multiplication by its gate and an
-addition, five times the output's bytes. Backward repeats all passes.
+The D-MoLE-style loop uses one list of experts per batch, here two, so it does less than the other columns. For every
+linear it makes 1 + 2 E host synchronisations, an assumed 10 us each, and moves six times the output's bytes whichever
+experts are active; an active expert adds two products, a multiplication by its gate and an addition, five times the
+output's bytes. Backward repeats all passes.
 """
 
 from __future__ import annotations

@@ -2,16 +2,16 @@
 """
     python -m benchmarks.tables README.md [--check]
 
-Fills the tables of a Markdown file from committed CSVs; numbers are never typed. A file asks between two markers:
+Fills the tables of a Markdown file from committed CSVs; no number is typed by hand. Two markers enclose a table:
 
     <!-- benchmarks: benchmarks/results/multi_lora.csv case=main threads=1 -->
     (made here)
     <!-- /benchmarks -->
 
-A .json path is a headline: one line a ratio, beside what it was to reach. Words after a CSV's path (relative to the
-Markdown file) keep the rows whose column matches the pattern (or one of several, between bars); the table has one
-line a case and one column a provider, p50 in milliseconds. Machine, versions and commit stand below it. `--check`
-writes nothing and exits with 1 if a table is not what its CSV says.
+A .json path is a summary: one line per ratio, with its target. Filters after the path of a CSV (relative to the
+Markdown file) keep the rows whose column matches the pattern (or one of several, separated by bars); the table has one
+line per case and one column per provider, p50 in milliseconds. Machine, versions and commit are below it. `--check`
+writes nothing and exits with 1 if a table differs from its CSV.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ def filled(path: Path) -> str:
     def make(words: Sequence[str]) -> str:
         file, *filters = words
         source = path.parent / file
-        return headline_table(source) if source.suffix == ".json" else table(source, filters)
+        return summary_table(source) if source.suffix == ".json" else table(source, filters)
 
     return markers.filled(path, "benchmarks", "FILE", make)
 
 
-# What each ratio of the headline was to reach, on a CPU with AMX: (row, ratio) -> (bound, whether it is the least).
+# The target of each ratio of the summary, on a CPU with AMX: (row, ratio) -> (bound, whether it is a lower bound).
 TARGETS = {
     ("bf16_top2", "ours_over_base"): (1.25, False),
     ("bf16_top2", "packed_eager_over_ours"): (1.4, True),
@@ -62,11 +62,11 @@ TARGETS = {
 }
 
 
-def headline_table(file: Path) -> str:
-    """Markdown of a headline: every ratio, its target where it has one, and whether that was reached."""
-    headline = json.loads(file.read_text(encoding="utf-8"))
+def summary_table(file: Path) -> str:
+    """Markdown of a summary: every ratio, its target where it has one, and whether that was reached."""
+    summary = json.loads(file.read_text(encoding="utf-8"))
     made = ["| row | ratio | measured | target | reached |", "|---|---|---:|---:|---|"]
-    for row, ratios in headline.items():
+    for row, ratios in summary.items():
         if row in ("about", "wrong"):
             continue
         for name, value in ratios.items():
@@ -76,7 +76,7 @@ def headline_table(file: Path) -> str:
             if bound is not None and value is not None:
                 met = "yes" if (value >= bound if least else value <= bound) else "no"
             made.append(f"| {row} | {name} | {'' if value is None else f'{value:.3g}'} | {target} | {met} |")
-    about = headline["about"]
+    about = summary["about"]
     return "\n".join(made) + f"\n\n{about['machine']}; {about['versions']}; commit {about['commit']}.\n"
 
 
@@ -103,7 +103,7 @@ def table(file: Path, filters: Sequence[str]) -> str:
 
 
 def _short(text: str | None) -> str:
-    """Three significant digits without an exponent; a rival that was not there has an empty cell."""
+    """Three significant digits without an exponent; a provider without a row has an empty cell."""
     if text is None:
         return ""
     value = float(text)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Interleaved wall-clock timing: every round runs every rival once, in an order drawn anew.
+"""Interleaved wall-clock timing: every round runs every provider once, in a new random order.
 
-What slows the machine down for a second then slows all of them, and nobody always runs after the same neighbour.
+A slowdown of the machine for a second then affects all providers, and none always runs after the same other one.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ def interleaved(
 ) -> dict[str, list[float]]:  # fmt: skip
     """Seconds per call, one sample a round: `samples[name][round]`.
 
-    As many rounds as fit into `seconds`, but at least `min_rounds` and at most `max_rounds`. Two calls of each come
-    before, unmeasured. The garbage collector rests meanwhile. `wait` returns when a device has done what it was given;
-    a sample begins after one and ends with one.
+    As many rounds as fit into `seconds`, but at least `min_rounds` and at most `max_rounds`. Two calls of
+    each run before, untimed. The garbage collector is disabled meanwhile. `wait` returns when the device is idle; it is
+    called before and at the end of each sample.
     """
     collecting = gc.isenabled()
     gc.collect()
@@ -70,5 +70,5 @@ def percentiles_ms(samples: Sequence[float]) -> tuple[float, float, float]:
 
 
 def paired_ratio(above: Sequence[float], below: Sequence[float]) -> float:
-    """Median over the rounds of above / below: both halves of a pair met the same machine."""
+    """Median over the rounds of above / below: the times of a pair were taken next to each other."""
     return statistics.median(a / b for a, b in zip(above, below, strict=True))

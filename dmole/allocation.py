@@ -189,6 +189,8 @@ def layer_scores(
 
     Memory: one fp32 buffer per candidate ("exact") or its sketch. Every parameter is frozen for the time of the pass:
     no weight gradient outside the candidates is ever computed, and none at all is written to a ``.grad``.
+
+    Raises ValueError for no samples, and for candidates that no batch calls or whose weight another module shares.
     """
     towers = mm.candidates if candidates is None else candidates
     if not samples:
@@ -196,7 +198,7 @@ def layer_scores(
     if batch_size < 1:
         raise ValueError(f"proxy_batch_size: got {batch_size}; expected at least 1.")
     linears = {name: _base_linear(mm.model, name) for names in towers.values() for name in names}
-    recorder = GradNormRecorder(linears, quantity="accumulated", method=method)
+    recorder = GradNormRecorder(linears, quantity="accumulated", method=method, model=mm.model)
     with as_pretrained(mm.model), recorder:
         for start in range(0, len(samples), batch_size):
             batch = collate(mm, samples[start : start + batch_size], with_answers=True)

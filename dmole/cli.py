@@ -6,8 +6,8 @@
     dmole report results/mini                 the tables again
     dmole readme README.md --check            tables inside Markdown files against committed results
     dmole tasks check my_stream               find everything wrong with a data set
-    dmole data build                          the mini benchmark
     dmole config                              every setting with its comment
+    dmole inspect MODEL --check               towers, candidates and budget of a model; does the contract hold for it?
     dmole doctor                              what is installed, what is missing, what to type
 
 Imports happen inside the commands: torch takes seconds, and `dmole --help` should not.
@@ -46,9 +46,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 tasks_app = typer.Typer(help="Your own tasks.")
-data_app = typer.Typer(help="The mini benchmark.")
 app.add_typer(tasks_app, name="tasks")
-app.add_typer(data_app, name="data")
 
 # Click's UsageError, wherever this typer has it from: newer releases carry a copy of click.
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
@@ -380,34 +378,30 @@ def check_tasks(
     print(f"{stream.name}: {len(stream.tasks)} task{'s' * (len(stream.tasks) != 1)}, nothing wrong")
 
 
-@data_app.command("build")
-def build_data(
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Where to build; default: the cache.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the renderings.")] = 0,
-    image_side: Annotated[int, typer.Option(help="Pixels per side.")] = 160,
-    train: Annotated[int, typer.Option(help="Training samples per task.")] = 1500,
-    validation: Annotated[int, typer.Option(help="Validation samples per task.")] = 100,
-    test: Annotated[int, typer.Option(help="Test samples per task.")] = 150,
-    sheets: Annotated[Path | None, typer.Option(help="Also write one contact sheet per task here.")] = None,
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="A folder or hub id of a vision-language model of transformers.")],
+    check: Annotated[
+        bool, typer.Option("--check", help="Run the contract test on these weights; exit 1 if it fails.")
+    ] = False,
+    declaration: Annotated[Path | None, typer.Option(help="YAML file of what the rules cannot find out.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Such as bfloat16; default: as in the checkpoint.")] = None,
+    device_map: Annotated[str | None, typer.Option(help="Such as auto or cuda:0; default: the CPU.")] = None,
+    quantization: Annotated[str | None, typer.Option(help="int8 (torchao, weights only).")] = None,
+    full: Annotated[bool, typer.Option("--full", help="Hash every byte of the weights.")] = False,
 ) -> None:
-    """Build the mini benchmark from the installed packages, or find it already built."""
-    from dmole.cache import cache_folder
-    from dmole.data.mini.build import build_mini
+    """Show the towers, candidates, rows and budget of a model, and how many weights each method would train on it."""
+    from dmole import inspect_model
+    from dmole.models.contract import check as contract
+    from dmole.models.contract import drawn_probes
+    from dmole.models.loading import load
 
-    folder = build_mini(
-        output or cache_folder() / "mini",
-        seed=seed,
-        image_side=image_side,
-        train=train,
-        validation=validation,
-        test=test,
-    )
-    print(folder)
-    if sheets is not None:
-        from dmole.data.mini.contact_sheet import write_contact_sheets
-
-        for path in write_contact_sheets(folder, sheets):
-            print(path)
+    declared = inspect_model.declaration_from(declaration)
+    vlm = load(model, dtype=dtype, device_map=device_map, quantization=quantization, declaration=declared).ready()
+    console = Console()
+    inspect_model.show(console, inspect_model.inspect(vlm, full=full))
+    if check and not inspect_model.show_findings(console, contract(vlm, drawn_probes(vlm))):
+        raise typer.Exit(FAILED)
 
 
 @app.command()

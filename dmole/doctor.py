@@ -20,7 +20,6 @@ from pathlib import Path
 MINIMUM_PYTHON = (3, 10)
 MINIMUM_MEMORY_GIB = 6.0
 MINIMUM_DISK_GIB = 2.0
-MODEL_FILES = ("config.json", "model.safetensors", "image_processor.json", "tokenizer.json")
 SHOWN_PACKAGES = ("torch", "transformers", "peft")
 
 _REQUIREMENT = re.compile(
@@ -61,7 +60,7 @@ def examine() -> list[Finding]:
             )
         )
     findings += [package_finding(item) for item in needed if item.extra == "" or item.name in SHOWN_PACKAGES]
-    findings += [_backend(), *_machine(), _cache(), _benchmark(needed), base_model(model_folder())]
+    findings += [_backend(), *_machine(), _cache(), *_of_packages()]
     return findings
 
 
@@ -200,32 +199,19 @@ def _cache() -> Finding:
     )
 
 
-def _benchmark(needed: Sequence[Requirement]) -> Finding:
-    """The packages that carry the mini benchmark's material."""
-    data = [item for item in needed if item.extra == "data"]
-    lacking = [finding.what for finding in map(package_finding, data) if finding.found.startswith("not installed")]
-    if not data:
-        found, ok = "unknown, dmole is not installed as a package", False
-    elif lacking:
-        found, ok = f"lacks {', '.join(lacking)}", False
-    else:
-        found, ok = f"all {len(data)} packages", True
-    return Finding(what="mini benchmark", found=found, ok=ok, fix='pip install --no-build-isolation -e ".[data]"')
-
-
-def model_folder() -> Path:
-    """Where the package ships the weights of the model called `mini`."""
-    return Path(__file__).resolve().parent / "models" / "mini_weights"
-
-
-def base_model(folder: Path) -> Finding:
-    """The weights of the model called `mini`."""
-    lacking = [name for name in MODEL_FILES if not (folder / name).is_file()]
-    if lacking:
-        found = f"lacks {', '.join(lacking)}"
-    else:
-        size = (folder / "model.safetensors").stat().st_size / 2**20
-        found = f"{size:.1f} MiB"
-    return Finding(
-        what="mini base model", found=found, ok=not lacking, fix=f"python -m dmole.pretraining --output {folder}"
-    )
+def _of_packages() -> list[Finding]:
+    """What installed packages add to the report: functions without arguments under the entry points `dmole.doctor`."""
+    findings: list[Finding] = []
+    for point in sorted(importlib.metadata.entry_points(group="dmole.doctor"), key=lambda point: point.name):
+        try:
+            findings += point.load()()
+        except Exception as error:  # said as a finding: a library that fails to import raises whatever it likes
+            findings.append(
+                Finding(
+                    what=point.name,
+                    found=f"fails with {type(error).__name__}: {error}",
+                    ok=False,
+                    fix="install what is missing above, then run dmole doctor again",
+                )
+            )
+    return findings

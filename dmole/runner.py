@@ -51,7 +51,7 @@ def run(config: RunConfig, *, console: Console | None = None, fresh: bool = Fals
     console = console or Console()
     output = Path(config.output)
     with _torch_settings(config):
-        model = open_model(config.model, console)
+        model = open_model(config.model)
         stream = open_stream(config.stream, console).limit(
             train=config.train_samples, validation=config.validation_samples, test=config.test_samples
         )

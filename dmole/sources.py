@@ -1,42 +1,62 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `stream:` and `model:` of a configuration name: a folder of the user's, or something this package makes."""
+"""What `stream:` and `model:` of a configuration name: a folder of the user's, or a name that a package registers.
+
+A package registers names by entry points, this project's own benchmark like anybody's:
+
+    dmole.models    name = "package.module:function"     () -> a transformers folder
+    dmole.streams   name = "package.module:function"     (say) -> a folder with stream.yaml, checked by the package;
+                                                         say(line) tells the user what takes long
+"""
 
 from __future__ import annotations
 
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 
-from dmole.cache import cache_folder
+from dmole.config_error import ConfigError
 from dmole.data.reading import read_stream
 from dmole.data.sample import Stream
 from dmole.models.multimodal import MultimodalModel, load_model
 
-MINI = "mini"
-TINY = "tiny"
+Group = Literal["dmole.models", "dmole.streams"]
+
+
+def registered(group: Group) -> dict[str, EntryPoint]:
+    """{name: entry point} of the installed packages."""
+    return {point.name: point for point in sorted(entry_points(group=group), key=lambda point: point.name)}
 
 
 def open_stream(name: str, console: Console) -> Stream:
-    """`mini`: the benchmark of this package, built once into the cache; else a folder with stream.yaml."""
-    if name != MINI:
-        return read_stream(Path(name))
-    from dmole.data.mini.build import build_mini
-
-    folder = cache_folder() / "mini"
-    if not folder.exists():
-        console.print(f"building the mini benchmark in {folder} (once)", highlight=False)
-    # Built here and checked by its manifest; decoding 15,000 images again would cost seconds for nothing.
-    return read_stream(build_mini(folder), check_images=False)
+    """A registered stream, or a folder with stream.yaml."""
+    known = registered("dmole.streams")
+    if name in known:
+        folder = known[name].load()(lambda line: console.print(line, highlight=False))
+        # Checked by the package that made it; decoding every image again would cost seconds for nothing.
+        return read_stream(Path(folder), check_images=False)
+    _check_folder("stream", "stream.yaml", name, known)
+    return read_stream(Path(name))
 
 
-def open_model(name: str, console: Console) -> MultimodalModel:
-    """`mini`: the small model of this package; `tiny`: random weights for tests; else a folder with saved weights."""
-    if name == TINY:
-        from dmole.models.architecture import build_tiny_model
-
-        return build_tiny_model()
-    if name == MINI:
-        from dmole.models.mini import load_mini_model
-
-        return load_mini_model()
+def open_model(name: str) -> MultimodalModel:
+    """A registered model, or a folder in transformers' format."""
+    known = registered("dmole.models")
+    if name in known:
+        return load_model(known[name].load()())
+    _check_folder("model", "a model in transformers' format", name, known)
+    # A folder may need image processors that the packages register with transformers when they are imported.
+    for point in known.values():
+        point.load()
     return load_model(name)
+
+
+def _check_folder(setting: str, content: str, name: str, known: dict[str, EntryPoint]) -> None:
+    if not Path(name).is_dir():
+        none = "a registered name, of which there is none: install dmole with pip, in a checkout with -e"
+        names = f"one of {', '.join(known)}" if known else none
+        raise ConfigError(
+            f"{setting}: got {name!r}, which is no folder; expected a folder with {content}, or {names}. "
+            f"Check the name and the folder that the command runs in."
+        )

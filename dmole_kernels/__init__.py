@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensors in, tensors out: gated multi-expert LoRA, gradient norms and the autoencoder router.
 
-Knows no task, data set or model. Which implementation runs: `python -m dmole_kernels`.
+Independent of tasks, data sets and models. `python -m dmole_kernels` prints which implementation runs.
 """
 
 from dmole_kernels._backend import BACKENDS, BackendChoice, choose_backend, explain_backend, use_backend
@@ -10,7 +10,8 @@ from dmole_kernels._expert_bank import Expert, ExpertBank, ExpertDescription
 from dmole_kernels._expert_folders import load_experts, save_experts
 from dmole_kernels._expert_handle import ExpertHandle, experts_of
 from dmole_kernels._frozen_linear import FrozenLinears, frozen_linear
-from dmole_kernels._gates import ExpertGates, GateBlock
+from dmole_kernels._gate_block import GateBlock
+from dmole_kernels._gates import ExpertGates
 from dmole_kernels._grad_norm import (
     accumulate_gradient,
     accumulate_sketch,

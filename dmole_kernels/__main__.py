@@ -2,10 +2,10 @@
 """
     python -m dmole_kernels               which backend the ops use on this machine, and why
     python -m dmole_kernels check-aot     compiles the Triton kernels for every target, without a GPU (`aot`)
-    python -m dmole_kernels check-gpu     correctness, sanitizer, tuner and benchmark on a GPU (`benchmarks.check_gpu`)
     python -m dmole_kernels tune          measures launch configurations on a GPU (`tune`)
 
-Without a GPU the last two run in Triton's interpreter, on tiny shapes, to show that they work.
+Without a GPU the last one runs in Triton's interpreter, on tiny shapes, to show that it works. In a checkout,
+`python -m benchmarks.check_gpu` checks and measures the kernels on a GPU.
 """
 
 import os
@@ -22,20 +22,6 @@ def _check_aot() -> Callable[[Sequence[str]], int]:
     return check_aot
 
 
-def _check_gpu() -> Callable[[Sequence[str]], int]:
-    _prepare_triton()
-    try:
-        from benchmarks.check_gpu import main
-    except ModuleNotFoundError as error:
-        if error.name is None or not error.name.startswith("benchmarks"):
-            raise
-        raise SystemExit(
-            f"check-gpu found no {error.name}; expected the repository's benchmarks folder, for its rivals are "
-            f"measured too. Run it from the root of a checkout."
-        ) from error
-    return main
-
-
 def _tune() -> Callable[[Sequence[str]], int]:
     _prepare_triton()
     from dmole_kernels._tune import main
@@ -44,7 +30,7 @@ def _tune() -> Callable[[Sequence[str]], int]:
 
 
 def _prepare_triton() -> None:
-    """Without a GPU, Triton's interpreter; it is chosen before Triton is imported or not at all."""
+    """Selects Triton's interpreter where there is no GPU; this works only before Triton is imported."""
     import torch
 
     if not triton_backend.available():
@@ -53,7 +39,7 @@ def _prepare_triton() -> None:
         os.environ["TRITON_INTERPRET"] = "1"
 
 
-COMMANDS = {"check-aot": _check_aot, "check-gpu": _check_gpu, "tune": _tune}
+COMMANDS = {"check-aot": _check_aot, "tune": _tune}
 
 
 def main(arguments: Sequence[str]) -> int:

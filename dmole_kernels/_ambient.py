@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """`with` blocks whose setting belongs to one thread, asyncio task or generator, and which torch.compile can read.
 
-A setting lives in a `contextvars.ContextVar`, so threads and asyncio tasks each have their own. Two additions:
+A setting is stored in a `contextvars.ContextVar`, so threads and asyncio tasks each have their own. Two additions:
 
 - A generator shares the context of its caller, or is resumed in another one at each step. A block that a generator
   opened, itself or through a function that it called, therefore belongs to its frame and applies while that is running
-  (a generator that contextlib drives, as `@contextmanager` does, stands for the function whose `with` statement entered
-  it). What is asked while all such generators are suspended has no right answer: `strict` settings raise, others take
-  the block opened last, as a plain ContextVar would. A block that a task or thread inherited and that has been left
-  since raises too where the setting is strict, and is passed over otherwise.
-- torch.compile does not trace `ContextVar.get` or frames, but it reads a property whose getter is a builtin anew at
-  every call, as a guarded input of the graph. `_Reader.now` is such a property. It must not run Python code: guards
+  (for a generator that contextlib drives, as `@contextmanager` does, to the function whose `with` statement entered
+  it). A lookup while all such generators are suspended is ambiguous: `strict` settings raise, others use the block
+  opened last, as a plain ContextVar would. An inherited block that has been left since raises too where the setting is
+  strict, and is ignored otherwise.
+- torch.compile does not trace `ContextVar.get` or frames, but it reads a property whose getter is a builtin at every
+  call, as a guarded input of the graph. `_Reader.now` is such a property. It must not run Python code: guards
   are checked on several threads at once, and torch.compile would compile what they call.
 """
 
@@ -57,7 +57,7 @@ Block = TypeVar("Block", bound=AmbientBlock)
 
 
 class Ambient(Generic[Block]):
-    """The open blocks of one kind."""
+    """The open blocks of one setting."""
 
     def __init__(self, name: str, *, strict: bool) -> None:
         self.name = name
@@ -118,7 +118,7 @@ class Ambient(Generic[Block]):
             )
 
     def innermost(self, identity: str) -> Block | None:
-        """The block with this identity that applies here, or None. Raises ValueError where that has no answer."""
+        """The block with this identity that applies here, or None. Raises ValueError where that is ambiguous."""
         blocks: tuple[Block, ...] = self._context.now
         if self.in_generators:
             return self._traced(identity, blocks) if torch.compiler.is_dynamo_compiling() else self._by_frames(identity)

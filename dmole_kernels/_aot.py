@@ -3,9 +3,9 @@
     python -m dmole_kernels check-aot [--quick] [--write]
 
 Compiles every (kernel, configuration) of the Triton backend for every target of its table, without a GPU, with the
-types and divisibility that Triton's own launcher derives from the launch, and compares what the compilers report with
-`triton_backend/aot.json`: registers, spills, shared memory, tensor-core instructions. `--quick` takes one target;
-`--write` replaces the file, after a change that is meant. With another version of Triton than the file's only the
+types and divisibility that Triton's launcher derives from the launch, and compares the compilers' reports with
+`triton_backend/aot.json`: registers, spills, shared memory, tensor-core instructions. `--quick` compiles for one
+target; `--write` replaces the file, after an intended change. With another version of Triton than the file's only the
 limits are checked: no spills, shared memory within the target's, tensor cores where 16-bit operands are multiplied.
 """
 
@@ -55,7 +55,7 @@ def check_aot(arguments: Sequence[str] = ()) -> int:
         entries.update(compile_target(target))
         print(f"{target}: {sum(key.startswith(target + ' ') for key in entries)} kernels compiled", flush=True)
     recorded = json.loads(RECORD.read_text(encoding="utf-8"))
-    # How many registers a compiler keeps in memory changes with its version, by a few bytes for some float32 kernels.
+    # The number of spilled registers varies with the version of the compiler, by a few bytes for some float32 kernels.
     spills = "--write" in arguments or recorded["triton"] == triton.__version__
     problems = [problem for key, entry in entries.items() for problem in broken_limits(key, entry, spills=spills)]
     if "--write" in arguments:
@@ -93,7 +93,7 @@ def differences(entries: dict[str, Entry], record: Entry, version: str, targets:
 
 
 def broken_limits(key: str, entry: Entry, *, spills: bool = True) -> Iterator[str]:
-    """Readable lines: limits that a compiled kernel breaks; `spills` says whether spilled registers are one."""
+    """Readable lines: limits that a compiled kernel breaks; `spills`: whether spilled registers count."""
     from dmole_kernels.triton_backend.configs import SHARED_MEMORY
 
     limit = SHARED_MEMORY[key.split(" ")[0]]
@@ -107,15 +107,15 @@ def broken_limits(key: str, entry: Entry, *, spills: bool = True) -> Iterator[st
 
 
 def compile_target(target: str) -> dict[str, Entry]:
-    """Every distinct launch of the cases, compiled: "target kernel | case" -> what the compiler made of it."""
-    shares = os.cpu_count() or 1
-    with ProcessPoolExecutor(shares, mp_context=get_context("spawn")) as pool:
-        parts = pool.map(compile_share, *zip(*((target, share, shares) for share in range(shares)), strict=True))
-        return {key: entry for part in parts for key, entry in part.items()}
+    """Every distinct launch of the cases, compiled: "target kernel | case" -> its entry of the record."""
+    workers = os.cpu_count() or 1
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        slices = pool.map(compile_slice, *zip(*((target, worker, workers) for worker in range(workers)), strict=True))
+        return {key: entry for entries in slices for key, entry in entries.items()}
 
 
-def compile_share(target: str, share: int, shares: int) -> dict[str, Entry]:
-    """One process's part of `compile_target`: every `shares`-th distinct launch."""
+def compile_slice(target: str, worker: int, workers: int) -> dict[str, Entry]:
+    """What one process of `compile_target` compiles: every `workers`-th distinct launch."""
     from dmole_kernels.triton_backend.cases import every_launch
     from dmole_kernels.triton_backend.launch import Launch, interpreting
 
@@ -131,7 +131,7 @@ def compile_share(target: str, share: int, shares: int) -> dict[str, Entry]:
             key += " (2)" if key in names else ""
             names.add(key)
             distinct[mark] = (key, launch, source, options)
-    chosen = list(distinct.values())[share::shares]
+    chosen = list(distinct.values())[worker::workers]
     return {key: _compiled(launch, source, options, target) for key, launch, source, options in chosen}
 
 
@@ -142,7 +142,7 @@ def _gpu_target(target: str) -> Any:
 
 
 def _bound(launch: Any, target: str) -> tuple[Any, dict[str, Any], str]:
-    """What Triton's launcher would compile for this launch: source and options, and a mark equal for equal ones."""
+    """What Triton's launcher would compile for this launch: source and options, and a mark that identifies them."""
     from triton.compiler import ASTSource, make_backend  # type: ignore[import-not-found, import-untyped, unused-ignore]
     from triton.runtime.jit import (  # type: ignore[import-not-found, import-untyped, unused-ignore]
         create_function_from_signature,
@@ -181,7 +181,7 @@ def _compiled(launch: Any, source: Any, options: dict[str, Any], target: str) ->
 
 
 def _cubin_usage(cubin: bytes) -> tuple[int, int]:
-    """(registers, bytes of spilled registers a thread) as `cuobjdump -res-usage` says."""
+    """(registers, bytes of spilled registers a thread) as `cuobjdump -res-usage` reports."""
     import triton
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -191,6 +191,6 @@ def _cubin_usage(cubin: bytes) -> tuple[int, int]:
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     found = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
     if not found:
-        raise ValueError(f"cuobjdump says {text!r}; expected a line with REG, STACK and LOCAL. Check its version.")
+        raise ValueError(f"cuobjdump printed {text!r}; expected a line with REG, STACK and LOCAL. Check its version.")
     registers, stack, local = (int(number) for number in found[0])
     return registers, stack + local

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every op asks of its tensors, whatever the backend: one device, and a dtype with fractions."""
+"""Checks that every op makes on every backend: tensors on one device, floating-point dtypes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def check_one_device(**tensors: Tensor | None) -> None:
-    """Raises ValueError where a tensor is not with the first one; a None is passed over."""
+    """Raises ValueError where a tensor is on another device than the first one; None is ignored."""
     (first, leader), *others = ((name, tensor) for name, tensor in tensors.items() if tensor is not None)
     for name, tensor in others:
         if tensor.device != leader.device:

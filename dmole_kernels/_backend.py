@@ -2,8 +2,8 @@
 """
     Op.choose(requested, device_type, dtype) -> (name, reason)
 
-Which implementation runs an op. Each op has its own table of kernels, so the answer names what really runs; a backend
-that is asked for and has no kernel for this op, this device or this dtype is an error, never a silent replacement.
+Selects the implementation of an op. Each op has its own table of kernels, so `name` is the one that runs; requesting a
+backend without a kernel for this op, device or dtype is an error, and nothing is substituted silently.
 `python -m dmole_kernels` prints the answers and their reasons.
 """
 
@@ -23,15 +23,15 @@ from dmole_kernels import cpu, cuda, triton_backend
 from dmole_kernels._ambient import Ambient, AmbientBlock
 from dmole_kernels._argument_checks import dtype_name
 
-# Name -> device types it serves; None means any device of PyTorch. "auto" takes the first that has the op's kernel.
+# Name -> supported device types; None means any device of PyTorch. "auto" uses the first with a kernel for the op.
 BACKENDS: dict[str, tuple[str, ...] | None] = {
     **({"cpu": ("cpu",)} if cpu.EXTENSION is not None else {}),
     **({"triton": ("cuda",)} if triton_backend.available() else {}),
     "reference": None,
-    # After the reference, so that "auto" never takes it: it has a decode step only and was never measured on a GPU.
+    # After the reference, so that "auto" never selects it: it has a decode step only and was never measured on a GPU.
     **({"cuda": ("cuda",)} if not cuda.MISSING else {}),
 }
-# Name -> dtypes it computes in; None means any.
+# Name -> supported dtypes; None means any.
 DTYPES: dict[str, tuple[torch.dtype, ...] | None] = {
     "cpu": cpu.DTYPES,
     "reference": None,
@@ -66,7 +66,7 @@ _ambient: Ambient[_BackendBlock] = Ambient("use_backend", strict=False)
 
 
 def use_backend(name: str) -> AbstractContextManager[None]:
-    """What "auto" means inside the `with` block, in this thread, asyncio task or generator: a backend's name.
+    """Sets the backend that "auto" means inside the `with` block, in this thread, asyncio task or generator.
 
     An op's own `backend` argument takes precedence.
 
@@ -83,7 +83,7 @@ class Op:
 
     Args:
         name: as in `torch.ops.dmole_kernels.<name>`.
-        kernels: backend -> kernel. The table is read at every choice, so a kernel that is added later counts.
+        kernels: backend -> kernel. The table is read at every call, so kernels can be added later.
     """
 
     by_name: dict[str, Op] = {}
@@ -94,13 +94,13 @@ class Op:
         Op.by_name[name] = self
 
     def asked(self, requested: str) -> str:
-        """`requested`, or what `use_backend` says in place of "auto"."""
+        """`requested`, or the backend of `use_backend` in place of "auto"."""
         if requested == "auto" and (block := _ambient.innermost("backend")) is not None:
             return block.backend
         return requested
 
     def pick(self, requested: str, device_type: str, dtype: torch.dtype | None) -> str:
-        """The name of the backend that runs this op. Raises ValueError when the one asked for cannot."""
+        """The name of the backend that runs this op. Raises ValueError when the requested one cannot."""
         if requested == "auto":
             block = _ambient.innermost("backend")
             if block is None or block.backend == "auto":
@@ -130,10 +130,10 @@ class Op:
                 fits = dtypes is None or dtype is None or dtype in dtypes
                 if fits and not (name == "triton" and _gpu_refusal()):
                     return name
-        raise AssertionError("the reference has a kernel for every op and serves every device")
+        raise AssertionError("the reference has a kernel for every op on every device")
 
     def _unfit(self, name: str, device_type: str, dtype: torch.dtype | None) -> str:
-        """Why "auto" passes over a backend that serves this device; "" for the others."""
+        """Why "auto" does not use a backend that supports this device; "" for the others."""
         devices, dtypes = BACKENDS[name], DTYPES[name]
         if devices is None or device_type not in devices or name == "cuda":
             return ""
@@ -179,8 +179,8 @@ def choose_backend(
 
 
 def _gpu_refusal() -> str:
-    """What the table of Triton's launch configurations says against this GPU; "" while none is in use."""
-    # Under torch.compile the device is not asked: a trace must not depend on it.
+    """The reason that Triton's table of launch configurations lacks this GPU; "" otherwise or while none is in use."""
+    # Not checked under torch.compile: a trace must not depend on the device.
     compiling = torch.compiler.is_compiling()
     if compiling or torch.version.hip or not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return ""
@@ -203,7 +203,7 @@ def _check_name(name: str) -> None:
 
 
 def explain_backend(requested: str = "auto") -> str:
-    """What would run here and why, op by op, with what this machine offers, in a few lines."""
+    """A few lines: the backend of each op on this machine and the reason, versions and hardware."""
     choices: dict[BackendChoice, list[str]] = {}
     for op in Op.by_name.values():
         if requested == "auto" or requested in op.kernels:
@@ -233,7 +233,7 @@ def explain_backend(requested: str = "auto") -> str:
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
-    """For the inside of a kernel, which has settled its dtypes; costs nothing where autocast is off."""
+    """Disables autocast inside a kernel, whose dtypes are already chosen; costs nothing where autocast is off."""
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()

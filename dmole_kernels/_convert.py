@@ -33,8 +33,8 @@ def convert(
             model(**batch).loss.backward()
         save_experts(model, "experts")
 
-    The outputs stay what they are until a gate is used. Modules keep their mode (training or not), and experts that
-    other layers already carry keep their `requires_grad`.
+    The outputs are unchanged until a gate is used. Modules keep their mode (training or not), and existing experts of
+    other layers keep their `requires_grad`.
 
     Args:
         targets: which linears. A list of full names (a full name means that module alone) or of endings ("q_proj" or
@@ -44,7 +44,7 @@ def convert(
         gates: for these layers; None makes new ones. Layers with other gates are opened apart.
         dropout, dropout_mode, backend: of every layer, see `MultiLoRALinear`.
         rows: what the rows of each layer's input are for `use`: "samples", "units" or None (see `MultiLoRALinear`), a
-            mapping from names of modules to these (it holds for all layers inside, the longest name first) or a
+            mapping from names of modules to these (each applies to all layers inside, the longest name first) or a
             function of a layer's name. "auto": where a `config` has a `vision_config` or `audio_config`, as in
             transformers, "samples" in the language tower (the modules whose config is `config.get_text_config()`) and
             "units" elsewhere, so that a gate without units raises there; else None.

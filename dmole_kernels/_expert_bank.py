@@ -39,25 +39,43 @@ class Expert(nn.Module):
             self.__dict__["scale"] = value / self.rank
         super().__setattr__(name, value)
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        # Every assignment passes here; DTensor without importing it. FSDP2 shows plain tensors while a module runs,
+        # so what was sharded once stays marked.
+        if hasattr(param, "device_mesh"):
+            self.__dict__["sharded"] = True
+            ExpertBank.changes += 1
+        super().register_parameter(name, param)
+
     scale: float
+    sharded = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Expert:
-        def keep_wide(tensor: Tensor) -> Tensor:
+        def without_16_bits(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            wide = moved.dtype in (torch.float32, torch.float64) or not moved.is_floating_point()
-            return moved if wide else tensor.to(moved.device)
+            allowed = moved.dtype in (torch.float32, torch.float64) or not moved.is_floating_point()
+            return moved if allowed else tensor.to(moved.device)
 
-        super()._apply(keep_wide, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(without_16_bits, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, alpha={self.alpha:g}, trainable={self.lora_a.requires_grad}"
 
 
-def check_alpha(alpha: object, whose: str) -> float:
+def sharded_error(name: str) -> ValueError:
+    return ValueError(
+        f"experts: got {name!r}, whose parameters are sharded (DTensor); expected plain tensors on every process: "
+        f"sharding adds up gradients by position, so processes that use different experts would train each other's. "
+        f"Pass fully_shard(..., ignored_params=set(experts.parameters())) and call experts.reduce_gradients() after "
+        f"backward; for adapters of PEFT their parameters, and dmole_kernels.peft.reduce_gradients(model)."
+    )
+
+
+def check_alpha(alpha: object, owner: str) -> float:
     """`alpha` as a float. Raises ValueError when it is not a finite number."""
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise ValueError(f"alpha={alpha!r} for {whose}; expected a finite number. Use twice the rank.")
+        raise ValueError(f"alpha={alpha!r} for {owner}; expected a finite number. Use twice the rank.")
     return float(alpha)
 
 
@@ -65,15 +83,15 @@ class ExpertBank(nn.Module):
     """Named LoRA experts for a linear layer of `in_features` to `out_features`.
 
     Parameters are called `experts.<name>.lora_a` [rank, in_features] and `experts.<name>.lora_b` [out_features, rank]:
-    plain tensors to optimizers, state_dict and safetensors. A state_dict holds tensors only; what it cannot say (alpha,
-    and which experts there are) is `describe()`, JSON-able, and `restore(description)` makes the experts to load into.
+    plain tensors to optimizers, state_dict and safetensors. A state_dict holds tensors only; alpha and the list of
+    experts are in `describe()`, JSON-able, and `restore(description)` creates the experts to load into.
 
     Args:
-        like: the module whose `weight` says on which device a first expert is placed; later ones follow the experts
-            that are there. None: `device`.
+        like: the module whose `weight` determines the device of the first expert; later ones are placed with the
+            existing experts. None: `device`.
     """
 
-    changes = 0  # How often any bank gained, lost or renamed an expert: what is derived from names checks it.
+    changes = 0  # Number of changes to the experts of any bank; caches derived from names compare it.
 
     def __init__(
         self,
@@ -89,11 +107,11 @@ class ExpertBank(nn.Module):
         self.out_features = out_features
         self.dtype = dtype
         self.device = device
-        # In a tuple, so that it is not registered as a child: its state belongs to the layer.
+        # In a tuple, so that it is not registered as a child; its state belongs to the layer.
         self._like = (like,)
         self.experts = nn.ModuleDict()
         self._names: tuple[str, ...] = ()
-        self.merged: dict[str, float] = {}  # experts that are in the base's weight now, and how much of each
+        self.merged: dict[str, float] = {}  # experts merged into the base's weight, with their factors
 
     def add(
         self,
@@ -157,7 +175,7 @@ class ExpertBank(nn.Module):
         assert isinstance(weight, Tensor)
         device = weight.device
         if weight.is_meta:
-            # accelerate leaves an offloaded weight on meta between calls; its hook knows where the layer computes.
+            # accelerate leaves an offloaded weight on meta between calls; its hook has the device of the layer.
             device = getattr(getattr(like, "_hf_hook", None), "execution_device", device)
         return device, torch.float64 if weight.dtype == torch.float64 else torch.float32
 
@@ -193,10 +211,10 @@ class ExpertBank(nn.Module):
         self._changed()
 
     def rename(self, name: str, new: str) -> None:
-        """Gives the expert another name; its parameters stay the same objects and its place the same.
+        """Renames the expert; its parameters stay the same objects and its position does not change.
 
         Raises:
-            ValueError: for a name that is not there, or a new one that `add` would refuse.
+            ValueError: for an unknown name, or a new one that `add` would reject.
         """
         self.expert(name)
         self.check_unmerged(name)
@@ -209,6 +227,11 @@ class ExpertBank(nn.Module):
     @property
     def names(self) -> tuple[str, ...]:
         return self._names
+
+    @property
+    def sharded(self) -> tuple[str, ...]:
+        """The experts whose parameters are, or were, DTensors."""
+        return tuple(name for name, expert in self.experts._modules.items() if expert.sharded)
 
     def rank(self, name: str) -> int:
         return self.expert(name).rank
@@ -223,7 +246,7 @@ class ExpertBank(nn.Module):
         return len(self.experts)
 
     def describe(self) -> dict[str, ExpertDescription]:
-        """JSON-able {name: {rank, alpha, trainable}}, in order; the part of the bank a state_dict cannot hold."""
+        """JSON-able {name: {rank, alpha, trainable}}, in order; the state of the bank that is not in a state_dict."""
         return {
             name: {
                 "rank": self.rank(name),
@@ -234,15 +257,15 @@ class ExpertBank(nn.Module):
         }
 
     def restore(self, description: Mapping[str, ExpertDescription]) -> None:
-        """Makes the bank hold exactly the described experts, in their order, ready for load_state_dict.
+        """Makes the experts of the bank exactly the described ones, in their order, ready for load_state_dict.
 
-        An expert that is there with the described rank stays the same object with the same values, so an optimizer
+        An existing expert with the described rank stays the same object with the same values, so an optimizer
         keeps its Parameters; the others are new and compute zero.
         """
         for name in self.names:
             if name not in description or self.rank(name) != description[name]["rank"]:
                 self.remove(name)
-        # A generator of its own: restoring must not move the default one, whose state a resume has just set.
+        # A separate generator: restoring must not advance the default one, whose state a resume has just set.
         generator = torch.Generator()
         for name, entry in description.items():
             if name not in self:

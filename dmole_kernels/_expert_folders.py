@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dmole_kernels._expert_handle import ExpertHandle, layers_of, plain_name, unwrapped
 from dmole_kernels._multi_lora_linear import MultiLoRALinear
-from dmole_kernels._peft_folder import CONFIG_FILE, LoraPart, check_replaceable, read_folder, write_folder
+from dmole_kernels._peft_folder import CONFIG_FILE, LoraMatrices, check_replaceable, read_folder, write_folder
 from dmole_kernels._targets import near, plain_modules
 
 PathLike = str | os.PathLike[str]
@@ -25,18 +25,18 @@ def save_experts(
     names: Iterable[str] | None = None,
     base_name: str | None = None,
 ) -> list[Path]:
-    """Writes each expert as the folder `folder/<expert>` that PEFT, and what reads its format, loads.
+    """Writes each expert as the folder `folder/<expert>` that PEFT and other readers of its format load.
 
         save_experts(model, "experts")                      experts/charts/adapter_config.json and the tensors
         PeftModel.from_pretrained(base, "experts/charts")   the same outputs, with stock PEFT
 
     Tensors keep their dtype. Ranks and scales that differ between layers are in `rank_pattern` and `alpha_pattern`.
-    Each folder is written beside its place and renamed, so none is ever half written; one that is there is replaced.
+    Each folder is written to a temporary name and renamed, so none is ever incomplete; an existing one is replaced.
     Experts that are sharded (DTensor) are gathered: then every rank must call this, and rank 0 writes.
     Replicated experts (DDP) are the same on every rank: call it on one.
 
     Args:
-        model: a converted model, or the handle of the layers that are meant.
+        model: a converted model, or the handle of some of its layers.
         names: which experts; None is all.
         base_name: for `base_model_name_or_path`; None is the name that a transformers model has.
 
@@ -45,16 +45,17 @@ def save_experts(
 
     Raises:
         ValueError: before anything is written, for an unknown name or one that cannot be a folder, experts on the meta
-            device, a place that holds other files.
+            device, a folder that contains other files.
         ImportError: when safetensors is not installed.
     """
     layers, root = _layers(model)
-    held = tuple(dict.fromkeys(name for layer in layers.values() for name in layer.bank.names))
-    chosen = held if names is None else tuple([names] if isinstance(names, str) else names)
+    existing = tuple(dict.fromkeys(name for layer in layers.values() for name in layer.bank.names))
+    chosen = existing if names is None else tuple([names] if isinstance(names, str) else names)
     for name in chosen:
-        if name not in held:
+        if name not in existing:
             raise ValueError(
-                f"names: got {name!r}, which no layer holds; expected some of {list(held)}.{near(str(name), held)}"
+                f"names: got {name!r}, which no layer holds; expected some of {list(existing)}."
+                f"{near(str(name), existing)}"
             )
         if Path(name).name != name or name.startswith(".") or "\\" in name:
             raise ValueError(
@@ -64,10 +65,10 @@ def save_experts(
         raise ValueError("model: it has no experts to save; expected at least one. Call add(name) first.")
     if base_name is None:
         base_name = getattr(unwrapped(root), "name_or_path", None) or None
-    all_parts: dict[str, dict[str, LoraPart]] = {}
+    by_expert: dict[str, dict[str, LoraMatrices]] = {}
     sharded = False
     for name in chosen:
-        parts = {}
+        matrices = {}
         for place, layer in layers.items():
             if name not in layer.bank:
                 continue
@@ -75,14 +76,14 @@ def save_experts(
             if expert.lora_a.is_meta or expert.lora_b.is_meta:
                 raise ValueError(f"{place}: expert {name!r} is on the meta device; expected values. Load it first.")
             sharded = sharded or hasattr(expert.lora_a, "full_tensor") or hasattr(expert.lora_b, "full_tensor")
-            parts[place] = LoraPart(expert.alpha, _whole(expert.lora_a), _whole(expert.lora_b))
-        all_parts[name] = parts
+            matrices[place] = LoraMatrices(expert.alpha, _whole(expert.lora_a), _whole(expert.lora_b))
+        by_expert[name] = matrices
         check_replaceable(Path(folder) / name)
     if not sharded or torch.distributed.get_rank() == 0:
         modules = [*layers_of(root), *(plain_name(other) for other, _ in plain_modules(unwrapped(root)))]
-        for name, parts in all_parts.items():
-            dropout = max(layers[place].dropout for place in parts)
-            write_folder(Path(folder) / name, parts, modules=modules, dropout=dropout, base_name=base_name)
+        for name, matrices in by_expert.items():
+            dropout = max(layers[place].dropout for place in matrices)
+            write_folder(Path(folder) / name, matrices, modules=modules, dropout=dropout, base_name=base_name)
     if sharded:
         torch.distributed.barrier()
     return [Path(folder) / name for name in chosen]
@@ -99,16 +100,16 @@ def load_experts(
         load_experts(model, "experts")                      every folder in it, each an expert of that folder's name
         load_experts(model, "downloads/some-lora", ["charts"])
 
-    `use_rslora`, `rank_pattern` and `alpha_pattern` are applied as PEFT does. An expert that is there already, at the
-    same layers with the same ranks, is loaded in place: its Parameters stay the same objects, so an optimizer that
-    holds them goes on.
+    `use_rslora`, `rank_pattern` and `alpha_pattern` are applied as PEFT does. An existing expert, at the same
+    layers with the same ranks, is loaded in place: its Parameters stay the same objects, so an optimizer of them stays
+    valid.
 
     Args:
-        model: a converted model, or the handle of the layers that are meant.
+        model: a converted model, or the handle of some of its layers.
         folders: an adapter folder, a folder of adapter folders, or a list of adapter folders.
         names: for adapter folders, the names of the experts (None: the folders' names); for a folder of folders, which
             of them.
-        trainable: whether the experts learn. None: new ones are frozen, those that are there stay as they are.
+        trainable: whether the experts are trainable. None: new ones are frozen, existing ones are unchanged.
 
     Returns:
         The names of the experts.
@@ -116,26 +117,26 @@ def load_experts(
     Raises:
         ValueError: before anything is changed, for anything but plain LoRA in safetensors (DoRA, a trained bias,
             modules_to_save, target_parameters, initialisations that change the base such as PiSSA), a layer that is not
-            converted, shapes that do not fit, an expert that exists with other layers or ranks or is merged.
+            converted, shapes that do not match, an expert that exists with other layers or ranks or is merged.
         ImportError: when safetensors is not installed.
     """
     layers, root = _layers(model)
     found = {name: read_folder(path) for name, path in _adapter_folders(folders, names).items()}
-    for name, parts in found.items():
-        _check_places(name, parts, layers, root)
-        _check_existing(name, parts, layers)
-    # Its own generator: loading must not move the default one.
+    for name, matrices in found.items():
+        _check_places(name, matrices, layers, root)
+        _check_existing(name, matrices, layers)
+    # A separate generator: loading must not advance the default one.
     generator = torch.Generator()
-    for name, parts in found.items():
-        for place, part in parts.items():
+    for name, matrices in found.items():
+        for place, lora in matrices.items():
             bank = layers[place].bank
             fresh = name not in bank
             if fresh:
-                bank.add(name, part.rank, alpha=part.alpha, trainable=False, generator=generator)
+                bank.add(name, lora.rank, alpha=lora.alpha, trainable=False, generator=generator)
             expert = bank.expert(name)
-            expert.alpha = part.alpha
+            expert.alpha = lora.alpha
             with torch.no_grad():
-                for parameter, tensor in ((expert.lora_a, part.lora_a), (expert.lora_b, part.lora_b)):
+                for parameter, tensor in ((expert.lora_a, lora.lora_a), (expert.lora_b, lora.lora_b)):
                     parameter.copy_(_like(tensor, parameter))
             if trainable is not None:
                 expert.requires_grad_(trainable)
@@ -185,9 +186,9 @@ def _adapter_folders(folders: PathLike | Iterable[PathLike], names: Iterable[str
 
 
 def _check_places(
-    name: str, parts: Mapping[str, LoraPart], layers: Mapping[str, MultiLoRALinear], root: nn.Module
+    name: str, matrices: Mapping[str, LoraMatrices], layers: Mapping[str, MultiLoRALinear], root: nn.Module
 ) -> None:
-    lacking = [place for place in parts if place not in layers]
+    lacking = [place for place in matrices if place not in layers]
     if lacking:
         linears = _plain_linears(root)
         plain = [place for place in lacking if place in linears]
@@ -201,12 +202,12 @@ def _check_places(
             f"expert {name!r}: the model has no linear {unknown[0]!r} ({len(unknown)} such names); expected an adapter "
             f"of this model, under its names in memory.{near(unknown[0], [*layers, *linears])}"
         )
-    for place, part in parts.items():
+    for place, lora in matrices.items():
         layer = layers[place]
-        wanted = (part.rank, layer.in_features), (layer.out_features, part.rank)
-        if (tuple(part.lora_a.shape), tuple(part.lora_b.shape)) != wanted:
+        wanted = (lora.rank, layer.in_features), (layer.out_features, lora.rank)
+        if (tuple(lora.lora_a.shape), tuple(lora.lora_b.shape)) != wanted:
             raise ValueError(
-                f"expert {name!r}: {place!r} has A {tuple(part.lora_a.shape)} and B {tuple(part.lora_b.shape)}; "
+                f"expert {name!r}: {place!r} has A {tuple(lora.lora_a.shape)} and B {tuple(lora.lora_b.shape)}; "
                 f"expected {wanted[0]} and {wanted[1]}. Load an adapter of this model."
             )
         if layer.weight.is_meta or any(p.is_meta for p in layer.bank.parameters()):
@@ -216,14 +217,14 @@ def _check_places(
             )
 
 
-def _check_existing(name: str, parts: Mapping[str, LoraPart], layers: Mapping[str, MultiLoRALinear]) -> None:
+def _check_existing(name: str, matrices: Mapping[str, LoraMatrices], layers: Mapping[str, MultiLoRALinear]) -> None:
     existing = {place: layer.bank.rank(name) for place, layer in layers.items() if name in layer.bank}
     if not existing:
-        layers[next(iter(parts))].bank.check_new(name)
+        layers[next(iter(matrices))].bank.check_new(name)
         return
     for place in existing:
         layers[place].bank.check_unmerged(name)
-    ranks = {place: part.rank for place, part in parts.items()}
+    ranks = {place: lora.rank for place, lora in matrices.items()}
     if ranks != existing:
         place = next(place for place in {**ranks, **existing} if ranks.get(place) != existing.get(place))
         raise ValueError(
@@ -244,7 +245,7 @@ def _whole(parameter: Tensor) -> Tensor:
 
 
 def _like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """The tensor as the parameter is: sharded where that one is."""
+    """The tensor, sharded where the parameter is."""
     mesh: Any = getattr(parameter, "device_mesh", None)
     if mesh is None:
         return tensor

@@ -7,21 +7,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
-from dmole_kernels._expert_bank import check_alpha
-from dmole_kernels._gates import ExpertGates, GateBlock
+from dmole_kernels._expert_bank import check_alpha, sharded_error
+from dmole_kernels._gate_block import GateBlock
+from dmole_kernels._gates import ExpertGates
 from dmole_kernels._merge import check_mergeable, set_merged
 from dmole_kernels._multi_lora_linear import MultiLoRALinear
+from dmole_kernels._reduce_gradients import reduce_gradients
 from dmole_kernels._targets import matches, near
 
-# Modules around a model, or around its parts, whose name the plain model does not have.
+# Wrappers around a model or its modules, which are not in the names of the plain model.
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
 
 
 class ExpertHandle:
-    """What `convert` and `experts_of` return.
+    """The experts of a converted model; returned by `convert` and `experts_of`.
 
         experts = convert(model, ["q_proj", "v_proj"])
         experts.add("charts", rank=8)                           scale 2: alpha is twice the rank
@@ -30,12 +32,12 @@ class ExpertHandle:
             model(**batch)
         print(experts)
 
-    It holds no state of its own: layers and experts are looked up in the model, so handles of one model agree.
+    It has no state of its own: layers and experts are looked up in the model, so handles of one model agree.
 
     Attributes:
         model: the converted model.
         gates: the `ExpertGates` of the layers.
-        skipped: name to reason, for the linears that `convert(model, targets=None)` left alone.
+        skipped: name to reason, for the linears that `convert(model, targets=None)` skipped.
     """
 
     def __init__(self, model: nn.Module, gates: ExpertGates, skipped: Mapping[str, str] | None = None) -> None:
@@ -50,7 +52,7 @@ class ExpertHandle:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The experts that some layer holds."""
+        """The experts of all layers."""
         return tuple(dict.fromkeys(name for layer in self.layers.values() for name in layer.bank.names))
 
     def use(self, gate: Tensor, experts: Sequence[str], *, units: Sequence[int] | int | None = None) -> GateBlock:
@@ -121,7 +123,7 @@ class ExpertHandle:
             layer.bank.unfreeze(name)
 
     def remove(self, name: str) -> None:
-        """Takes the expert out of every layer. Raises ValueError for a merged one."""
+        """Removes the expert from every layer. Raises ValueError for a merged one."""
         holders = self.holders(name)
         for place, layer in holders.items():
             _named(place, layer.bank.check_unmerged, name)
@@ -149,37 +151,50 @@ class ExpertHandle:
             for parameter in layer.bank.expert(expert).parameters()
         ]
 
-    def reduce_gradients(self, group: Any = None) -> None:
-        """Averages the gradients of the trainable experts over the processes, in place: for experts that
-        DistributedDataParallel or `fully_shard` does not reduce (`ignored_params=set(experts.parameters())`).
+    def reduce_gradients(self, group: distributed.ProcessGroup | None = None) -> None:
+        """grad <- 1 / P sum_p grad_p, over the P processes of `group`, for every trainable expert.
 
-        An expert that no sample of a process uses has no gradient there, which counts as zero. Every process calls
-        this, after backward and before the optimizer's step, with the same experts in the same order.
+            for block in model.model.layers:
+                fully_shard(block, ignored_params=set(experts.parameters()))
+            fully_shard(model, ignored_params=set(experts.parameters()))
+            ...
+            loss.backward()
+            experts.reduce_gradients()
+            optimizer.step()
+
+        For experts that every process has as a whole, beside a base that is sharded (FSDP2) or a whole copy. DDP
+        averages gradients itself: there it is not needed, and does no harm. Processes may use different experts: a
+        process without a gradient counts as zero, and an expert that no process used keeps no gradient. Call it on
+        every process, once per optimizer step, after the last backward. Small collectives compare the processes'
+        experts first; gradients are reduced in the order of layers and experts, in flat tensors.
 
         Args:
-            group: the process group; None is the default one.
+            group: the processes; None is all.
+
+        Raises:
+            ValueError: without a process group; on every process when their trainable experts differ in names, layers,
+                ranks or values (A as `add` drew it from generators with different seeds); for sharded experts.
         """
-        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
-            chosen = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g.dtype == dtype]
-            flat = torch.cat([gradient.flatten() for _, gradient in chosen])
-            torch.distributed.all_reduce(flat, group=group)
-            flat /= torch.distributed.get_world_size(group)
-            sizes = [gradient.numel() for _, gradient in chosen]
-            for (parameter, gradient), part in zip(chosen, torch.split(flat, sizes), strict=True):
-                parameter.grad = part.view_as(gradient).clone()
+        parameters: dict[str, Tensor] = {}
+        for place, layer in self.layers.items():
+            for name in layer.bank.sharded:
+                raise sharded_error(name)
+            for name in layer.bank.names:
+                for side, parameter in layer.bank.expert(name).named_parameters():
+                    if parameter.requires_grad:
+                        parameters[f"{place}/{name}/{side}"] = parameter
+        reduce_gradients(parameters, group)
 
     def merge(self, name: str, weight: float = 1.0) -> None:
-        """Adds `weight * alpha / rank * B A` to the weight of each layer that holds the expert.
+        """Adds `weight * alpha / rank * B A` to the weight of each layer that has the expert.
 
-        The model then computes with it for every sample and needs no gate; a gate that names it raises. The sum is
-        made in float32 (float64 beside a float64 weight) and rounded once. Until `unmerge` the original weight is kept:
+        The model then uses it for every sample without a gate; a gate that names it raises. The sum is computed in
+        float32 (float64 for a float64 weight) and rounded once. Until `unmerge` the original weight is kept:
         memory for one more copy of the weight of each of these layers. Several experts may be merged, each once. No
         other thread may be running the model.
 
         Raises:
-            ValueError: before anything is changed, for a name that no layer holds or that is merged, a base that is
+            ValueError: before anything is changed, for a name that no layer has or that is merged, a base that is
                 quantised, sharded or otherwise no plain `nn.Linear`, an expert with inf or NaN, inside a `use` block.
         """
         factor = check_alpha(weight, f"weight of expert {name!r}")
@@ -191,7 +206,7 @@ class ExpertHandle:
             set_merged(layer, {**layer.bank.merged, name: factor})
 
     def unmerge(self, name: str) -> None:
-        """Takes a merged expert out again; without any merged expert the weights have the same bits as before."""
+        """Subtracts a merged expert; without any merged expert the weights have their original bits."""
         holders = {place: layer for place, layer in self._outside_of_blocks(name).items() if name in layer.bank.merged}
         if not holders:
             raise ValueError(f"name: got {name!r}, which is not merged; expected a merged expert. Call merge first.")
@@ -199,8 +214,8 @@ class ExpertHandle:
             set_merged(layer, {other: factor for other, factor in layer.bank.merged.items() if other != name})
 
     def unconvert(self) -> nn.Module:
-        """Puts the plain linears back, still frozen, and returns the model. Experts are gone with their layers, except
-        those that are merged: these stay in the weights."""
+        """Restores the plain linears, still frozen, and returns the model. Experts are removed with their layers;
+        merged ones stay in the weights."""
         replace(self.model, {id(layer): layer.base for layer in self.layers.values()})
         return self.model
 
@@ -214,12 +229,12 @@ class ExpertHandle:
         """
         state: dict[str, Any] = self.model.state_dict()
         names = [name for name, module in self.model.named_modules() if isinstance(module, MultiLoRALinear)]
-        # Wrappers for checkpointing take themselves out of the state's names; compiled modules do not.
+        # Checkpoint wrappers remove their name from the keys of the state; compiled modules do not.
         prefixes = {f"{known}.bank" if known else "bank" for name in names for known in (name, plain_name(name))}
         return {key: value for key, value in state.items() if key.rpartition(".experts.")[0] not in prefixes}
 
     def holders(self, name: str) -> dict[str, MultiLoRALinear]:
-        """The layers that hold the expert. Raises ValueError when none does."""
+        """The layers that have the expert. Raises ValueError when none does."""
         found = {place: layer for place, layer in self.layers.items() if name in layer.bank}
         if not found:
             raise ValueError(
@@ -252,10 +267,10 @@ class ExpertHandle:
     def __repr__(self) -> str:
         layers = self.layers
         rows = [layer.rows for layer in layers.values()]
-        kinds = ", ".join(f"{rows.count(kind)} with rows={kind}" for kind in ("samples", "units") if kind in rows)
+        counts = ", ".join(f"{rows.count(unit)} with rows={unit}" for unit in ("samples", "units") if unit in rows)
         lines = [
             f"ExpertHandle: experts at {_count(len(layers), 'layer')} of {type(self.model).__name__}"
-            + (f" ({kinds})" if kinds else "")
+            + (f" ({counts})" if counts else "")
             + (f", {_count(len(self.skipped), 'linear')} skipped (see .skipped)" if self.skipped else "")
         ]
         for name in self.names:
@@ -297,7 +312,7 @@ def experts_of(model: nn.Module, gates: ExpertGates | None = None) -> ExpertHand
             first.setdefault(id(layer.gates), place)
         raise ValueError(
             f"model: its layers have {len(found)} different gates (at {[first[key] for key in found]}); expected one, "
-            f"or to be told which. Pass gates=, such as model.get_submodule({first[next(iter(found))]!r}).gates."
+            f"or the argument gates. Pass gates=, such as model.get_submodule({first[next(iter(found))]!r}).gates."
         )
     return ExpertHandle(model, next(iter(found.values())))
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-    y = x W^T + b,    dx = dy W          for a weight that does not learn
+    y = x W^T + b,    dx = dy W          for a frozen weight
 
-The product beside the experts. PyTorch's BLAS makes it, except where the "cpu" backend was measured faster
-(`cpu.takes_linear`); there sums are float32 and rounded once, a row of y has the same bits with any number of threads,
-and beside any other rows while their number leaves the kernel's form alone (`csrc/cpu/per_isa/frozen_linear.h`).
+The base product. PyTorch's BLAS computes it, except where the "cpu" backend was measured faster (`cpu.takes_linear`);
+there sums are float32 and rounded once, and the bits of a row of y do not depend on the number of threads, nor on the
+other rows as long as their number selects the same form of the kernel (`csrc/cpu/per_isa/frozen_linear.h`).
 
 Shape letters: N rows (all leading dimensions), D in_features, P out_features.
 """
@@ -28,25 +28,26 @@ from dmole_kernels._registration import refuse_transforms, register_op
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
     """y [..., P] for x [..., D], weight [P, D] and bias [P]; differentiable in x alone.
 
-    As `F.linear`, under autocast too (the own kernel rounds the weight as it reads it: no cast copy).
+    As `F.linear`, under autocast too (the cpu kernel rounds the weight as it reads it: no cast copy).
 
     Raises:
-        ValueError: for a weight or bias that requires grad, dtypes or shapes that differ, a backend that is not there.
+        ValueError: for a weight or bias that requires grad, dtypes or shapes that differ, an unavailable backend.
+        NotImplementedError: under a torch.func transform or in forward-mode differentiation.
     """
     refuse_transforms("frozen_linear")
     autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
     _check(x, weight, bias, autocast)
     if autocast:
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    # What is compiled is fused by the compiler: there the kernels run by name only.
-    asked = "reference" if backend == "auto" and torch.compiler.is_compiling() else backend
-    if FROZEN_LINEAR.pick_for(asked, x, weight) == "reference":
+    # The compiler fuses F.linear; under torch.compile the kernels run only when requested by name.
+    requested = "reference" if backend == "auto" and torch.compiler.is_compiling() else backend
+    if FROZEN_LINEAR.pick_for(requested, x, weight) == "reference":
         return F.linear(x, weight, bias)
     return own_linear(x, weight, bias)
 
 
 def own_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The cpu backend's product of arguments that fit together."""
+    """The product of the cpu backend, for checked arguments."""
     y: Tensor
     if torch.is_grad_enabled() and x.requires_grad:
         y = torch.ops.dmole_kernels.frozen_linear(x, weight, bias)
@@ -56,8 +57,8 @@ def own_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _FrozenLinear(Op):
-    """Without a name asked for, the choice follows the shapes: the kernels of the cpu backend where they were measured
-    faster, else PyTorch's."""
+    """By default the choice depends on the shapes: the kernels of the cpu backend where they were measured faster, else
+    PyTorch's."""
 
     def pick_for(self, requested: str, x: Tensor, weight: Tensor) -> str:
         name = self.pick(requested, x.device.type, x.dtype)
@@ -80,8 +81,8 @@ def own_is_faster(x: Tensor, weight: Tensor) -> bool:
 
 
 class FrozenLinears(TorchFunctionMode):
-    """Inside the block every `F.linear`, and so every `nn.Linear`, whose weight and bias do not learn goes through
-    `frozen_linear`; all else is as before. For passes over a frozen model, such as features and gradient norms.
+    """Inside the block `frozen_linear` replaces every `F.linear`, and so every `nn.Linear`, whose weight and bias are
+    frozen. For passes over a frozen model, such as features and gradient norms.
 
         with FrozenLinears(), torch.no_grad():
             model(**batch)
@@ -90,24 +91,24 @@ class FrozenLinears(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        # Under use_backend("triton"), say, the model's own products stay PyTorch's: that backend has none.
+        # Under use_backend("triton"), say, PyTorch computes the products: that backend has no kernel for them.
         if func is F.linear and not kwargs and is_frozen(*args) and FROZEN_LINEAR.asked("auto") in ("auto", *KERNELS):
             return frozen_linear(*args)
         return func(*args, **(kwargs or {}))
 
 
 def is_frozen(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether `frozen_linear` takes what `F.linear` would: weight and bias do not learn, and dtypes go together."""
+    """Whether `frozen_linear` accepts these arguments of `F.linear`: a frozen weight and bias, and matching dtypes."""
     same = weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
-    return not _learns(weight, bias) and weight.dim() == 2 and same
+    return not _trains(weight, bias) and weight.dim() == 2 and same
 
 
-def _learns(weight: Tensor, bias: Tensor | None) -> bool:
+def _trains(weight: Tensor, bias: Tensor | None) -> bool:
     return weight.requires_grad or (bias is not None and bias.requires_grad)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, autocast: bool) -> None:
-    if _learns(weight, bias):
+    if _trains(weight, bias):
         raise ValueError("weight or bias requires grad; expected a frozen layer. Freeze it, or call F.linear.")
     if weight.dim() != 2 or weight.shape[1:] != x.shape[-1:] or (bias is not None and bias.shape != weight.shape[:1]):
         raise ValueError(
@@ -134,7 +135,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     (weight,) = ctx.saved_tensors
-    # Backward runs outside autocast: the weight is rounded here as it was on the way forward.
+    # Backward runs outside autocast: the weight is rounded here as in forward.
     if own_is_faster(grad, weight.t()):
         return torch.ops.dmole_kernels.frozen_linear(grad, weight.t(), None), None, None
     return grad @ weight.to(grad.dtype), None, None

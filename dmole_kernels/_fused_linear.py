@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
     Equals `multi_lora(x, F.linear(x, weight, bias), lora_a, lora_b, gate, scale, ...)` with a frozen weight and bias,
-    the base product and the experts' in one launch (`triton_backend.fused_base`): dx = dY W + multi_lora's dx.
+    with the base product and the experts in one launch (`triton_backend.fused_base`): dx = dY W + dx of multi_lora.
 
 An experiment of the Triton backend, behind `MultiLoRALinear(fuse_base=True)`; not a registered op, so eager only.
 """
@@ -30,8 +30,8 @@ def fused_linear(
 
     Args:
         weight: [out_features, in_features], and bias [out_features]: frozen.
-        backend: has to come out as "triton".
-        The others as `multi_lora`'s.
+        backend: must resolve to "triton".
+        The others: as in `multi_lora`.
 
     Raises:
         ValueError: as `multi_lora`; for a weight or bias that requires grad, another backend, or under torch.compile.
@@ -47,7 +47,7 @@ def fused_linear(
 
 
 def run_fused(call: LoraCall, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
-    """The output of a call whose arguments fit together."""
+    """The output, for checked arguments."""
     x, outputs = call.x, call.outputs
     assert x is not None
     if backend != "triton":

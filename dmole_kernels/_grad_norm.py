@@ -2,7 +2,7 @@
 """
     norm[b] = || sum_t g[b, t] x[b, t]^T ||_F        the Frobenius norm of a linear layer's weight gradient, per sample
 
-from the layer's input x and output gradient g, without ever writing the p x d gradient:
+from the input x and the output gradient g of the layer, without storing the p x d gradient:
 
     direct    sqrt(sum((G^T X)^2)), tile by tile                      2 T p d flops
     ghost     sqrt(sum_{t,t'} (x_t . x_t') (g_t . g_t'))              2 T^2 (p + d), half of it beyond one tile
@@ -39,18 +39,20 @@ def grad_norm_per_sample(x: Tensor, grad: Tensor, *, method: NormMethod = "auto"
     """Weight-gradient norm of every sample, [B]: `(grad[b].T @ x[b]).norm()` for each b.
 
     Args:
-        x: [B, T, in_features], the layer's input.
+        x: [B, T, in_features], the input of the layer.
         grad: [B, T, out_features], the gradient of the layer's output. Rows of padding must be zero here.
-        method: "auto" takes the cheaper one for these shapes (`cheaper_method`), anew at each call; the cpu backend
-            does so for each sample, after it has left out the tokens without a gradient at both ends (padding).
+        method: "auto" chooses the cheaper method for these shapes at each call (`cheaper_method`); the cpu backend
+            chooses for each sample, after skipping leading and trailing tokens whose gradient is zero (padding).
         backend: see `choose_backend`.
 
-    Computes in float32 at least: Gram tiles in bfloat16 cost 1.1e-3 of the norm. Differentiable in x and grad; at a
-    norm of zero the gradient is zero. On the cpu backend a sample's norm is the same, bit for bit, whatever stands
-    beside it in the batch and however far it is padded.
+    Returns:
+        [B], float64 if x or grad is float64, else float32. Computes in that dtype: Gram tiles in bfloat16 would have a
+        relative error of 1.1e-3. Differentiable in x and grad; where the norm is zero, its gradient is zero. On the cpu
+        backend, the norm of a sample is bitwise independent of the other samples and of the amount of padding.
 
     Raises:
-        ValueError: for shapes that do not belong together or an unknown method.
+        ValueError: if the shapes or devices do not match, or the method or the backend is not available.
+        NotImplementedError: under a torch.func transform or in forward-mode differentiation.
     """
     _check(x, grad, "[samples, tokens, features]")
     if method not in ("auto", "direct", "ghost"):
@@ -60,14 +62,17 @@ def grad_norm_per_sample(x: Tensor, grad: Tensor, *, method: NormMethod = "auto"
     refuse_transforms("grad_norm_per_sample")
     name = GRAD_NORM.pick(backend, x.device.type, torch.promote_types(x.dtype, grad.dtype))
     chosen: str = method
-    if method == "auto" and (name, "auto") not in NORM:
+    if method == "auto" and "auto" not in NORM[name]:
         chosen = cheaper_method(x.shape[1], x.shape[2], grad.shape[2], backend=name)
     norm: Tensor = _NORM_OP(x, grad, chosen, name)
     return norm
 
 
 def grad_norm_per_batch(x: Tensor, grad: Tensor, *, method: NormMethod = "auto", backend: str = "auto") -> Tensor:
-    """Weight-gradient norm of the whole batch, a scalar: `(grad.T @ x).norm()` over all rows of x [..., D]."""
+    """Weight-gradient norm of the whole batch, a scalar: `(grad.T @ x).norm()` over all rows of x [..., D].
+
+    Arguments, dtypes and errors are those of `grad_norm_per_sample`; x is [..., in_features], grad [..., out_features].
+    """
     _check(x, grad, "[..., features]")
     x_1ND, grad_1NP = x.reshape(1, -1, x.shape[-1]), grad.reshape(1, -1, grad.shape[-1])
     return grad_norm_per_sample(x_1ND, grad_1NP, method=method, backend=backend)[0]
@@ -76,35 +81,61 @@ def grad_norm_per_batch(x: Tensor, grad: Tensor, *, method: NormMethod = "auto",
 def cheaper_method(
     tokens: int, in_features: int, out_features: int, *, backend: str = "auto"
 ) -> Literal["direct", "ghost"]:
-    """What "auto" does for a sample of these shapes, by flops: about ghost for T < d p / (d + p), up to twice that
-    where symmetry saves half. The backends differ in their tiles, so in how much symmetry saves."""
-    if (GRAD_NORM.pick(backend, "cpu", None) if backend == "auto" else backend) == "cpu":
+    """The method that "auto" chooses for a sample of these shapes, by the number of floating-point operations.
+
+    It is "ghost" up to about T = d p / (d + p), or up to twice that where symmetry saves half of the work. How much
+    symmetry saves depends on the tile size, which differs between backends.
+    """
+    chosen = GRAD_NORM.pick("auto", "cpu", None) if backend == "auto" else backend
+    if chosen == "cpu":
         name = cpu.extension().grad_norm_method(tokens, in_features, out_features)
         return "ghost" if name == "ghost" else "direct"
     tiles = -(-tokens // reference.GHOST_TILE)
-    symmetric_share = (tiles + 1) / (2 * tiles) if tiles else 1.0
-    ghost = symmetric_share * tokens * tokens * (in_features + out_features)
+    computed_fraction = (tiles + 1) / (2 * tiles) if tiles else 1.0
+    ghost = computed_fraction * tokens * tokens * (in_features + out_features)
     return "ghost" if ghost < tokens * in_features * out_features else "direct"
 
 
 def accumulate_gradient(buffer: Tensor, x: Tensor, grad: Tensor, *, backend: str = "auto") -> None:
-    """Adds this batch's weight gradient: `buffer += grad.T @ x`; buffer [out_features, in_features] is changed."""
+    """Adds the weight gradient of one batch in place: `buffer += grad.T @ x`.
+
+    Args:
+        buffer: [out_features, in_features], modified in place; float32 keeps small batches from being rounded away.
+        x: [N, in_features], the input of the layer.
+        grad: [N, out_features], the gradient of the layer's output.
+        backend: see `choose_backend`.
+
+    Raises:
+        ValueError: if the shapes or devices do not match, or the backend is not available.
+        NotImplementedError: under a torch.func transform or in forward-mode differentiation.
+    """
     _check(x, grad, "[rows, features]")
     _check_buffer("buffer", buffer, (grad.shape[-1], x.shape[-1]), x)
     refuse_transforms("accumulate_gradient")
     dtype = _asked_dtype(x, grad, buffer)
     name = ACCUMULATE_GRADIENT.pick(backend, x.device.type, dtype)
-    torch.ops.dmole_kernels.accumulate_gradient(buffer, x, grad, name)
+    _ACCUMULATE_OP(buffer, x, grad, name)
 
 
 def accumulate_sketch(
     sketch: Tensor, x: Tensor, grad: Tensor, left: Tensor, right: Tensor, *, backend: str = "auto"
 ) -> None:
-    """Adds this batch's sketched gradient: `sketch += left.T @ (grad.T @ x) @ right`; sketch [k, l] is changed.
+    """Adds the sketched weight gradient of one batch in place: `sketch += left.T @ (grad.T @ x) @ right`.
 
-    About 13 % of the direct flops at k = l = 64 and d = p = 1024, 16 KiB instead of p x d. `E[sum(sketch^2)]` is the
-    squared norm when left [p, k] and right [d, l] are drawn from N(0, 1/k) and N(0, 1/l); sketches made with the same
-    left and right add up over batches and processes.
+    Args:
+        sketch: [k, l], modified in place.
+        x: [N, in_features], the input of the layer.
+        grad: [N, out_features], the gradient of the layer's output.
+        left: [out_features, k], drawn from N(0, 1/k).
+        right: [in_features, l], drawn from N(0, 1/l). With these draws `E[sum(sketch^2)]` is the squared norm.
+        backend: see `choose_backend`.
+
+    At k = l = 64 and d = p = 1024 it costs about 13 % of the operations of the direct method, and 16 KiB instead of
+    4 MiB. Sketches that use the same left and right can be summed over batches and processes.
+
+    Raises:
+        ValueError: if the shapes or devices do not match, or the backend is not available.
+        NotImplementedError: under a torch.func transform or in forward-mode differentiation.
     """
     _check(x, grad, "[rows, features]")
     sides = ((left, grad), (right, x))
@@ -118,15 +149,15 @@ def accumulate_sketch(
     refuse_transforms("accumulate_sketch")
     dtype = _asked_dtype(x, grad, sketch, left, right)
     name = ACCUMULATE_SKETCH.pick(backend, x.device.type, dtype)
-    torch.ops.dmole_kernels.accumulate_sketch(sketch, x, grad, left, right, name)
+    _SKETCH_OP(sketch, x, grad, left, right, name)
 
 
 def sketch_relative_std(sketch: Tensor) -> float:
     """Estimated relative standard deviation of `sketch.norm()` as an estimate of the gradient's norm.
 
     With a = ||M M^T||_F^2 / ||M||_F^4 (1 for rank one, 1/rank for a flat spectrum):
-    `Var ||Y||^2 / ||M||^4 = 2 a / k + 2 (a (1 + 1/k) + 1/k) / l`. a is read off the sketch, where it comes out too
-    large (by about 1/k + 1/l), so the answer errs upwards; it is at most 0.13 at 64 x 64.
+    `Var ||Y||^2 / ||M||^4 = 2 a / k + 2 (a (1 + 1/k) + 1/k) / l`. a is estimated from the sketch, which overestimates
+    it by about 1/k + 1/l, so the result is an overestimate too; at 64 x 64 it is at most 0.13.
     """
     left, right = sketch.shape
     total = float(sketch.double().square().sum())
@@ -157,44 +188,48 @@ def _check_buffer(name: str, buffer: Tensor, expected: tuple[int, int], x: Tenso
     check_one_device(**{"x": x, name: buffer})
 
 
-# Squared norms [B], in float32 at least.
-NORM: dict[tuple[str, str], Callable[[Tensor, Tensor], Tensor]] = {
-    ("reference", "direct"): lambda x, grad: reference.squared_norm_direct(*_widened(x, grad)),
-    ("reference", "ghost"): lambda x, grad: reference.squared_norm_ghost(*_widened(x, grad)),
+# By backend, then by method: squared norms [B], in float32 at least.
+NORM: dict[str, dict[str, Callable[[Tensor, Tensor], Tensor]]] = {
+    "reference": {
+        "direct": lambda x, grad: reference.squared_norm_direct(*_widened(x, grad)),
+        "ghost": lambda x, grad: reference.squared_norm_ghost(*_widened(x, grad)),
+    }
 }
 ACCUMULATE: dict[str, Callable[..., None]] = {"reference": reference.accumulate_gradient}
 SKETCH: dict[str, Callable[..., None]] = {"reference": reference.accumulate_sketch}
 if "cpu" in BACKENDS:
-    for _method in ("auto", "direct", "ghost"):
-        NORM["cpu", _method] = partial(torch.ops.dmole_kernels.cpu_squared_norm, method=_method)
+    NORM["cpu"] = {
+        method: partial(torch.ops.dmole_kernels.cpu_squared_norm, method=method)
+        for method in ("auto", "direct", "ghost")
+    }
     ACCUMULATE["cpu"] = torch.ops.dmole_kernels.cpu_accumulate_gradient
     SKETCH["cpu"] = torch.ops.dmole_kernels.cpu_accumulate_sketch
 if "triton" in BACKENDS:
-    NORM["triton", "direct"] = triton_backend.kernel("grad_norm", "squared_norm_direct")
-    NORM["triton", "ghost"] = triton_backend.kernel("grad_norm", "squared_norm_ghost")
+    NORM["triton"] = {
+        "direct": triton_backend.kernel("grad_norm", "squared_norm_direct"),
+        "ghost": triton_backend.kernel("grad_norm", "squared_norm_ghost"),
+    }
     ACCUMULATE["triton"] = triton_backend.kernel("grad_norm", "accumulate_gradient")
     SKETCH["triton"] = triton_backend.kernel("grad_norm", "accumulate_sketch")
-
-
-GRAD_NORM = Op("grad_norm_per_sample", dict(NORM.keys()))
+GRAD_NORM = Op("grad_norm_per_sample", NORM)
 ACCUMULATE_GRADIENT = Op("accumulate_gradient", ACCUMULATE)
 ACCUMULATE_SKETCH = Op("accumulate_sketch", SKETCH)
 
 
 def _asked_dtype(*tensors: Tensor) -> torch.dtype:
-    """What a backend has to take: float16 where a tensor is that, whatever the sums are; else the widest."""
+    """The dtype that a backend must support: float16 where a tensor has it, whatever the sums are; else the widest."""
     dtypes = [tensor.dtype for tensor in tensors]
     return torch.float16 if torch.float16 in dtypes else reduce(torch.promote_types, dtypes)
 
 
 def _widened(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(torch.promote_types(x.dtype, grad.dtype), torch.float32)
-    return x.to(wide), grad.to(wide)
+    dtype = torch.promote_types(torch.promote_types(x.dtype, grad.dtype), torch.float32)
+    return x.to(dtype), grad.to(dtype)
 
 
 def _norm(x: Tensor, grad: Tensor, method: str, backend: str) -> Tensor:
     with without_autocast(x.device.type):
-        return NORM[backend, method](x, grad).sqrt_()
+        return NORM[backend][method](x, grad).sqrt_()
 
 
 def _accumulate(buffer: Tensor, x: Tensor, grad: Tensor, backend: str) -> None:
@@ -208,8 +243,8 @@ def _sketch(sketch: Tensor, x: Tensor, grad: Tensor, left: Tensor, right: Tensor
 
 
 def _norm_fake(x: Tensor, grad: Tensor, method: str, backend: str) -> Tensor:
-    wide = torch.promote_types(torch.promote_types(x.dtype, grad.dtype), torch.float32)
-    return x.new_empty(x.shape[0], dtype=wide)
+    dtype = torch.promote_types(torch.promote_types(x.dtype, grad.dtype), torch.float32)
+    return x.new_empty(x.shape[0], dtype=dtype)
 
 
 def _accumulate_fake(buffer: Tensor, x: Tensor, grad: Tensor, backend: str) -> None:
@@ -246,12 +281,12 @@ _NORM_OP = register_op(
     backward=_autograd,
     setup_context=_setup_context,
 )
-register_op(
+_ACCUMULATE_OP = register_op(
     "accumulate_gradient(Tensor(a!) buffer, Tensor x, Tensor grad, str backend) -> ()",
     kernel=_accumulate,
     fake=_accumulate_fake,
 )
-register_op(
+_SKETCH_OP = register_op(
     "accumulate_sketch(Tensor(a!) sketch, Tensor x, Tensor grad, Tensor left, Tensor right, str backend) -> ()",
     kernel=_sketch,
     fake=_sketch_fake,

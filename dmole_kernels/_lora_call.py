@@ -32,6 +32,9 @@ class LoraCall:
     every_column: bool = True  # the gate needs its gradient, so S is needed for gates of zero too
     row_map: Tensor | None = None  # which rows use which expert, `RowMap.table`; a kernel that needs one makes its own
     packed: PackedExperts | None = None  # the same experts side by side, made once for many calls
+    # Several linears with one x (q, k, v), their outputs side by side in y. Pair e is one linear's part of an expert,
+    # with B_e [P_e, rank_e], and adds to the P_e columns of y from starts[e] on. None: every pair adds to all columns.
+    starts: Sequence[int] | None = None
 
     @property
     def ranks(self) -> list[int]:
@@ -39,7 +42,16 @@ class LoraCall:
 
     @property
     def outputs(self) -> int:
-        return self.lora_b[0].shape[0]
+        if self.base is not None:
+            return self.base.shape[-1]
+        if self.starts is None:
+            return self.lora_b[0].shape[0]
+        return max(start + b.shape[0] for start, b in zip(self.starts, self.lora_b, strict=True))
+
+    def columns(self, pair: int) -> slice:
+        """The columns of y that pair (A_e, B_e) adds to."""
+        start = 0 if self.starts is None else self.starts[pair]
+        return slice(start, start + self.lora_b[pair].shape[0])
 
     @property
     def dtype(self) -> torch.dtype:

@@ -2,8 +2,8 @@
 """
     pooled[b, d] = max over t with mask[b, t] of hidden[b, t, d]
 
-Max-pooling that cannot see padding, so that a sample's feature does not depend on its batch mates (D-MoLE's router
-feature, arXiv 2506.11672 section 3.3, whose public code pools over padding too).
+Max-pooling without padding, so that a sample's feature does not depend on the rest of the batch (the router feature of
+D-MoLE, arXiv 2506.11672 section 3.3; the public code pools over padding too).
 
 Shape letters: B samples, T tokens, D features.
 """
@@ -28,8 +28,9 @@ def masked_max_pool(hidden: Tensor, mask: Tensor, *, backend: str = "auto") -> T
     Differentiable in hidden: each maximum's gradient goes to the first token that reaches it.
 
     Raises:
-        ValueError: for shapes, dtypes or devices that do not fit, or a sample whose tokens are all masked (under
-            torch.compile, where values cannot be looked at, its row is -inf).
+        ValueError: for shapes, dtypes or devices that do not match, or a sample whose tokens are all masked (under
+            torch.compile, where values cannot be checked, its row is -inf).
+        NotImplementedError: under a torch.func transform or in forward-mode differentiation.
     """
     if hidden.dim() != 3 or mask.shape != hidden.shape[:2]:
         raise ValueError(

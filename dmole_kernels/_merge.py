@@ -2,7 +2,7 @@
 """
     W' = W + sum_e weight_e alpha_e / rank_e B_e A_e
 
-Experts merged into the weight of the base, and back to the same bits.
+Merges experts into the weight of the base; unmerging restores its original bits.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ def check_mergeable(place: str, layer: MultiLoRALinear, name: str) -> None:
         and not weight.is_meta
     )
     if not plain:
-        kind = type(layer.base).__name__ + ("" if weight is None else f" with {_describe(weight)}")
+        found = type(layer.base).__name__ + ("" if weight is None else f" with {_describe(weight)}")
         raise ValueError(
-            f"{place}: the base is a {kind}; expected an nn.Linear with a plain floating-point weight. An expert "
+            f"{place}: the base is a {found}; expected an nn.Linear with a plain floating-point weight. An expert "
             f"cannot be merged into quantised or sharded weights; keep it gated."
         )
     expert = layer.bank.expert(name)
@@ -40,15 +40,15 @@ def check_mergeable(place: str, layer: MultiLoRALinear, name: str) -> None:
 
 
 def set_merged(layer: MultiLoRALinear, merged: dict[str, float]) -> None:
-    """Makes the base's weight the original plus exactly these experts, each with its weight."""
+    """Sets the base's weight to the original plus these experts, each times its factor."""
     weight = layer.base.weight
     original = layer.unmerged_weight
     with torch.no_grad():
         if original is None:
             original = weight.detach().clone()
         if merged:
-            wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-            total = original.to(wide)
+            sum_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+            total = original.to(sum_dtype)
             total = total.clone() if total is original else total
             for name, factor in merged.items():
                 expert = layer.bank.expert(name)

@@ -106,6 +106,8 @@ def run(call: LoraCall, backend: str) -> Tensor:
     x = call.x
     assert x is not None
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        if call.starts is not None:
+            raise NotImplementedError("the registered op takes no group of linears; expected starts=None. Use eager.")
         y: Tensor = _FORWARD_OP(
             x, call.base, list(call.lora_a), list(call.lora_b), call.gate, list(call.scale), call.dropout,
             call.per_expert, call.seed, backend, call.every_column,
@@ -116,6 +118,10 @@ def run(call: LoraCall, backend: str) -> Tensor:
 
 def run_eager(call: LoraCall, backend: str) -> Tensor:
     """`run` where nothing traces or watches operations."""
+    if call.starts is not None and backend != "reference":
+        raise NotImplementedError(
+            f"backend {backend!r} has no kernel for a group of linears; expected starts=None. Use 'reference'."
+        )
     if torch.is_grad_enabled():
         # What Function.apply ends in, without its provisions for torch.func, which is refused.
         y: Tensor = _APPLY(call, backend, call.x, call.base, call.gate, *call.lora_a, *call.lora_b)  # type: ignore[no-untyped-call]
@@ -242,6 +248,7 @@ class Saved:
         self.base_requires_grad = call.base is not None and call.base.requires_grad
         self.x_dtype = x.dtype
         self.settings = (call.scale, call.dropout, call.per_expert)
+        self.starts = call.starts
         self.row_map = call.row_map
         self.backend = backend
         # Frozen experts and a constant gate need neither x nor S: holding them would keep whole activations alive.
@@ -254,6 +261,7 @@ class Saved:
     def gradients(self, ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
         """dx, dg [G, E] and the gradients of all A, then of all B."""
         x, shrunk, gate, seed, *experts = ctx.saved_tensors
+        gate = gate.reshape(-1, gate.shape[-1])
         count = len(experts) // 2
         lora_a, lora_b = experts[:count], experts[count:]
         found: list[Tensor | None] = [None] * len(experts)
@@ -269,13 +277,16 @@ class Saved:
         else:
             gate_GE = gate.reshape(-1, count)
             call = LoraCall(
-                x, None, lora_a, lora_b, gate_GE, scale, dropout, per_expert, seed, wanted.gate, self.row_map
-            )
+                x, None, lora_a, lora_b, gate_GE, scale, dropout, per_expert, seed, wanted.gate, self.row_map,
+                starts=self.starts,
+            )  # fmt: skip
             dx, da, db, dgate = _backward(call, grad, shrunk, wanted, self.backend)
         chosen = [e for e, flag in enumerate(wanted.experts) if flag]
         if chosen:
             ranks = [lora_a[e].shape[0] for e in chosen]
             for e, part_a, part_b in zip(chosen, da.split(ranks), db.split(ranks), strict=True):
+                if self.starts is not None:
+                    part_b = part_b[:, self.starts[e] : self.starts[e] + lora_b[e].shape[0]]
                 found[e], found[count + e] = part_a.to(lora_a[e].dtype), _transposed(part_b, lora_b[e].dtype)
         return dx.to(self.x_dtype) if wanted.x else None, dgate if wanted.gate else None, found
 

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _torch_module
 from torch.utils import _python_dispatch as _dispatch
 
-from dmole_kernels._expert_bank import Expert, ExpertBank
+from dmole_kernels._expert_bank import Expert, ExpertBank, sharded_error
 from dmole_kernels._frozen_linear import own_is_faster, own_linear
 from dmole_kernels._fused_linear import run_fused
-from dmole_kernels._gates import ExpertGates, GateBlock, Rows, ambient_blocks, check_gate, merged_error, traced_rows
+from dmole_kernels._gate_block import GateBlock, Rows, ambient_blocks, check_gate, merged_error, traced_rows
+from dmole_kernels._gates import ExpertGates
 from dmole_kernels._lora_call import LoraCall
 from dmole_kernels._multi_lora import MULTI_LORA, DropoutMode, check_dropout, run, run_eager, seed_for
 from dmole_kernels._plain_names import use_plain_names
@@ -178,6 +179,8 @@ class MultiLoRALinear(nn.Module):
                 )
             if name in self.bank.merged:
                 raise merged_error(name)
+            if self.bank.experts._modules[name].sharded:
+                raise sharded_error(name)
 
     def _ambient_block(self) -> GateBlock | None:
         """The open block of this layer's gates. Raises where their absence is a mistake."""

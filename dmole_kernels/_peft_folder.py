@@ -3,7 +3,7 @@
     y = W x + s B A x,      s = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora
 
 A PEFT LoRA folder (`adapter_config.json` and `adapter_model.safetensors`) as ranks, alphas and tensors, read and
-written without PEFT. What is not this equation is refused by name.
+written without PEFT. Adapters of any other form raise an error that names the option.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _HARMLESS_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
-class LoraPart:
+class LoraMatrices:
     """The adapter at one linear: scale alpha / rank, A [rank, in_features], B [out_features, rank]."""
 
     alpha: float
@@ -55,8 +55,8 @@ class LoraPart:
         return self.lora_a.shape[0]
 
 
-def read_folder(folder: Path) -> dict[str, LoraPart]:
-    """The parts by the name of their linear. Raises ValueError for anything but a plain LoRA adapter."""
+def read_folder(folder: Path) -> dict[str, LoraMatrices]:
+    """The adapter's matrices by the name of the linear. Raises ValueError for anything but a plain LoRA adapter."""
     config = _read_config(folder)
     tensors = _read_tensors(folder)
     rank, alpha = config.get("r", 8), config.get("lora_alpha", 8)
@@ -72,7 +72,7 @@ def read_folder(folder: Path) -> dict[str, LoraPart]:
         sides.setdefault(key.removeprefix(_PREFIX).removesuffix(side), {})[side] = tensor
     if not sides:
         raise ValueError(f"{folder}: {TENSOR_FILE} holds no tensors; expected an adapter. Save it again.")
-    parts = {}
+    matrices = {}
     for name, pair in sides.items():
         if len(pair) != 2:
             lacking = next(side for side in _SIDES if side not in pair)
@@ -86,12 +86,12 @@ def read_folder(folder: Path) -> dict[str, LoraPart]:
                 f"{CONFIG_FILE}. The folder mixes two adapters: save it again."
             )
         # An expert's scale is alpha / rank.
-        parts[name] = LoraPart(float(a) * math.sqrt(r) if config.get("use_rslora") else float(a), lora_a, lora_b)
-    return parts
+        matrices[name] = LoraMatrices(float(a) * math.sqrt(r) if config.get("use_rslora") else float(a), lora_a, lora_b)
+    return matrices
 
 
 def pattern_of(patterns: Iterable[str], name: str) -> str | None:
-    """The first key that is the name or an ending of it, as a regular expression: PEFT's own rule."""
+    """The first key that is the name or an ending of it, as a regular expression: the rule of PEFT."""
     return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), None)
 
 
@@ -128,24 +128,24 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 
 def write_folder(
     folder: Path,
-    parts: Mapping[str, LoraPart],
+    matrices: Mapping[str, LoraMatrices],
     *,
     modules: Iterable[str] = (),
     dropout: float = 0.0,
     base_name: str | None = None,
 ) -> None:
-    """Writes `parts` as the stock LoRA folder `folder`: all of it or nothing, in the place of one that is there.
+    """Writes `matrices` as the stock LoRA folder `folder`, atomically; an existing one is replaced.
 
     Args:
-        modules: the names of the model's modules, of which PEFT must not take others for targets by their endings.
+        modules: the names of the model's modules; PEFT must not match others than the targets by their endings.
     """
     save = _safetensors("save_file")
-    config = peft_config(parts, modules=modules, dropout=dropout, base_name=base_name)
+    config = peft_config(matrices, modules=modules, dropout=dropout, base_name=base_name)
     tensors = {}
-    for name, part in parts.items():
-        tensors[f"{_PREFIX}{name}{_SIDES[0]}"] = part.lora_a
-        tensors[f"{_PREFIX}{name}{_SIDES[1]}"] = part.lora_b
-    made, before = (folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.{kind}") for kind in ("new", "old"))
+    for name, lora in matrices.items():
+        tensors[f"{_PREFIX}{name}{_SIDES[0]}"] = lora.lora_a
+        tensors[f"{_PREFIX}{name}{_SIDES[1]}"] = lora.lora_b
+    made, before = (folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.{suffix}") for suffix in ("new", "old"))
     made.mkdir(parents=True)
     try:
         save(tensors, made / TENSOR_FILE, metadata={"format": "pt"})
@@ -153,7 +153,7 @@ def write_folder(
         if (folder / README_FILE).is_file():
             shutil.copy2(folder / README_FILE, made)
         if folder.exists():
-            # A folder that is not empty cannot be replaced in one step: between these two it has the other name.
+            # A folder that is not empty cannot be replaced in one step; in between it has the name `before`.
             os.rename(folder, before)
             os.rename(made, folder)
             shutil.rmtree(before)
@@ -164,7 +164,7 @@ def write_folder(
 
 
 def check_replaceable(folder: Path) -> None:
-    """Raises ValueError where `write_folder` would delete files that no adapter consists of."""
+    """Raises ValueError where `write_folder` would delete files that are not of an adapter."""
     if not folder.exists():
         return
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
@@ -177,15 +177,17 @@ def check_replaceable(folder: Path) -> None:
 
 
 def peft_config(
-    parts: Mapping[str, LoraPart], *, modules: Iterable[str], dropout: float, base_name: str | None
+    matrices: Mapping[str, LoraMatrices], *, modules: Iterable[str], dropout: float, base_name: str | None
 ) -> dict[str, Any]:
-    """What PEFT needs to apply each part at its linear and at no other one."""
-    ranks = {name: part.rank for name, part in parts.items()}
-    alphas = {name: int(part.alpha) if part.alpha.is_integer() else part.alpha for name, part in parts.items()}
+    """The config with which PEFT applies each adapter to its linear and to no other one."""
+    ranks = {name: lora.rank for name, lora in matrices.items()}
+    alphas = {name: int(lora.alpha) if lora.alpha.is_integer() else lora.alpha for name, lora in matrices.items()}
     rank, rank_pattern = _with_pattern(ranks)
     alpha, alpha_pattern = _with_pattern(alphas)
-    # PEFT takes a name for an ending too, and "0" would match "head.0".
-    caught = [name for name in modules if name not in parts and any(name.endswith(f".{target}") for target in parts)]
+    # PEFT also matches names by their endings: "0" would match "head.0".
+    caught = [
+        name for name in modules if name not in matrices and any(name.endswith(f".{target}") for target in matrices)
+    ]
     return {
         "alpha_pattern": alpha_pattern,
         "auto_mapping": None,
@@ -203,7 +205,7 @@ def peft_config(
         "r": rank,
         "rank_pattern": rank_pattern,
         "revision": None,
-        "target_modules": "|".join(map(re.escape, parts)) if caught else list(parts),
+        "target_modules": "|".join(map(re.escape, matrices)) if caught else list(matrices),
         "task_type": None,
         "use_dora": False,
         "use_rslora": False,
@@ -216,7 +218,7 @@ def _with_pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     pattern = {name: value for name, value in values.items() if value != common}
     if all(values[name] == pattern.get(pattern_of(pattern, name) or "", common) for name in values):
         return common, pattern
-    # Some name is the ending of another one: every name, the longest first, as an exact expression.
+    # A name is the ending of another one: list every name, the longest first, as an exact expression.
     every = {re.escape(name): values[name] for name in sorted(values, key=len, reverse=True)}
     return common, every
 

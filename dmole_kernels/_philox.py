@@ -5,7 +5,8 @@
 
 The dropout mask as a pure function of (seed, stream, row n, column d): nothing is stored between forward and backward,
 and any backend that evaluates the same formula gets the same bits. One word decides two elements: they compare
-different halves first and meet only in ties, so their joint chance is off by 2^-16 at most, for nearly half the cost.
+different halves first and depend on each other only in ties, so their joint probability is off by at most 2^-16, for
+nearly half the cost.
 16 consecutive columns read one word of 16 consecutive counters: an AVX-512 register needs no transposition.
 
 Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011 (Random123's constants).
@@ -33,7 +34,7 @@ def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, 
     """Four words of 32 random bits (in int64) for every counter, as published; the counters' words broadcast."""
     word_0, word_1, word_2, word_3 = counter
     for key_0, key_1 in _round_keys(key):
-        # A 32 x 32 bit product fits 64 bits; the sign bit is only a bit here, and `& LOW` drops what >> drags in.
+        # A 32 x 32 bit product fits 64 bits, sign bit included; `& LOW` drops the bits that >> sign-extends.
         product_0, product_1 = word_0 * MULTIPLIER_0, word_2 * MULTIPLIER_1
         word_0, word_1 = ((product_1 >> 32) ^ word_1 ^ key_0) & LOW, product_1 & LOW
         word_2, word_3 = ((product_0 >> 32) ^ word_3 ^ key_1) & LOW, product_0 & LOW
@@ -47,10 +48,10 @@ def _round_keys(key: tuple[int, int]) -> list[tuple[int, int]]:
 def dropout_keep_mask(
     seed: int, rows: int, columns: int, probability: float, *, stream: int = 0, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Boolean [rows, columns], True where the element is kept (with chance 1 - probability, to 2^-32).
+    """Boolean [rows, columns], True where the element is kept (with probability 1 - `probability`, to 2^-32).
 
     `stream` separates masks drawn from one seed: the expert's position when every expert has its own mask, else 0.
-    The seed's lower 64 bits are the key. Equals `philox_4x32` on this grid of counters, word for word, in less time.
+    The seed's lower 64 bits are the key. Equals `philox_4x32` on this grid of counters, word by word, in less time.
 
     Raises:
         ValueError: for a probability outside [0, 1] or a negative size.
@@ -64,7 +65,7 @@ def dropout_keep_mask(
     lanes = groups * LANES
     threshold = round(probability * 2**32)
     keys = _round_keys((seed & LOW, (seed >> 32) & LOW))
-    # Row 0 of each pair carries the word that MULTIPLIER_0 meets next.
+    # Row 0 of each pair has the word that MULTIPLIER_0 multiplies next.
     key_R211 = torch.tensor([key[::-1] for key in keys], dtype=torch.int64, device=device)[:, :, None, None]
     multiplier_211 = torch.tensor([MULTIPLIER_0, MULTIPLIER_1], dtype=torch.int64, device=device)[:, None, None]
     keep_NGWHL = torch.empty(rows, groups, 4, 2, LANES, dtype=torch.uint8, device=device)

@@ -20,15 +20,30 @@ def register_op(
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
 ) -> Callable[..., Any]:
-    """Defines `torch.ops.dmole_kernels.<name of the schema>` and returns it; one kernel serves all devices."""
+    """Defines `torch.ops.dmole_kernels.<name of the schema>` and returns it; one kernel serves all devices.
+
+    Without a `backward`, what the op returns has a derivative that raises NotImplementedError.
+    """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)  # type: ignore[no-untyped-call]
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"dmole_kernels::{name}", fake, lib=_LIBRARY)
+    if backward is None and not schema.endswith("-> ()"):
+        backward = _no_derivative(name)
     if backward is not None:
         torch.library.register_autograd(f"dmole_kernels::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
     overload: Callable[..., Any] = getattr(torch.ops.dmole_kernels, name).default
     return overload
+
+
+def _no_derivative(name: str) -> Callable[..., Any]:
+    def refuse(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(
+            f"dmole_kernels.{name} has no derivative; expected first derivatives of the public ops. Write the formula "
+            f"in plain PyTorch where you need second ones."
+        )
+
+    return refuse
 
 
 def refuse_transforms(op: str) -> None:

@@ -2,14 +2,14 @@
 """
     var(sum_k a_k b_k)  =  sum_k (var(a_k) b_k^2 + a_k^2 var(b_k))  +  n v^2 sum_k (a_k b_k)^2  +  u^2 (sum_k a_k b_k)^2
 
-How far from the exact result a right kernel may be, from the operands alone: the same number on every CPU and GPU. Each
-matrix product carries the errors of its operands on, adds those of a plain sum of its n terms in the precision v of the
+The expected error of a correct kernel, from the operands alone: the same number on every CPU and GPU. Each matrix
+product propagates the errors of its operands, adds those of a plain sum of its n terms in the precision v of the
 accumulator (float32, or float64 for float64), and rounds its result once to the working dtype (u = eps / 2). Rounding
-errors are taken as independent with mean zero, so variances add.
+errors are assumed independent with mean zero, so variances add.
 
 Source: Higham and Mary, "A new approach to probabilistic rounding error analysis", SIAM J. Sci. Comput. 41 (2019): the
 error of a sum of n terms grows as sqrt(n) u under this model. Blocked sums, fused multiply-adds and exact
-products err less, so the number errs upwards, by two to three for the kernels here.
+products have smaller errors, so the estimate is too large, by a factor of two to three for the kernels here.
 
 Shape letters: as in `reference`.
 """
@@ -28,7 +28,7 @@ from dmole_kernels._philox import dropout_keep_mask
 
 @dataclass(frozen=True, kw_only=True)
 class Rounded:
-    """A matrix in float64 with the variance of what rounding did to each element."""
+    """A matrix in float64 with the variance of the rounding error of each element."""
 
     value: Tensor
     variance: Tensor
@@ -36,8 +36,8 @@ class Rounded:
     def t(self) -> Rounded:
         return Rounded(value=self.value.t(), variance=self.variance.t())
 
-    def columns(self, part: slice) -> Rounded:
-        return Rounded(value=self.value[:, part], variance=self.variance[:, part])
+    def columns(self, chosen: slice) -> Rounded:
+        return Rounded(value=self.value[:, chosen], variance=self.variance[:, chosen])
 
     def worst_row(self) -> float:
         """The largest expected root mean square error of a row; 0.0 without elements."""
@@ -46,7 +46,7 @@ class Rounded:
 
 @dataclass(frozen=True, kw_only=True)
 class Arithmetic:
-    """Unit roundoffs: of what is stored, and of the sums."""
+    """Unit roundoffs of stored values and of sums."""
 
     stored: float
     summed: float
@@ -90,7 +90,7 @@ def product_error(x: Tensor, weight: Tensor, dtype: torch.dtype, bias: Tensor | 
 
 def multi_lora_errors(call: LoraCall, grad: Tensor, trainable: Sequence[bool], dtype: torch.dtype) -> dict[str, float]:
     """The expected error of the worst row of each result of multi_lora, by the names of `testing.run_autograd`; `call`
-    holds the operands, already rounded to `dtype`, and no base counts: errors are those of the delta alone."""
+    has the operands, already rounded to `dtype`; the base is ignored: errors are those of the delta alone."""
     assert call.x is not None
     arithmetic = Arithmetic.of(dtype)
     x_ND = call.x.double().reshape(-1, call.x.shape[-1])
@@ -98,7 +98,7 @@ def multi_lora_errors(call: LoraCall, grad: Tensor, trainable: Sequence[bool], d
     rows, gates = x_ND.shape[0], call.gate.shape[0]
     ranks = call.ranks
     if rows == 0:
-        names = [f"d{kind}_{e}" for e, flag in enumerate(trainable) if flag for kind in "ab"]
+        names = [f"d{matrix}_{e}" for e, flag in enumerate(trainable) if flag for matrix in "ab"]
         return dict.fromkeys(["delta", "dx", "dgate", *names], 0.0)
     scale = torch.tensor(list(call.scale), dtype=torch.float64)
     column_N = [(call.gate.double()[:, e] * scale[e]).repeat_interleave(rows // gates) for e in range(len(ranks))]
@@ -120,9 +120,9 @@ def multi_lora_errors(call: LoraCall, grad: Tensor, trainable: Sequence[bool], d
         y = arithmetic.product(gated, exact(b).t(), more_terms=total - ranks[e], added=y)
         expanded = arithmetic.product(grad_NP, exact(b))
         gated_grad = arithmetic.scaled(expanded, factor)
-        part = arithmetic.product(gated_grad, exact(a), more_terms=total - ranks[e])
-        part = Rounded(value=part.value * keep_ND, variance=part.variance * keep_ND.square())
-        dx = part if dx is None else Rounded(value=dx.value + part.value, variance=dx.variance + part.variance)
+        own = arithmetic.product(gated_grad, exact(a), more_terms=total - ranks[e])
+        own = Rounded(value=own.value * keep_ND, variance=own.variance * keep_ND.square())
+        dx = own if dx is None else Rounded(value=dx.value + own.value, variance=dx.variance + own.variance)
         if trainable[e]:
             weight_errors[f"da_{e}"] = arithmetic.product(gated_grad.t(), x_hat).worst_row()
             weight_errors[f"db_{e}"] = arithmetic.product(grad_NP.t(), gated).worst_row()

@@ -37,11 +37,12 @@ def router_score(
         decoder: "sigmoid" as in the paper, or "linear", which can reach the negative entries of a feature.
         backend: see `choose_backend`.
 
-    All tensors share one dtype. A sample's errors do not depend on which samples stand beside it: bit for bit on the
-    cpu backend, which holds one block of one task's reconstruction at a time; but for rounding on the reference.
+    All tensors have one dtype. A sample's errors do not depend on the other samples: bit for bit on the cpu backend,
+    which computes one block of one task's reconstruction at a time; up to rounding on the reference.
 
     Raises:
-        ValueError: for shapes, dtypes or devices that do not fit or an unknown decoder.
+        ValueError: for shapes, dtypes or devices that do not match or an unknown decoder.
+        NotImplementedError: under a torch.func transform or in forward-mode differentiation.
     """
     _check(features, encoder_weight, encoder_bias, decoder_weight, decoder_bias)
     if decoder not in ("sigmoid", "linear"):
@@ -56,7 +57,8 @@ def router_score(
 def router_select(error: Tensor, threshold: Tensor, *, top_k: int = 2, backend: str = "auto") -> Tensor:
     """Gate [N, T] of 0 and 1 in error's dtype: tasks at or under their threshold, lowest errors first, at most `top_k`.
 
-    Equal errors: the earlier task. A row of zeros means that no task knows the sample, which gets the base model. An
+    Of equal errors, the earlier task is first. A row of zeros means that no task is selected and the sample uses the
+    base model. An
     infinite error is selected under an infinite threshold, a NaN error never.
 
         error     = [[0.1, 0.3, 0.2],    threshold = [0.25, 0.4, 0.25], top_k = 2:    gate = [[1, 0, 1],
@@ -125,8 +127,8 @@ SCORE_BACKWARD = {"reference": reference.router_score_backward}
 SELECT: dict[str, Callable[..., Tensor]] = {"reference": reference.router_select}
 if "cpu" in BACKENDS:
     SCORE["cpu"] = torch.ops.dmole_kernels.cpu_router_score
-    # The reference's: scores are made under no_grad and autoencoders are trained one at a time; nobody waits for this
-    # derivative.
+    # The derivative of the reference: scores are computed under no_grad and autoencoders are trained one at a time, so
+    # its speed does not matter.
     SCORE_BACKWARD["cpu"] = reference.router_score_backward
     SELECT["cpu"] = torch.ops.dmole_kernels.cpu_router_select
 if "triton" in BACKENDS:

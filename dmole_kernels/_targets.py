@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from dmole_kernels._gates import Rows
+from dmole_kernels._gate_block import Rows
 from dmole_kernels._multi_lora_linear import MultiLoRALinear
 
 RowsOf = Literal["auto", "samples", "units"] | Mapping[str, Rows] | Callable[[str], Rows] | None
@@ -172,7 +172,7 @@ def _output_heads(modules: Mapping[str, nn.Module]) -> set[str]:
         if callable(get):
             try:
                 head = get()
-            except (AttributeError, NotImplementedError):  # A model without a head may say so by either.
+            except (AttributeError, NotImplementedError):  # A model without a head may raise either.
                 continue
             if id(head) in named:
                 heads.add(named[id(head)])
@@ -180,7 +180,7 @@ def _output_heads(modules: Mapping[str, nn.Module]) -> set[str]:
 
 
 def rows_of_targets(model: nn.Module, names: Iterable[str], rows: RowsOf) -> dict[str, Rows]:
-    """What the rows of each layer are (see `convert`). Raises ValueError where that cannot be known."""
+    """The rows of each layer (see `convert`). Raises ValueError where they cannot be determined."""
     names = list(names)
     if rows == "auto":
         found = _automatic_rows(model, names)
@@ -212,16 +212,16 @@ def _inside(name: str, of: str) -> bool:
 
 
 def _automatic_rows(model: nn.Module, names: list[str]) -> dict[str, Rows]:
-    """By the config of each topmost part with a vision or audio tower: its language tower has samples as rows, all else
-    in it (images, tiles or patches) has units."""
+    """From the config of each topmost module with a vision or audio tower: the rows of its language tower are samples,
+    all others in it (images, tiles or patches) are units."""
     found: dict[str, Rows] = dict.fromkeys(names)
-    parts: list[str] = []
+    multimodal: list[str] = []
     for name, module in model.named_modules():
         config = getattr(module, "config", None)
         towers = (getattr(config, "vision_config", None), getattr(config, "audio_config", None))
-        if towers == (None, None) or any(_inside(name, part) for part in parts):
+        if towers == (None, None) or any(_inside(name, outer) for outer in multimodal):
             continue
-        parts.append(name)
+        multimodal.append(name)
         get_text_config = getattr(config, "get_text_config", None)
         text = get_text_config() if callable(get_text_config) else getattr(config, "text_config", None)
         configs = [

@@ -4,14 +4,13 @@
 
 Measures, on the GPU at hand, the launch configurations that compile without spills and fit its shared memory, and
 writes the fastest of each (kernel, element size) with the date and the device's name in the form of
-`triton_backend/tuned.json`. Copying the file there puts it to use (then run check-aot --write); nothing is ever tuned
-at run time.
+`triton_backend/tuned.json`. Copy the file there to use it (then run check-aot --write); nothing is tuned at run time.
 
-A configuration is judged by the sum over the rank classes (16, 32 and 64 packed columns) of its median time, at one
-number of rows: it must not depend on how many rows a call has, or a sample's result would depend on its batch mates.
-Kernels that read another's flags are tuned after it, among the tiles that fit its tiles. `--quick` takes two candidates
-of each. Without a GPU the path is exercised in Triton's interpreter on tiny shapes; such times mean nothing, and the
-table refuses such a file.
+The score of a configuration is the sum over the rank classes (16, 32 and 64 packed columns) of its median time at one
+number of rows: the choice must not depend on the number of rows of a call, or a sample's result would depend on the
+rest of the batch. Kernels that read the flags of another are tuned after it, among the tiles that fit its tiles.
+`--quick` tries two candidates of each. Without a GPU the command runs in Triton's interpreter on tiny shapes; such
+times mean nothing, and the table rejects such a file.
 """
 
 from __future__ import annotations
@@ -36,10 +35,10 @@ from dmole_kernels.triton_backend.launch import Launch, interpreting, target_of
 
 INTERPRETER = "interpreter: no GPU was used; times mean nothing"
 BITS = ("16", "32")
-FLUSHED_BYTES = 2**28  # written between two timed launches: nothing is left in any GPU's cache
+FLUSHED_BYTES = 2**28  # written between two timed launches, more than the cache of any GPU
 ROUNDS = 20
 
-# The entry's launches by name: an accumulated gradient and a sketch share their norms' entries.
+# The launches that each entry configures, by name; an accumulated gradient uses the entry of norm_direct.
 LAUNCHES = {
     "shrink": "shrink",
     "expand": "expand",
@@ -57,7 +56,7 @@ IN_ONE_SIZE = ("norm_direct", "norm_ghost", "sketch")  # always computed in 32 b
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One configuration's time in seconds; infinite, with the reason, where it does not run."""
+    """The time of one configuration in seconds; infinite, with the reason, where it does not run."""
 
     config: Config
     seconds: float
@@ -65,7 +64,7 @@ class Trial:
 
 
 def candidates(kernel: str, current: Config) -> list[Config]:
-    """The table's own entry first, then its neighbours."""
+    """The entry of the table first, then its neighbours."""
     rows: tuple[int, ...] = (16, 32, 64)
     widths: tuple[int, ...] = (128,)
     depths: tuple[int, ...] = (0,)
@@ -92,7 +91,7 @@ def tune(
 
     Args:
         most: candidates of each entry at most.
-        deadline: `time.monotonic()` after which no further entry is begun; the record holds the finished ones.
+        deadline: `time.monotonic()` after which no further entry is started; the record holds the finished ones.
     """
     import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
@@ -193,7 +192,7 @@ def _measured(kernel: str, element: int, line: Line, device: str) -> Iterator[tu
         if kernel == "fused_base":
             made = fused_launches(case, line, tensors)
         else:
-            made = [launch for part in launches(case, line, tensors) for launch in part]
+            made = [launch for direction in launches(case, line, tensors) for launch in direction]
         place = next(i for i, launch in enumerate(made) if launch.name == LAUNCHES[kernel])
         # `weight_gradient` reads S too, so what comes before runs as a whole.
         before = made[:place] if kernel in FLAGS_OF else []

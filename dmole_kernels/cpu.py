@@ -169,4 +169,6 @@ def multi_lora_backward(
         grad, call.x, s_NR, call.lora_a, call.lora_b, call.gate, call.scale, call.dropout, call.per_expert, call.seed,
         wanted.x, wanted.gate, wanted.experts, call.row_map,
     )  # fmt: skip
+    if da.dim() == 1 and any(wanted.experts):  # All of them have rank zero.
+        da, db = da.new_empty((0, call.lora_a[0].shape[1])), db.new_empty((0, call.outputs))
     return dx, da, db, dgate

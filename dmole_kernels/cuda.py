@@ -3,10 +3,10 @@
     available  <=>  the compiled extension `dmole_kernels._C` was built with CUDA
 
 The "cuda" backend: CUDA C++ (csrc/cuda/) for what a decode step needs, the forward of multi_lora for 1 to 16 rows, and
-the row map of a gate made on the device. Whatever else is asked of it is refused, with the reason and the remedy.
+the row map of a gate computed on the device. All other calls raise, with the reason and the remedy.
 
-Nothing is packed: the kernels read the experts where they lie, by the Triton backend's table of columns, and only those
-whose gate is not zero. Strided features of x or of an expert cost a copy, as do experts of several dtypes and gates of
+Nothing is packed: the kernels read the experts in place, by the Triton backend's table of columns, and only those whose
+gate is not zero. Strided features of x or of an expert cost a copy, as do experts of several dtypes and gates of
 another dtype than float32. For CUDA graphs, run the step once before the capture: the first one builds that table.
 """
 
@@ -83,18 +83,18 @@ def multi_lora_backward(*_arguments: object) -> NoReturn:
 
 
 def row_map(gate_GE: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Which rows use each expert, made on the gate's device with no host synchronisation.
+    """The rows that use each expert, computed on the gate's device without host synchronisation.
 
     Returns the int32 numbers of `RowMap.table`, {rows, experts, pairs}, start, row, flags, in a tensor with room for
-    every pair (what is behind the table is not written), and int32 [tiles, ceil(experts / 32)]: bit e of a tile says
-    that one of its 32 rows needs expert e.
+    every pair (elements after the table are not written), and int32 [tiles, ceil(experts / 32)]: bit e of a tile is set
+    where one of its 32 rows needs expert e.
     """
     table, needed = torch.ops.dmole_kernels.cuda_row_map(gate_GE.to(torch.float32).contiguous(), rows)
     return table, needed
 
 
 def _experts(lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], ...]:
-    """As they are where all share float32 or the working dtype and lie in rows."""
+    """Unchanged where all are float32 or all the working dtype with contiguous rows, else copies."""
     experts = one_dtype([*lora_a, *lora_b], dtype)
     if experts[0].dtype not in (dtype, torch.float32):
         experts = [expert.to(dtype) for expert in experts]

@@ -30,26 +30,28 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
-from dmole_kernels._expert_bank import ExpertBank
-from dmole_kernels._gates import ExpertGates, GateBlock, Rows, ambient_blocks
+from dmole_kernels import _reduce_gradients
+from dmole_kernels._expert_bank import ExpertBank, sharded_error
+from dmole_kernels._gate_block import GateBlock, Rows, ambient_blocks
+from dmole_kernels._gates import ExpertGates
 from dmole_kernels._lora_call import LoraCall
 from dmole_kernels._multi_lora import MULTI_LORA, run, seed_for
 
-__all__ = ["GatedLoraLinear", "check_gated", "register_gated_lora"]
+__all__ = ["GatedLoraLinear", "check_gated", "reduce_gradients", "register_gated_lora"]
 
 
 def register_gated_lora(config: LoraConfig, gates: ExpertGates, *, rows: Rows = None) -> LoraConfig:
     """Makes PEFT build `GatedLoraLinear` for the `nn.Linear` places of this config; returns the config.
 
     Args:
-        gates: shared by all layers; `gates.use` says which adapters each sample uses. Outside of a block PEFT's active
-            adapters apply, as ever.
+        gates: shared by all layers; `gates.use` sets the adapters that each sample uses. Outside of a block PEFT's
+            active adapters apply, as usual.
         rows: what the rows of the layers are, see `MultiLoRALinear`; "units" for a vision tower whose rows are images.
 
     Raises:
-        ValueError: for a config that asks for what a gated LoRA cannot say (DoRA, a bias, other variants).
+        ValueError: for a config with options that a gated LoRA does not support (DoRA, a bias, other variants).
     """
     for option in ("use_dora", "lora_bias", "arrow_config", "use_bdlora", "alora_invocation_tokens"):
         if getattr(config, option, None):
@@ -72,7 +74,7 @@ def register_gated_lora(config: LoraConfig, gates: ExpertGates, *, rows: Rows = 
 
 
 def check_gated(model: nn.Module) -> None:
-    """Raises ValueError when a LoRA layer of the model is PEFT's own, so that gates would pass it by."""
+    """Raises ValueError when a LoRA layer of the model is PEFT's own, which ignores gates."""
     plain = [name for name, m in model.named_modules() if isinstance(m, LoraLayer) and not hasattr(m, "gates")]
     if plain:
         raise ValueError(
@@ -81,18 +83,37 @@ def check_gated(model: nn.Module) -> None:
         )
 
 
+def reduce_gradients(model: nn.Module, group: distributed.ProcessGroup | None = None) -> None:
+    """`ExpertHandle.reduce_gradients` for the gated adapters of a model: grad <- 1 / P sum_p grad_p over P processes.
+
+    Beside a base that is sharded with `fully_shard(..., ignored_params=...)` of the adapters' parameters.
+    """
+    parameters: dict[str, Tensor] = {}
+    for place, layer in model.named_modules():
+        if isinstance(layer, GatedLoraLinear):
+            for name in layer.bank.sharded:
+                raise sharded_error(name)
+            for name in layer.bank.names:
+                for side, linears in (("lora_a", layer.lora_A), ("lora_b", layer.lora_B)):
+                    weight = cast(Tensor, linears[name].weight)
+                    if weight.requires_grad:
+                        parameters[f"{place}/{name}/{side}"] = weight
+    _reduce_gradients.reduce_gradients(parameters, group)
+
+
 class _Names:
-    """The adapters of one layer, as `ExpertGates` asks a layer for its experts."""
+    """The names of the adapters of one layer, in the form that `ExpertGates` reads."""
 
     def __init__(self, layer: LoraLinear) -> None:
         self.names = tuple(layer.lora_A.keys())
+        self.sharded = tuple(name for name in self.names if hasattr(layer.lora_A[name].weight, "device_mesh"))
 
 
 class GatedLoraLinear(LoraLinear):
     """PEFT's LoRA linear whose adapters are experts inside an `ExpertGates.use` block.
 
-    Made by PEFT from a config that `register_gated_lora` has seen. In training an adapter's dropout draws one mask per
-    adapter, as PEFT's does; adapters of one call share their dropout probability.
+    Made by PEFT from a config that `register_gated_lora` has seen. In training, dropout draws one mask per adapter,
+    as in PEFT; adapters of one call have the same dropout probability.
     """
 
     gates: ExpertGates
@@ -149,8 +170,8 @@ class GatedLoraLinear(LoraLinear):
         return self._gated(x, y, block)
 
     def _gated(self, x: Tensor, y: Tensor, block: GateBlock) -> Tensor:
-        held = tuple(self.lora_A.keys())
-        found = block.for_layer(held, x.shape[:-1] or (1,), self.rows, x.device, False)
+        names = tuple(self.lora_A.keys())
+        found = block.for_layer(names, x.shape[:-1] or (1,), self.rows, x.device, False)
         if found.gate is None:
             return y
         probabilities = {self._dropout_of(name) for name in found.names}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every op of this package in plain PyTorch: the specification. In float64 it is the truth other backends are held to.
+"""Every op of this package in plain PyTorch: the specification. Tests compare other backends with it in float64.
 
-Nothing here is registered, checked or chosen; the op files do that. These functions also are the `reference` backend.
+These functions are also the `reference` backend; the op files check arguments, register ops and select the backend.
 
 Shape letters: N rows (tokens), D in_features, P out_features, E experts, R packed ranks (sum of the experts' ranks),
 G gate rows (each covers N / G consecutive rows), B samples, T tokens (grad norms) or tasks (router), H hidden size.
@@ -34,21 +34,33 @@ def pack_experts(lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], dtype: torc
     return PackedExperts(_joined(lora_a, 0).to(dtype), _packed_b(lora_b, dtype))
 
 
+def _packed(call: LoraCall, outputs: int, dtype: torch.dtype) -> PackedExperts:
+    if call.packed is not None:
+        return call.packed
+    if call.starts is None:
+        return pack_experts(call.lora_a, call.lora_b, dtype)
+    # Zeros in the columns of the other linears.
+    b_RP = torch.zeros(sum(call.ranks), outputs, dtype=dtype, device=call.lora_b[0].device)
+    for e, columns in enumerate(_column_ranges(call.ranks)):
+        b_RP[columns, call.columns(e)] = call.lora_b[e].t().to(dtype)
+    return PackedExperts(_joined(call.lora_a, 0).to(dtype), b_RP)
+
+
 def column_gate(gate_GE: Tensor, scale: Sequence[float], ranks: Sequence[int], dtype: torch.dtype) -> Tensor:
     """C[g, j] = gate[g, e(j)] s[e(j)] as [G, 1, R], or [G, 1, 1] for a single expert (it broadcasts).
 
     In float32 at least, whatever the dtypes of gate and call: a scale of 1e5 is inf in float16, and a product rounded
     to bfloat16 is off by 2e-3.
     """
-    wide_GE = gate_GE.to(torch.promote_types(torch.promote_types(dtype, gate_GE.dtype), torch.float32))
+    gate_GE = gate_GE.to(torch.promote_types(torch.promote_types(dtype, gate_GE.dtype), torch.float32))
     if len(ranks) == 1:
-        return (wide_GE * scale[0]).unsqueeze(1)
-    pieces = [(wide_GE[:, e, None] * scale[e]).expand(-1, rank) for e, rank in enumerate(ranks)]
+        return (gate_GE * scale[0]).unsqueeze(1)
+    pieces = [(gate_GE[:, e, None] * scale[e]).expand(-1, rank) for e, rank in enumerate(ranks)]
     return torch.cat(pieces, 1).unsqueeze(1)
 
 
 def keep_mask(rows: int, features: int, dropout: float, seed: Tensor, stream: int, device: torch.device) -> Tensor:
-    """As bytes of 0 and 1: a product with booleans takes PyTorch four times as long."""
+    """As bytes of 0 and 1: a product with booleans is four times slower in PyTorch."""
     return dropout_keep_mask(int(seed), rows, features, dropout, stream=stream, device=device).view(torch.uint8)
 
 
@@ -58,20 +70,20 @@ def mask_streams(experts: int, per_expert: bool) -> list[tuple[int, list[int]]]:
 
 
 def multi_lora_forward(call: LoraCall) -> tuple[Tensor, Tensor]:
-    """S = x^ A^T, y = base + (S * C) B^T, where a gate of zero leaves the expert out whatever its values are.
+    """S = x^ A^T, y = base + (S * C) B^T, where a gate of zero skips the expert whatever its values are.
 
     Returns y in base's shape and S [N, R] (unmasked: the gate's gradient needs it); computes in base's dtype.
     """
     assert call.x is not None
     dtype, ranks = call.dtype, call.ranks
-    packed = pack_experts(call.lora_a, call.lora_b, dtype) if call.packed is None else call.packed
+    packed = _packed(call, call.outputs, dtype)
     x_ND = call.x.reshape(-1, call.x.shape[-1]).to(dtype)
-    parts = _parts(ranks)
+    ranges = _column_ranges(ranks)
     pieces = []
     for stream, members in mask_streams(len(ranks), call.per_expert):
         keep_ND = _keep(call, x_ND.shape[0], x_ND.shape[1], stream, x_ND.device)
         dropped_ND = x_ND if keep_ND is None else x_ND * keep_ND
-        pieces.append(dropped_ND @ packed.a_RD[parts[members[0]].start : parts[members[-1]].stop].t())
+        pieces.append(dropped_ND @ packed.a_RD[ranges[members[0]].start : ranges[members[-1]].stop].t())
     s_NR = _joined(pieces, 1)
     if call.seed is not None:
         # On S, which is small, rather than on x^.
@@ -85,12 +97,12 @@ def multi_lora_forward(call: LoraCall) -> tuple[Tensor, Tensor]:
     if not _all_finite(y_NP):
         # 0 * inf inside the product: each expert alone, so that rows without it can be masked.
         y_NP = torch.zeros_like(y_NP) if call.base is None else call.base.reshape(-1, shape[-1]).clone()
-        for e, part in enumerate(parts):
-            y_NP += _where_used(call.gate[:, e], gated_NR[:, part] @ packed.b_RP[part])
+        for e, columns in enumerate(ranges):
+            y_NP += _where_used(call.gate[:, e], gated_NR[:, columns] @ packed.b_RP[columns])
     return y_NP.view(shape), s_NR
 
 
-def _parts(ranks: Sequence[int]) -> list[slice]:
+def _column_ranges(ranks: Sequence[int]) -> list[slice]:
     """The packed columns of each expert."""
     return [slice(stop - rank, stop) for stop, rank in zip(accumulate(ranks), ranks, strict=True)]
 
@@ -118,7 +130,7 @@ def _where_used(gate_G: Tensor, rows_NX: Tensor) -> Tensor:
 
 def _all_finite(tensor: Tensor) -> bool:
     if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
-        return False  # A captured graph cannot look at values; the masked form is right for all of them.
+        return False  # A captured graph cannot read values; the masked form is correct for all of them.
     return bool(torch.isfinite(tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))))
 
 
@@ -127,15 +139,15 @@ def multi_lora_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """P = dY B, dS = P * C; dB = dY^T (S * C), dA = dS^T x^, dx = keep/(1-q) (dS A), dg = s sum_{j in e} P S.
 
-    dA [R_t, D] and dB^T [R_t, P] of the wanted experts are packed in order. What is not wanted comes back with zero
-    elements and is never computed. As in the forward, a gate of zero leaves the expert out of dA, dB and dx whatever
-    the row's and the expert's values are; dg is what it is.
+    dA [R_t, D] and dB^T [R_t, P] of the wanted experts are packed in order. Gradients that are not requested are
+    not computed and have zero elements. As in the forward, a gate of zero skips the expert in dA, dB and dx whatever
+    the values of the row and the expert are, but not in dg.
     """
     dtype, ranks = grad.dtype, call.ranks
     features = call.lora_a[0].shape[1]
-    parts = _parts(ranks)
+    ranges = _column_ranges(ranks)
     chosen = [e for e, flag in enumerate(wanted.experts) if flag]
-    packed = pack_experts(call.lora_a, call.lora_b, dtype) if call.packed is None else call.packed
+    packed = _packed(call, grad.shape[-1], dtype)
     grad_NP = grad.reshape(-1, grad.shape[-1])
     x_ND = call.x.reshape(-1, features).to(dtype) if chosen and call.x is not None else None
     p_NR = grad_NP @ packed.b_RP.t()
@@ -147,9 +159,9 @@ def multi_lora_backward(
     tensors = (packed.a_RD, x_ND, grad_NP, gated_NR, ds_NR)
 
     together = [[e for e in members] for _, members in mask_streams(len(ranks), call.per_expert)]
-    dx, da, db = _products(call, together, parts, wanted, *tensors, masked=False)
+    dx, da, db = _products(call, together, ranges, wanted, *tensors, masked=False)
     if not all(tensor is None or _all_finite(tensor) for tensor in (dx, da, db)):
-        dx, da, db = _products(call, [[e] for e in range(len(ranks))], parts, wanted, *tensors, masked=True)
+        dx, da, db = _products(call, [[e] for e in range(len(ranks))], ranges, wanted, *tensors, masked=True)
 
     nothing = grad.new_empty(0)
     dgate = None
@@ -164,27 +176,27 @@ def multi_lora_backward(
 
 
 def _products(
-    call: LoraCall, groups: Sequence[Sequence[int]], parts: Sequence[slice], wanted: Wanted, a_RD: Tensor,
+    call: LoraCall, groups: Sequence[Sequence[int]], ranges: Sequence[slice], wanted: Wanted, a_RD: Tensor,
     x_ND: Tensor | None, grad_NP: Tensor, gated_NR: Tensor | None, ds_NR: Tensor, *, masked: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """dx, dA and dB^T, for groups of neighbouring experts; masked: one expert a group, over the rows that use it."""
     dx: Tensor | None = None
     da_pieces, db_pieces = [], []
     for members in groups:
-        learning = [e for e in members if wanted.experts[e]]
-        if not learning and not wanted.x:
+        trainable = [e for e in members if wanted.experts[e]]
+        if not trainable and not wanted.x:
             continue
-        span = slice(parts[members[0]].start, parts[members[-1]].stop)
+        span = slice(ranges[members[0]].start, ranges[members[-1]].stop)
         stream = members[0] if call.per_expert else 0
         keep_ND = _keep(call, ds_NR.shape[0], a_RD.shape[1], stream, ds_NR.device)
 
         def used(rows_NX: Tensor, expert: int = members[0]) -> Tensor:
             return _where_used(call.gate[:, expert], rows_NX) if masked else rows_NX
 
-        if learning and x_ND is not None and gated_NR is not None:
+        if trainable and x_ND is not None and gated_NR is not None:
             dropped_ND = x_ND if keep_ND is None else x_ND * keep_ND
-            da_pieces.append(_columns(ds_NR, [parts[e] for e in learning]).t() @ used(dropped_ND))
-            db_pieces.append(_columns(gated_NR, [parts[e] for e in learning]).t() @ used(grad_NP))
+            da_pieces.append(_columns(ds_NR, [ranges[e] for e in trainable]).t() @ used(dropped_ND))
+            db_pieces.append(_columns(gated_NR, [ranges[e] for e in trainable]).t() @ used(grad_NP))
         if wanted.x:
             part_ND = used(ds_NR[:, span] @ a_RD[span])
             part_ND = part_ND if keep_ND is None else part_ND.mul_(keep_ND)
@@ -194,8 +206,8 @@ def _products(
 
 def _gate_gradient(p_NR: Tensor, s_NR: Tensor, gates: int, ranks: Sequence[int], scale: Sequence[float]) -> Tensor:
     """s[e] sum over the gate's rows and e's columns of P S, in float32 at least: many products into one number."""
-    wide = torch.promote_types(p_NR.dtype, torch.float32)
-    product_NR = p_NR.to(wide) * s_NR.to(wide)
+    sum_dtype = torch.promote_types(p_NR.dtype, torch.float32)
+    product_NR = p_NR.to(sum_dtype) * s_NR.to(sum_dtype)
     columns = product_NR.shape[1]
     rows_per_gate = product_NR.shape[0] // max(1, gates)
     sums_GR = product_NR.view(gates, rows_per_gate, columns).sum(1)
@@ -203,12 +215,12 @@ def _gate_gradient(p_NR: Tensor, s_NR: Tensor, gates: int, ranks: Sequence[int],
     return torch.stack(pieces, 1)
 
 
-def _columns(packed_NR: Tensor, parts: Sequence[slice]) -> Tensor:
+def _columns(packed_NR: Tensor, ranges: Sequence[slice]) -> Tensor:
     """The named column ranges side by side; a view when they are neighbours (one trainable expert: always)."""
-    if all(left.stop == right.start for left, right in zip(parts, parts[1:], strict=False)):
-        start, stop = parts[0].start, parts[-1].stop
+    if all(left.stop == right.start for left, right in zip(ranges, ranges[1:], strict=False)):
+        start, stop = ranges[0].start, ranges[-1].stop
         return packed_NR if stop - start == packed_NR.shape[1] else packed_NR[:, start:stop]
-    return torch.cat([packed_NR[:, part] for part in parts], 1)
+    return torch.cat([packed_NR[:, columns] for columns in ranges], 1)
 
 
 DIRECT_TILE = 256  # output features per tile of G^T X: the p x d gradient is never written
@@ -290,7 +302,7 @@ def router_score_backward(
 def router_select(error_NT: Tensor, threshold_T: Tensor, top_k: int) -> Tensor:
     """gate[n, t] = 1 where error <= threshold_t and fewer than top_k tasks under their threshold are nearer."""
     admitted_NT = error_NT <= threshold_T
-    # By error, then the admitted ones first, both stable: an admitted error of inf comes before all that are not.
+    # By error, then the admitted ones first, both stable: an admitted error of inf precedes all that are not admitted.
     by_error_NT = error_NT.argsort(dim=1, stable=True)
     passed_NT = (~admitted_NT).gather(1, by_error_NT).to(torch.uint8).argsort(dim=1, stable=True)
     ranked_NT = by_error_NT.gather(1, passed_NT)
@@ -301,7 +313,7 @@ def router_select(error_NT: Tensor, threshold_T: Tensor, top_k: int) -> Tensor:
 
 def masked_max_pool(hidden_BTD: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
     """max over the tokens with mask True, and the token each maximum came from (the first of equals)."""
-    if hidden_BTD.shape[1] == 0:  # No samples either, or there would be one whose tokens are all masked.
+    if hidden_BTD.shape[1] == 0:  # No samples either, since every sample has an unmasked token.
         empty = hidden_BTD.new_empty((hidden_BTD.shape[0], hidden_BTD.shape[2]))
         return empty, empty.to(torch.int64)
     masked_BTD = hidden_BTD.masked_fill(~mask_BT[:, :, None], float("-inf"))

@@ -2,11 +2,11 @@
 """
     accepted  <=>  worst_row(kernel - truth) <= 2 expected        worst_row(e) = max_n rms(e[n, :])
 
-How a kernel is judged, for tests and benchmarks alike: the workloads, the oracle and the error rule. Truth is the
-oracle in float64 on the very same (already rounded) inputs. `expected` is the error that rounding analysis gives for
-these inputs (`_rounding`): the same number on every machine, whatever its BLAS errs. The rule is applied to every
-output and gradient, and to the LoRA delta ALONE: under the base layer's output a missing expert hides in bfloat16
-rounding (of 15 broken kernels the same rule on base + delta caught 8 to 12).
+The workloads, the oracle and the error rule of tests and benchmarks. Truth is the oracle in float64 on the same
+(already rounded) inputs. `expected` is the error that rounding analysis gives for these inputs (`_rounding`): the same
+number on every machine, independent of its BLAS. The rule applies to every output and gradient, and to the LoRA delta
+ALONE: added to the base layer's output, a missing expert can be smaller than bfloat16 rounding (of 15 broken kernels
+the same rule on base + delta caught 8 to 12).
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ WORKLOADS = (
         pattern="zero_and_negative",
     ),
     Workload(
-        name="one_expert_takes_all",
+        name="one_active_expert",
         leading=(5, 4),
         in_features=16,
         out_features=24,
@@ -83,7 +83,7 @@ WORKLOADS = (
         pattern="one_expert",
     ),
     Workload(
-        name="nobody_uses_the_last",
+        name="last_unused",
         leading=(5, 4),
         in_features=16,
         out_features=24,
@@ -112,7 +112,7 @@ WORKLOADS = (
 
 @dataclass(frozen=True, kw_only=True)
 class LoraInputs:
-    """The arguments of one call, and the gradient that comes back to its output."""
+    """The arguments of one call, and the gradient of its output."""
 
     x: Tensor
     lora_a: tuple[Tensor, ...]
@@ -172,7 +172,7 @@ def make_inputs(workload: Workload, dtype: torch.dtype = torch.float32, seed: in
         ),
         lora_b=tuple(draw(workload.out_features, rank).to(dtype) for rank in workload.ranks),
         gate=gate.to(dtype),
-        # Different for every expert, so that a mix-up of scales shows.
+        # Different for every expert, so that tests detect exchanged scales.
         scale=tuple(2.0 / (1 + e) for e in range(experts)),
         grad=draw(*workload.leading, workload.out_features).to(dtype),
         trainable=tuple(e not in workload.frozen for e in range(experts)),
@@ -292,12 +292,12 @@ def judge(actual: Results, expected: Mapping[str, float], truth: Results, *, fac
 
 
 def expected_errors(inputs: LoraInputs) -> dict[str, float]:
-    """What a right kernel may err on these inputs in their dtype, by result."""
+    """The expected error of a correct kernel on these inputs in their dtype, by result."""
     return multi_lora_errors(inputs.call(), inputs.grad, inputs.trainable, inputs.x.dtype)
 
 
 def few_roundings(dtype: torch.dtype, truth: Tensor, *, roundings: int = 4) -> float:
-    """An expected error for results whose sums are exact beside their last roundings: `roundings` units of the largest
+    """An expected error for results that are exact but for their last roundings: `roundings` units of the largest
     row, for ops that accumulate in a wider type or add few terms."""
     return roundings * torch.finfo(dtype).eps / 2 * worst_row_error(torch.zeros_like(truth), truth)
 
@@ -311,20 +311,23 @@ def judge_run(
     draws: int = 4,
 ) -> list[Verdict]:  # fmt: skip
     """The rule on all outputs of `run` for a workload, several draws together: the worst row of all."""
-    found: tuple[list[Results], list[Results]] = ([], [])
+    actuals: list[Results] = []
+    truths: list[Results] = []
     expected: dict[str, float] = {}
     for seed in range(draws):
         inputs = make_inputs(workload, dtype, seed)
-        found[0].append(run(inputs))
-        found[1].append(run_autograd(multi_lora_loop, inputs.to(torch.float64)))
+        actuals.append(run(inputs))
+        truths.append(run_autograd(multi_lora_loop, inputs.to(torch.float64)))
         for name, error in expected_errors(inputs).items():
             expected[name] = max(error, expected.get(name, 0.0))
-    actual, truth = ({name: torch.stack([r[name] for r in kind]) for name in kind[0]} for kind in found)
+    actual, truth = (
+        {name: torch.stack([r[name] for r in results]) for name in results[0]} for results in (actuals, truths)
+    )
     return judge(actual, expected, truth, factor=factor)
 
 
 def rejected(verdicts: Sequence[Verdict]) -> list[str]:
-    """Readable lines for what failed; empty when all was accepted."""
+    """Readable lines of the results that failed; empty when all were accepted."""
     return [
         f"{v.name}: worst-row error {v.error:.3g} above {v.allowed:.3g} (expected {v.expected:.3g})"
         for v in verdicts
@@ -334,8 +337,8 @@ def rejected(verdicts: Sequence[Verdict]) -> list[str]:
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """What is read unwritten in the block shows: every `torch.empty` is full of NaN (or the largest integer), and so is
-    the work memory of the compiled kernels."""
+    """Exposes reads of unwritten memory: in the block every `torch.empty` is full of NaN (or the largest integer), and
+    so is the work memory of the compiled kernels."""
     before = torch.are_deterministic_algorithms_enabled()
     fill = deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two experts in one frozen Transformer, each sample served by its own, in training and in generation. No downloads.
+"""Two experts in one frozen Transformer, each sample with its own, in training and in generation. No downloads.
 
-Every linear layer of a small random Llama becomes a MultiLoRALinear. Half of each batch counts up, half counts down:
-the first number alone cannot tell which, so only the right expert for each sample can.
+Every linear layer of a small random Llama carries experts. Half of each batch counts up, half counts down: the first
+number alone cannot tell which, so only the right expert for each sample can.
 """
 
 import torch
@@ -22,9 +22,10 @@ config = LlamaConfig(
 model = LlamaForCausalLM(config)
 
 # What a model of yours needs: convert it, name the experts, train their parameters under a gate.
-experts = convert(model, dropout=0.05)  # every linear but the output head; the whole base is frozen
+experts = convert(model, dropout=0.05)  # every linear but the output head; freezes the base
 experts.add("up", rank=8, alpha=16.0)
 experts.add("down", rank=4, alpha=8.0)
+print(experts)
 names = ["up", "down"]
 optimizer = torch.optim.AdamW(experts.parameters(), lr=1e-2)
 gate = torch.eye(2).repeat_interleave(16, dim=0)  # [32 samples, 2 experts]: 16 rows for each

@@ -1,47 +1,61 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PEFT's own adapters as gated experts: one batch, each sample by its own adapter. Needs peft.
+"""PEFT's own LoRA adapters as gated experts: each sample of a batch uses its own. Needs peft. No downloads.
 
-python examples/peft_adapters.py
+Models, adapters, files and `generate` stay PEFT's; only the config is registered with gates.
 """
 
 import tempfile
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dmole_kernels import ExpertGates
 from dmole_kernels.peft import register_gated_lora
 
 
-def base() -> LlamaForCausalLM:
+def base_model() -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
+        vocab_size=32,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        initializer_range=0.1,
+    )
+    return LlamaForCausalLM(config)
 
 
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 gates = ExpertGates()
-targets = ["q_proj", "v_proj"]
-model = get_peft_model(base(), register_gated_lora(LoraConfig(r=8, target_modules=targets), gates), "charts")
-model.add_adapter("maps", register_gated_lora(LoraConfig(r=4, target_modules=targets), gates))
-for name, parameter in model.named_parameters():
-    if "lora_" in name:
-        nn.init.normal_(parameter, std=0.2)
+config = register_gated_lora(LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS), gates)
+model = get_peft_model(base_model(), config, adapter_name="up")
+model.add_adapter("down", register_gated_lora(LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS), gates))
+
+names = ["up", "down"]
+adapters = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+for parameter in adapters:
+    parameter.requires_grad_(True)  # PEFT trains the active adapter only
+optimizer = torch.optim.AdamW(adapters, lr=1e-2)
+gate = torch.eye(2).repeat_interleave(16, dim=0)
+step_of_sample = torch.tensor([1, -1]).repeat_interleave(16)
+for _ in range(60):
+    numbers = (torch.randint(0, 32, (32, 1)) + step_of_sample[:, None] * torch.arange(6)) % 32
+    with gates.use(gate, names):
+        model(input_ids=numbers, labels=numbers).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
 model.eval()
-ids = torch.randint(3, 60, (2, 6))
-with torch.no_grad(), gates.use(torch.eye(2), ["charts", "maps"]):
-    mixed = model(input_ids=ids).logits
-for sample, name in enumerate(["charts", "maps"]):
-    model.set_adapter(name)
-    with torch.no_grad():
-        alone = model(input_ids=ids[sample : sample + 1]).logits[0]
-    print(f"sample {sample} equals PEFT's own {name!r} alone:", torch.allclose(mixed[sample], alone, atol=1e-5))
+start = torch.tensor([[10], [10]])
+greedy = dict(attention_mask=torch.ones_like(start), max_new_tokens=5, do_sample=False, eos_token_id=None)
+with gates.use(torch.eye(2), names):
+    mixed = model.generate(input_ids=start, **greedy)
+print("one batch, two adapters:", dict(zip(names, mixed.tolist(), strict=True)))
+
 with tempfile.TemporaryDirectory() as folder:
-    model.save_pretrained(folder)
-    stock = PeftModel.from_pretrained(base(), f"{folder}/maps").eval()
-    with torch.no_grad():
-        print("the saved folder in stock PEFT:", torch.allclose(stock(input_ids=ids).logits[1], mixed[1], atol=1e-5))
+    model.save_pretrained(folder)  # stock folders: up/ and down/
+    stock = PeftModel.from_pretrained(base_model(), f"{folder}/down").eval()
+    alone = stock.generate(input_ids=start, **greedy)
+    print("stock PEFT, the adapter down:", alone[0].tolist())

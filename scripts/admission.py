@@ -63,7 +63,7 @@ def best_constant(task: Task) -> tuple[float, str]:
 def points(config: RunConfig, task: Task, method_name: str) -> tuple[float, float]:
     """Points and well-formed share on `task.test` of one method trained on `task.train` alone."""
     torch.use_deterministic_algorithms(True)
-    mm = open_model(config.model, Console(stderr=True))
+    mm = open_model(config.model)
     method = method_class(method_name)(mm, config.method_settings(method_name), seed=0)
     stream = Stream(name="admission", tasks=(task,))
     profile = Profile()

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from dmole.data.mini.build import TASKS
 from dmole.reports.admission import COLUMNS, admission_table
 from dmole.reports.stored import ResultsError
+from mini_cmit.tasks.build import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
 

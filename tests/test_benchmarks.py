@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark harness on tiny shapes: who is refused, what is counted, what is written. No time is asserted."""
+"""The benchmark harness on tiny shapes: which providers are refused, what is counted and written. Asserts no times."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import headline as headline_module
 from benchmarks import run, tables
-from benchmarks.contest import CannotTake, Contender, Contest, Outcome, hold, report
-from benchmarks.grad_norm_suite import NormCase, accumulate_contest, norm_contest, opacus_einsum
+from benchmarks import summary as summary_module
+from benchmarks.benchmark import Benchmark, CannotTake, Outcome, Provider, check_and_time, report
+from benchmarks.grad_norm_suite import NormCase, accumulate_benchmark, norm_benchmark, opacus_einsum
+from benchmarks.lora_benchmark import lora_benchmark
 from benchmarks.lora_case import LoraCase, LoraProblem, make_problem
-from benchmarks.lora_contest import lora_contest
-from benchmarks.lora_rivals import Built, cpu_backends, module_of, packed_eager, peft_mixed
+from benchmarks.lora_providers import Built, cpu_backends, module_of, packed_eager, peft_mixed
 from benchmarks.lora_suite import entries
 from benchmarks.machine import Machine
 from benchmarks.memory import peak_memory_mib, saved_for_backward_bytes
-from benchmarks.proxy_suite import ProxyCase, proxy_contest
+from benchmarks.proxy_suite import ProxyCase, proxy_benchmark
 from benchmarks.records import COLUMNS, read_rows
-from benchmarks.router_suite import ScoreCase, pool_contest, score_contest, select_contest
+from benchmarks.router_suite import ScoreCase, pool_benchmark, score_benchmark, select_benchmark
 from benchmarks.timing import interleaved, paired_ratio, percentiles_ms
 
 CASE = LoraCase(name="tiny", samples=4, tokens=6, in_features=32, out_features=24, ranks=(2, 4, 8, 8))
@@ -41,8 +41,8 @@ def machine() -> Machine:
     )
 
 
-def complaints(contest: Contest) -> dict[str, list[str]]:
-    return {contender.provider: list(contender.judge()) for contender in contest.contenders}
+def complaints(benchmark: Benchmark) -> dict[str, list[str]]:
+    return {provider.name: list(provider.judge()) for provider in benchmark.providers}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -59,40 +59,41 @@ def complaints(contest: Contest) -> dict[str, list[str]]:
     ],
     ids=lambda case: case.name,
 )
-def test_every_rival_computes_what_it_should(case: LoraCase, dtype: torch.dtype) -> None:
+def test_every_provider_is_correct(case: LoraCase, dtype: torch.dtype) -> None:
     for direction in ("forward", "forward_backward"):
-        contest = lora_contest(case, dtype, direction, 1, TRAINING)  # type: ignore[arg-type]
-        assert complaints(contest) == {contender.provider: [] for contender in contest.contenders}
-        assert len(contest.contenders) + len(contest.refusals) == len(TRAINING)
-        for contender in contest.contenders:
-            contender.run()
+        benchmark = lora_benchmark(case, dtype, direction, 1, TRAINING)  # type: ignore[arg-type]
+        assert complaints(benchmark) == {provider.name: [] for provider in benchmark.providers}
+        assert len(benchmark.providers) + len(benchmark.refusals) == len(TRAINING)
+        for provider in benchmark.providers:
+            provider.run()
 
 
 def test_a_case_that_a_suite_s_generator_built_runs_outside_it() -> None:
-    suite = (lora_contest(CASE, torch.float32, "forward", 1, (name,)) for name in cpu_backends())
-    assert [complaints(contest) for contest in suite] == [{name: []} for name in cpu_backends()]
+    suite = (lora_benchmark(CASE, torch.float32, "forward", 1, (name,)) for name in cpu_backends())
+    assert [complaints(benchmark) for benchmark in suite] == [{name: []} for name in cpu_backends()]
 
 
-def test_peft_serves_one_adapter_a_sample_and_only_in_inference() -> None:
+def test_peft_takes_one_adapter_a_sample_and_only_in_inference() -> None:
     one = replace(CASE, name="top_1", top=1)
-    contest = lora_contest(one, torch.float32, "forward", 1, ("peft_mixed",))
-    assert complaints(contest) == {"peft_mixed": []}
-    training = lora_contest(one, torch.float32, "forward_backward", 1, ("peft_mixed",))
-    assert training.refusals == ["peft_mixed: not in this case: it serves inference only"]
+    benchmark = lora_benchmark(one, torch.float32, "forward", 1, ("peft_mixed",))
+    assert complaints(benchmark) == {"peft_mixed": []}
+    training = lora_benchmark(one, torch.float32, "forward_backward", 1, ("peft_mixed",))
+    assert training.refusals == ["peft_mixed: not in this case: it supports inference only"]
     with pytest.raises(CannotTake, match="one adapter a sample"):
         peft_mixed(make_problem(CASE, torch.float32))
 
 
-def test_a_case_that_a_rival_cannot_take_says_why() -> None:
-    contest = lora_contest(replace(CASE, in_features=33), torch.float32, "forward", 1, ("grouped_mm", "packed_eager"))
-    assert [contender.provider for contender in contest.contenders] == ["packed_eager"]
-    assert contest.refusals == [
+def test_a_baseline_that_cannot_run_a_case_gives_the_reason() -> None:
+    case = replace(CASE, in_features=33)
+    benchmark = lora_benchmark(case, torch.float32, "forward", 1, ("grouped_mm", "packed_eager"))
+    assert [provider.name for provider in benchmark.providers] == ["packed_eager"]
+    assert benchmark.refusals == [
         "grouped_mm: not in this case: F.grouped_mm needs widths that are multiples of 4 in torch.float32"
     ]
 
 
 def without_last_expert(problem: LoraProblem) -> Built:
-    """A rival that is faster because it leaves out an expert."""
+    """A baseline that is faster because it leaves out an expert."""
     gate = problem.inputs.gate.clone()
     gate[..., problem.active[-1]] = 0
     return packed_eager(replace(problem, inputs=replace(problem.inputs, gate=gate)))
@@ -105,10 +106,12 @@ def with_wrong_gradient(problem: LoraProblem) -> Built:
 
 @pytest.mark.parametrize("wrong", [without_last_expert, with_wrong_gradient])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_wrong_rival_is_refused(wrong: Callable[[LoraProblem], Built], dtype: torch.dtype, machine: Machine) -> None:
+def test_a_wrong_baseline_is_refused(
+    wrong: Callable[[LoraProblem], Built], dtype: torch.dtype, machine: Machine
+) -> None:
     providers = ("base_only", "packed_eager", "wrong")
-    contest = lora_contest(CASE, dtype, "forward_backward", 1, providers, table={"wrong": wrong})
-    outcome = hold(contest, seconds=0, min_rounds=2, memory=False)
+    benchmark = lora_benchmark(CASE, dtype, "forward_backward", 1, providers, table={"wrong": wrong})
+    outcome = check_and_time(benchmark, seconds=0, min_rounds=2, memory=False)
     assert set(outcome.wrong) == {"wrong"} and "worst-row error" in outcome.wrong["wrong"][0]
     assert [row.provider for row in outcome.rows(machine)] == ["base_only", "packed_eager"]
     assert outcome.ratio("wrong", "packed_eager") is None
@@ -121,29 +124,29 @@ def test_a_wrong_norm_is_refused() -> None:
     def wrong(x: Tensor, grad: Tensor) -> Tensor:
         return 1.01 * opacus_einsum(x, grad)
 
-    found = complaints(norm_contest(case, torch.float32, 1, table={"wrong": wrong}))
+    found = complaints(norm_benchmark(case, torch.float32, 1, table={"wrong": wrong}))
     assert [provider for provider, lines in found.items() if lines] == ["wrong"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_norms_router_and_proxy_are_right(dtype: torch.dtype) -> None:
     case = NormCase(samples=2, tokens=5, in_features=70, out_features=66)
-    contests = (
-        norm_contest(case, dtype, 1),
-        accumulate_contest(case, dtype, 1),
-        score_contest(ScoreCase(tasks=3, samples=5, features=40, hidden=8), dtype, 1),
-        select_contest(7, 4, 1),
-        pool_contest(3, 5, 8, dtype, 1),
-        proxy_contest(PROXY, dtype, 1),
+    benchmarks = (
+        norm_benchmark(case, dtype, 1),
+        accumulate_benchmark(case, dtype, 1),
+        score_benchmark(ScoreCase(tasks=3, samples=5, features=40, hidden=8), dtype, 1),
+        select_benchmark(7, 4, 1),
+        pool_benchmark(3, 5, 8, dtype, 1),
+        proxy_benchmark(PROXY, dtype, 1),
     )
-    for contest in contests:
-        assert {provider: lines for provider, lines in complaints(contest).items() if lines} == {}
-        assert any(contender.provider.startswith(cpu_backends()) for contender in contest.contenders)
+    for benchmark in benchmarks:
+        assert {provider: lines for provider, lines in complaints(benchmark).items() if lines} == {}
+        assert any(provider.name.startswith(cpu_backends()) for provider in benchmark.providers)
 
 
 def test_flops_and_bytes_of_a_case_by_hand() -> None:
     problem = make_problem(replace(CASE, top=1, popularity="one_hot"), torch.bfloat16)
-    rows, inputs, outputs, rank = 24, 32, 24, 2  # everyone on expert 0
+    rows, inputs, outputs, rank = 24, 32, 24, 2  # all samples use expert 0
     assert problem.active == (0,)
     assert problem.base_flops("forward") == 2 * rows * inputs * outputs
     assert problem.added_flops("forward") == 2 * rows * rank * (inputs + outputs)
@@ -209,10 +212,11 @@ def test_run_writes_the_columns_of_the_issue(tmp_path: Path, machine: Machine) -
         "case", "dtype", "direction", "threads", "provider", "p20_ms", "p50_ms", "p80_ms", "peak_memory_mib",
         "peak_fraction", "overhead_over_floor", "machine", "versions", "commit",
     )  # fmt: skip
-    contest = lora_contest(CASE, torch.float32, "forward_backward", 1, ("base_only", "packed_eager", *cpu_backends()))
+    providers = ("base_only", "packed_eager", *cpu_backends())
+    benchmark = lora_benchmark(CASE, torch.float32, "forward_backward", 1, providers)
     output = tmp_path / "new" / "lora.csv"
     said: list[object] = []
-    assert run.run_contests(iter([contest]), machine, output, seconds=0, say=said.append)
+    assert run.run_benchmarks(iter([benchmark]), machine, output, seconds=0, say=said.append)
     rows = {row["provider"]: row for row in read_rows(output)}
     assert set(rows) == {"fastest_linear", "copy_", "base_only", "packed_eager", *cpu_backends()}
     assert rows["base_only"]["overhead_over_floor"] == ""
@@ -224,16 +228,16 @@ def test_run_writes_the_columns_of_the_issue(tmp_path: Path, machine: Machine) -
 
 
 def test_peak_fraction_and_overhead_by_hand(machine: Machine) -> None:
-    def contender(provider: str) -> Contender:
-        return Contender(provider=provider, run=lambda: None, judge=lambda: [], flops=1e9)
+    def provider(name: str) -> Provider:
+        return Provider(name=name, run=lambda: None, judge=lambda: [], flops=1e9)
 
-    contest = Contest(
+    benchmark = Benchmark(
         case="c", dtype=torch.float32, direction="forward", threads=1, base="base_only",
-        contenders=[contender("base_only"), contender("ours")], added_flops=2e8, added_bytes=1e6,
+        providers=[provider("base_only"), provider("ours")], added_flops=2e8, added_bytes=1e6,
     )  # fmt: skip
     machine._peak[torch.float32, 1] = 1e11  # 2 ms for the added products
     machine._bandwidth[1] = 1e9  # 1 ms for the added bytes
-    outcome = Outcome(contest=contest, samples={"base_only": [0.010] * 3, "ours": [0.015, 0.016, 0.017]}, wrong={})
+    outcome = Outcome(benchmark=benchmark, samples={"base_only": [0.010] * 3, "ours": [0.015, 0.016, 0.017]}, wrong={})
     base, ours = outcome.rows(machine)
     assert (base.peak_fraction, base.overhead_over_floor) == (pytest.approx(1.0), "")
     assert (ours.peak_fraction, ours.overhead_over_floor) == (pytest.approx(0.625), pytest.approx(3.0))
@@ -241,10 +245,10 @@ def test_peak_fraction_and_overhead_by_hand(machine: Machine) -> None:
 
 
 def test_our_own_wrong_result_fails_the_run(tmp_path: Path, machine: Machine) -> None:
-    ours = Contender(provider=f"{cpu_backends()[0]}_auto", run=lambda: None, judge=lambda: ["no"], flops=0.0)
-    fair = Contender(provider="rival", run=lambda: None, judge=lambda: [], flops=0.0)
-    contest = Contest(case="c", dtype=torch.float32, direction="forward", threads=1, contenders=[ours, fair])
-    assert not run.run_contests(iter([contest]), machine, tmp_path / "a.csv", seconds=0, say=lambda line: None)
+    ours = Provider(name=f"{cpu_backends()[0]}_auto", run=lambda: None, judge=lambda: ["no"], flops=0.0)
+    fair = Provider(name="baseline", run=lambda: None, judge=lambda: [], flops=0.0)
+    benchmark = Benchmark(case="c", dtype=torch.float32, direction="forward", threads=1, providers=[ours, fair])
+    assert not run.run_benchmarks(iter([benchmark]), machine, tmp_path / "a.csv", seconds=0, say=lambda line: None)
 
 
 def test_the_suite_covers_the_axes() -> None:
@@ -257,8 +261,8 @@ def test_the_suite_covers_the_axes() -> None:
     assert sum(cases[0].ranks) == 200 and len(cases[0].ranks) == 16
 
 
-def test_headline_is_one_object_keyed_by_row(capsys: pytest.CaptureFixture[str]) -> None:
-    tiny = headline_module.Sizes(
+def test_summary_is_one_object_keyed_by_row(capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = summary_module.Sizes(
         main=replace(CASE, name="top2"),
         decode_rows=(1, 2),
         decode_widths=(32,),
@@ -271,7 +275,7 @@ def test_headline_is_one_object_keyed_by_row(capsys: pytest.CaptureFixture[str])
         seconds=0.0,
         min_rounds=2,
     )
-    result = json.loads(json.dumps(headline_module.headline(tiny, lambda line: None)))
+    result = json.loads(json.dumps(summary_module.summary(tiny, lambda line: None)))
     assert list(result) == [
         "bf16_top2", "fp32_top2", "decode_bf16", "experts_4_to_256", "saved_for_backward", "grad_norm", "proxy",
         "router_score", "about", "wrong",
@@ -284,8 +288,8 @@ def test_headline_is_one_object_keyed_by_row(capsys: pytest.CaptureFixture[str])
 
 
 def test_tables_are_made_from_the_csv(tmp_path: Path, machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
-    contest = lora_contest(CASE, torch.float32, "forward", 1, ("base_only", "packed_eager"))
-    run.run_contests(iter([contest]), machine, tmp_path / "lora.csv", seconds=0, say=lambda line: None)
+    benchmark = lora_benchmark(CASE, torch.float32, "forward", 1, ("base_only", "packed_eager"))
+    run.run_benchmarks(iter([benchmark]), machine, tmp_path / "lora.csv", seconds=0, say=lambda line: None)
     page = tmp_path / "README.md"
     page.write_text("A\n\n<!-- benchmarks: lora.csv case=tiny -->\nold\n<!-- /benchmarks -->\n")
     assert tables.main([str(page), "--check"]) == 1
@@ -313,12 +317,24 @@ def test_the_repository_s_own_tables_are_those_of_its_csvs(name: str) -> None:
     assert tables.main([str(page), "--check"]) == 0
 
 
-def test_a_headline_says_what_was_reached(tmp_path: Path) -> None:
-    file = tmp_path / "headline.json"
+def test_a_summary_table_has_targets_and_whether_they_were_reached(tmp_path: Path) -> None:
+    file = tmp_path / "summary.json"
     about = {"machine": "m", "versions": "v", "commit": "c"}
     rows = {"fp32_top2": {"ours_over_base": 1.13, "other": 2.0}, "router_score": {"autoencoder_loop_over_ours": 5.0}}
     file.write_text(json.dumps({**rows, "about": about, "wrong": {}}), encoding="utf-8")
-    made = tables.headline_table(file)
+    made = tables.summary_table(file)
     assert "| fp32_top2 | ours_over_base | 1.13 | <= 1.12 | no |" in made
     assert "| fp32_top2 | other | 2 |  |  |" in made
     assert "| router_score | autoencoder_loop_over_ours | 5 | >= 5 | yes |" in made
+
+
+def test_no_row_of_the_summary_is_slower_than_before_the_layer_was_rewritten() -> None:
+    """`python -m benchmarks.against_commit OLD_CHECKOUT --output ...`; a repeated measurement replaces the file."""
+    path = Path(summary_module.__file__).parent / "results" / "against_6f24d32.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    slow = {row: found["new_over_old"] for row, found in record["rows"].items() if found["new_over_old"] > 1.02}
+    assert not slow
+    assert {"bf16_top2", "fp32_top2", "experts_256", "proxy_exact", "proxy_sketch", "router_score"} <= set(
+        record["rows"]
+    )
+    assert record["about"]["old"].startswith("6f24d32") and "+" not in record["about"]["new"]

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dmole.data.mini.build import TASKS
 from dmole.metrics.continual import aggregates
 from dmole.reports.comparison import compare
 from dmole.reports.stored import StoredRun, read_runs
 from dmole.reports.verify import verify_results
+from mini_cmit.tasks.build import TASKS
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 SEEDS = (0, 1, 2)

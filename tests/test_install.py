@@ -28,7 +28,7 @@ from packaging.utils import canonicalize_name
 from dmole_kernels import triton_backend
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("dmole", "dmole_kernels")
+PACKAGES = ("dmole", "dmole_kernels", "mini_cmit")
 # The rest of a checkout that setuptools could pick up by mistake.
 OTHERS = ("tests", "benchmarks", "examples", "scripts", "docs")
 FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "NOTICE")
@@ -95,15 +95,16 @@ assert not Path("experts/charts").exists()
 # The mini benchmark's builders and the pretraining on them need the extra `data`; every other module has to import.
 IMPORT_ALL = """
 import importlib, pkgutil
-import dmole
+import dmole, mini_cmit
 
-for module in pkgutil.walk_packages(dmole.__path__, "dmole."):
+packages = [*pkgutil.walk_packages(dmole.__path__, "dmole."), *pkgutil.walk_packages(mini_cmit.__path__, "mini_cmit.")]
+for module in packages:
     if module.name.endswith("__main__"):
         continue
     try:
         importlib.import_module(module.name)
     except ModuleNotFoundError:
-        if not module.name.startswith(("dmole.data.mini.", "dmole.pretraining")):
+        if not module.name.startswith(("mini_cmit.tasks.", "mini_cmit.pretraining")):
             raise
 """
 
@@ -243,7 +244,7 @@ def test_the_source_distribution_holds_what_a_build_needs(sources: Path, archive
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_the_two_packages_alone(sources: Path, pure_wheel: Path) -> None:
+def test_the_wheel_holds_the_three_packages_alone(sources: Path, pure_wheel: Path) -> None:
     with zipfile.ZipFile(pure_wheel) as held:
         names = set(held.namelist())
         metadata = next(name for name in names if name.endswith(".dist-info/METADATA")).rpartition("/")[0]
@@ -251,6 +252,7 @@ def test_the_wheel_holds_the_two_packages_alone(sources: Path, pure_wheel: Path)
     assert {name for name in names if not name.startswith(f"{metadata}/")} == package_files(sources, PACKAGES)
     assert {f"{metadata}/licenses/LICENSE", f"{metadata}/licenses/NOTICE"} <= names
     assert "dmole = dmole.cli:main" in entry_points
+    assert "mini = mini_cmit.model.shipped:mini_folder" in entry_points
 
 
 @pytest.mark.slow

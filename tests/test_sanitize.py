@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 import shutil
 from pathlib import Path
@@ -26,3 +27,11 @@ def test_a_compiler_without_sanitizers_is_an_error(monkeypatch: pytest.MonkeyPat
         ValueError, match="has no libnothing.so; expected GCC with its sanitizers. Set CXX to such a GCC"
     ):
         SCRIPT["runtime_library"]("libnothing.so")
+
+
+def test_the_drawn_tests_ran_to_their_end_under_the_sanitizers() -> None:
+    """`scripts/sanitize.py --draws N --record results/sanitized_draws.json`: hours, run by hand."""
+    record = json.loads((ROOT / "results" / "sanitized_draws.json").read_text())
+    assert record["failed"] == record["skipped"] == 0
+    assert record["tests"] >= 6 and record["draws_per_test"] >= 2000
+    assert record["sanitizers"] == ["address", "undefined"]

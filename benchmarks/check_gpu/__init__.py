@@ -1,16 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-    python -m dmole_kernels check-gpu [--output check_gpu]
+    python -m benchmarks.check_gpu [--output check_gpu]
 
-For the first person with a GPU, from the root of a checkout, in under ten minutes: is every kernel right on it
-(`correctness`), does compute-sanitizer find nothing (`sanitizer`), do other launch configurations do better
-(`dmole_kernels._tune`, a few of them), and what do the kernels cost beside their rivals (`rivals`, `roofline`)? Writes
-summary.json, benchmark.csv, roofline.png and tuned.json; exits with 1 for a wrong result or a sanitizer's complaint.
+Checks this package on the GPU at hand, from the root of a checkout, in under ten minutes: correctness of every kernel
+(`correctness`), compute-sanitizer (`sanitizer`), a few other launch configurations (`dmole_kernels._tune`), and times
+of the kernels and their baselines (`timed_cases`, `roofline`). Writes summary.json, benchmark.csv, roofline.png and
+tuned.json; exits with 1 for a wrong result or an error that the sanitizer found.
 
-Every part has a share of the ten minutes and says what it left out. Without a GPU everything but the sanitizer runs in
-Triton's interpreter on tiny shapes: that shows that the command works, and its times mean nothing.
+Every step has a time budget and reports what it left out. Without a GPU everything but the sanitizer runs in Triton's
+interpreter on tiny shapes: this shows that the command works; its times mean nothing.
 """
-
-from benchmarks.check_gpu.command import main
-
-__all__ = ["main"]

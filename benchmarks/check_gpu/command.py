@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The four parts in a row, each with its share of the time, and the summary of what they found."""
+"""Runs the four steps one after another, each with its time budget, and writes the summary of their results."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks.check_gpu import correctness, rivals, roofline, sanitizer
-from benchmarks.contest import hold, report
+from benchmarks.benchmark import check_and_time, report
+from benchmarks.check_gpu import correctness, roofline, sanitizer, timed_cases
 from benchmarks.records import Row, write_rows
 from dmole_kernels import explain_backend
 from dmole_kernels._tune import INTERPRETER, tune
@@ -25,17 +25,17 @@ from dmole_kernels.testing import triton_on_cpu
 from dmole_kernels.triton_backend.configs import TUNED
 from dmole_kernels.triton_backend.launch import interpreting
 
-# Seconds of each part; what is under way when its time is over is finished.
-SHARES = {"correctness": 280.0, "sanitizer": 110.0, "tuner": 60.0, "benchmark": 100.0}
+# Seconds of each step; a check that is running when they are over is finished.
+BUDGETS = {"correctness": 280.0, "sanitizer": 110.0, "tuner": 60.0, "benchmark": 100.0}
 TUNED_KERNELS = ("shrink", "expand")
-CONTEST_SECONDS = 3.0
-OURS = (*rivals.OURS, "cuda")
+BENCHMARK_SECONDS = 3.0
+OURS = (*timed_cases.OURS, "cuda")
 
 Say = Callable[..., object]  # a line of text, and a style of rich's
-Part = dict[str, Any]
+StepResult = dict[str, Any]
 
 
-def check_correctness(every: Iterator[correctness.Check], seconds: float, say: Say) -> Part:
+def check_correctness(every: Iterator[correctness.Check], seconds: float, say: Say) -> StepResult:
     end = time.monotonic() + seconds
     wrong: dict[str, list[str]] = {}
     done, left_out = 0, []
@@ -45,17 +45,17 @@ def check_correctness(every: Iterator[correctness.Check], seconds: float, say: S
             continue
         try:
             complaints = check.complaints()
-        except Exception as error:  # a kernel that does not even run is a finding; the next may tell more
+        except Exception as error:  # a kernel that raises is a failed check; the others still run
             complaints = [f"{type(error).__name__}: {error}"]
         done += 1
         if complaints:
             wrong[check.name] = complaints
             say(f"WRONG {check.name}: {complaints[0]}", "red")
-    say(f"correctness: {done} checks, {len(wrong)} wrong, {len(left_out)} left out for want of time")
+    say(f"correctness: {done} checks, {len(wrong)} wrong, {len(left_out)} left out for lack of time")
     return {"failed": bool(wrong), "checks": done, "wrong": wrong, "left_out": left_out}
 
 
-def run_sanitizer(seconds: float, say: Say, *, gpu: bool) -> Part:
+def run_sanitizer(seconds: float, say: Say, *, gpu: bool) -> StepResult:
     verdicts = sanitizer.sanitize(seconds, gpu=gpu)
     for verdict in verdicts:
         say(f"compute-sanitizer {verdict.tool}: {verdict.state}{verdict.about and ': '}{verdict.about}")
@@ -63,7 +63,7 @@ def run_sanitizer(seconds: float, say: Say, *, gpu: bool) -> Part:
     return {"failed": failed, "tools": [asdict(verdict) for verdict in verdicts]}
 
 
-def run_tuner(output: Path, seconds: float, say: Say, *, gpu: bool) -> Part:
+def run_tuner(output: Path, seconds: float, say: Say, *, gpu: bool) -> StepResult:
     record = tune(
         TUNED_KERNELS, device="cuda" if gpu else "cpu", most=6 if gpu else 2, deadline=time.monotonic() + seconds,
         say=say,
@@ -72,20 +72,22 @@ def run_tuner(output: Path, seconds: float, say: Say, *, gpu: bool) -> Part:
     return record
 
 
-def run_benchmark(output: Path, seconds: float, say: Say, *, gpu: bool) -> Part:
-    """benchmark.csv and roofline.png; a contender whose results are wrong has no row."""
+def run_benchmark(output: Path, seconds: float, say: Say, *, gpu: bool) -> StepResult:
+    """benchmark.csv and roofline.png; a provider whose results are wrong has no row."""
     end = time.monotonic() + seconds
-    machine = rivals.machine(gpu=gpu)
+    machine = timed_cases.machine(gpu=gpu)
     rows: list[Row] = []
     found: list[roofline.Point] = []
     wrong: dict[str, dict[str, Sequence[str]]] = {}
     left_out = []
-    for contest in rivals.contests(gpu=gpu):
-        name = f"{contest.case} {contest.direction}"
+    for benchmark in timed_cases.benchmarks(gpu=gpu):
+        name = f"{benchmark.case} {benchmark.direction}"
         if time.monotonic() > end:
             left_out.append(name)
             continue
-        outcome = hold(contest, seconds=CONTEST_SECONDS if gpu else 0.0, min_rounds=5 if gpu else 1, memory=gpu)
+        outcome = check_and_time(
+            benchmark, seconds=BENCHMARK_SECONDS if gpu else 0.0, min_rounds=5 if gpu else 1, memory=gpu
+        )
         rows += outcome.rows(machine)
         found += roofline.points(outcome)
         if outcome.wrong:
@@ -105,7 +107,7 @@ def run_benchmark(output: Path, seconds: float, say: Say, *, gpu: bool) -> Part:
 
 
 def check_gpu(output: Path, say: Say) -> bool:
-    """Runs the parts, writes their files and summary.json; True when nothing is wrong."""
+    """Runs the steps, writes their files and summary.json; True when nothing is wrong."""
     gpu = not interpreting()
     device = "cuda" if gpu else "cpu"
     start = time.monotonic()
@@ -115,25 +117,25 @@ def check_gpu(output: Path, say: Say) -> bool:
     output.mkdir(parents=True, exist_ok=True)
     with nullcontext() if gpu else triton_on_cpu():
         every = correctness.checks(device, tiny=not gpu)
-        parts = {
-            "correctness": _finished(lambda: check_correctness(every, SHARES["correctness"], say)),
-            "sanitizer": _finished(lambda: run_sanitizer(SHARES["sanitizer"], say, gpu=gpu)),
-            "tuner": _finished(lambda: run_tuner(output / TUNED.name, SHARES["tuner"], say, gpu=gpu)),
-            "benchmark": _finished(lambda: run_benchmark(output, SHARES["benchmark"], say, gpu=gpu)),
+        steps = {
+            "correctness": _finished(lambda: check_correctness(every, BUDGETS["correctness"], say)),
+            "sanitizer": _finished(lambda: run_sanitizer(BUDGETS["sanitizer"], say, gpu=gpu)),
+            "tuner": _finished(lambda: run_tuner(output / TUNED.name, BUDGETS["tuner"], say, gpu=gpu)),
+            "benchmark": _finished(lambda: run_benchmark(output, BUDGETS["benchmark"], say, gpu=gpu)),
         }
-    for name, part in parts.items():
-        if "error" in part:
-            say(f"{name} broke off: {part['error']}", "red")
-    passed = not any(part.get("error") or part.get("failed") for part in parts.values())
-    summary = {"device": label, "passed": passed, "seconds": round(time.monotonic() - start, 1), **parts}
+    for name, result in steps.items():
+        if "error" in result:
+            say(f"{name} failed: {result['error']}", "red")
+    passed = not any(result.get("error") or result.get("failed") for result in steps.values())
+    summary = {"device": label, "passed": passed, "seconds": round(time.monotonic() - start, 1), **steps}
     (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     say(f"{'passed' if passed else 'FAILED'} in {summary['seconds']} s: {output}/summary.json",
         "green" if passed else "red")  # fmt: skip
     return passed
 
 
-def _finished(run: Callable[[], Part]) -> Part:
-    """The part's findings; one that breaks off is a failure of its own and does not keep the others from running."""
+def _finished(run: Callable[[], StepResult]) -> StepResult:
+    """The result of the step; an exception becomes its "error", and the other steps still run."""
     try:
         return run()
     except Exception:
@@ -141,7 +143,7 @@ def _finished(run: Callable[[], Part]) -> Part:
 
 
 def main(arguments: Sequence[str] = ()) -> int:
-    parser = argparse.ArgumentParser(prog="python -m dmole_kernels check-gpu", description="Checks the GPU kernels.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.check_gpu", description="Checks the GPU kernels.")
     parser.add_argument("--output", type=Path, default=Path("check_gpu"), help="folder for what it writes")
     options = parser.parse_args(arguments)
     console = Console(highlight=False, soft_wrap=True)

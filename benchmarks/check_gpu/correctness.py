@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-    python -m benchmarks.check_gpu.correctness        a few tiny checks on the GPU: what compute-sanitizer watches
+    python -m benchmarks.check_gpu.correctness        a few tiny checks on the GPU, which compute-sanitizer runs
 
 Every op of the GPU backends over the workloads, against float64 by the rule of `dmole_kernels.testing`: worst row at
-most twice as wrong as the reference in the same dtype (both on the CPU), on the experts' part alone.
+most twice as wrong as the reference in the same dtype (both on the CPU), on the LoRA delta alone.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from dmole_kernels.testing import (
     run_reference,
 )
 
-# More columns than one block holds, several row tiles, gates that leave whole (row tile, column block) pairs out.
+# More columns than one block, several row tiles, gates with whole (row tile, column block) pairs of zeros.
 SEVERAL_BLOCKS = Workload(
     name="several_blocks", leading=(5, 32), in_features=136, out_features=40, ranks=(33, 31, 64, 8),
     pattern="one_expert",
@@ -65,7 +65,7 @@ Op = Callable[..., Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """`complaints()` runs it: what is wrong, line by line."""
+    """`complaints()` runs it and returns the errors found, one a line."""
 
     name: str
     complaints: Callable[[], list[str]]
@@ -84,7 +84,7 @@ def checks(device: str, *, tiny: bool = False) -> Iterator[Check]:
         for workload in workloads:
             for name, run in (
                 ("multi_lora", _trained),
-                ("multi_lora, constant gates", _served),
+                ("multi_lora, constant gates", _inference),
                 ("fused_linear", _fused),
             ):
                 yield _lora_check(f"triton {name}", partial(run, device), workload, dtype, every=not tiny)
@@ -133,19 +133,19 @@ def _trained(device: str, inputs: LoraInputs) -> Results:
         return _back(run_autograd(partial(multi_lora_op, backend="triton"), there))
 
 
-def _served(device: str, inputs: LoraInputs) -> Results:
-    """The output without gradients, where column blocks without a gate are left out; the rest is the reference's."""
+def _inference(device: str, inputs: LoraInputs) -> Results:
+    """The output without gradients, where column blocks without an active gate are skipped; the rest as `reference`."""
     with poisoned_memory(), torch.no_grad():
         delta = multi_lora_op(on_device(inputs, device), backend="triton")
     return run_reference(inputs) | {"delta": delta.cpu()}
 
 
 def _fused(device: str, inputs: LoraInputs) -> Results:
-    """With W = 0: the experts' part alone."""
+    """With W = 0: the LoRA delta alone."""
 
     def op(there: LoraInputs) -> Tensor:
         weight = there.x.new_zeros(there.lora_b[0].shape[0], there.x.shape[-1])
-        # Not around backward, whose dY W is the vendor's: PyTorch wants a setting of cuBLAS to call it deterministic.
+        # Not around backward: its dY W is a cuBLAS call, which PyTorch calls deterministic only with a setting.
         with poisoned_memory():
             return fused_linear(
                 there.x, weight, None, there.lora_a, there.lora_b, there.gate, there.scale, dropout=there.dropout,
@@ -156,15 +156,16 @@ def _fused(device: str, inputs: LoraInputs) -> Results:
 
 
 def _decode(device: str, workload: Workload, dtype: torch.dtype) -> list[str]:
-    kinds: tuple[list[Tensor], list[Tensor]] = ([], [])
+    actuals: list[Tensor] = []
+    truths: list[Tensor] = []
     expected = 0.0
     for seed in range(8):
         inputs = make_inputs(workload, dtype, seed)
         expected = max(expected, expected_errors(inputs)["delta"])
         with torch.no_grad():
-            kinds[0].append(multi_lora_op(on_device(inputs, device), backend="cuda").cpu())
-            kinds[1].append(multi_lora_loop(inputs.to(torch.float64)))
-    actual, truth = ({"delta": torch.stack(kind)} for kind in kinds)
+            actuals.append(multi_lora_op(on_device(inputs, device), backend="cuda").cpu())
+            truths.append(multi_lora_loop(inputs.to(torch.float64)))
+    actual, truth = ({"delta": torch.stack(found)} for found in (actuals, truths))
     return rejected(judge(actual, {"delta": expected}, truth))
 
 
@@ -180,9 +181,9 @@ def _other_ops() -> list[tuple[str, Op, Sequence[tuple[int, ...]]]]:
         return buffer
 
     def sketch(backend: str, x: Tensor, grad: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        total = x.new_zeros(left.shape[1], right.shape[1], dtype=wide)
-        accumulate_sketch(total, x, grad, left.to(wide), right.to(wide), backend=backend)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        total = x.new_zeros(left.shape[1], right.shape[1], dtype=dtype)
+        accumulate_sketch(total, x, grad, left.to(dtype), right.to(dtype), backend=backend)
         return total
 
     def score(backend: str, *tensors: Tensor) -> Tensor:
@@ -204,36 +205,38 @@ def _other_ops() -> list[tuple[str, Op, Sequence[tuple[int, ...]]]]:
 
 
 def _compared(op: Op, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: str) -> list[str]:
-    kinds: tuple[list[Tensor], list[Tensor]] = ([], [])
+    actuals: list[Tensor] = []
+    truths: list[Tensor] = []
     for seed in range(8):
         generator = torch.Generator().manual_seed(seed)
         tensors = [torch.randn(*shape, generator=generator).to(dtype) / 4 for shape in shapes]
         with poisoned_memory():
-            kinds[0].append(op("triton", *(tensor.to(device) for tensor in tensors)).cpu())
-        kinds[1].append(op("reference", *(tensor.double() for tensor in tensors)))
-    actual, truth = ({"result": torch.stack(kind)} for kind in kinds)
+            actuals.append(op("triton", *(tensor.to(device) for tensor in tensors)).cpu())
+        truths.append(op("reference", *(tensor.double() for tensor in tensors)))
+    actual, truth = ({"result": torch.stack(found)} for found in (actuals, truths))
     expected = few_roundings(actual["result"].dtype, truth["result"], roundings=8)
     return rejected(judge(actual, {"result": expected}, truth))
 
 
 def _fused_with_base(device: str) -> list[str]:
-    """The fused launch's own product, which the checks with W = 0 do not see."""
-    kinds: tuple[list[Tensor], list[Tensor]] = ([], [])
+    """The base product of the fused launch, which the checks with W = 0 do not cover."""
+    actuals: list[Tensor] = []
+    truths: list[Tensor] = []
     expected = 0.0
     for seed in range(4):
         inputs = make_inputs(SEVERAL_BLOCKS, torch.bfloat16, seed)
         generator = torch.Generator().manual_seed(seed)
         weight, bias = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((40, 136), (40,)))
-        there, wide = on_device(inputs, device), inputs.to(torch.float64)
+        there, exact = on_device(inputs, device), inputs.to(torch.float64)
         with torch.no_grad():
             y = fused_linear(
                 there.x, weight.to(device), bias.to(device), there.lora_a, there.lora_b, there.gate, there.scale
             )
-            kinds[0].append(y.cpu())
-            kinds[1].append(F.linear(wide.x, weight.double(), bias.double()) + multi_lora_loop(wide))
+            actuals.append(y.cpu())
+            truths.append(F.linear(exact.x, weight.double(), bias.double()) + multi_lora_loop(exact))
         own = product_error(inputs.x, weight, torch.bfloat16, bias)
         expected = max(expected, math.hypot(own, expected_errors(inputs)["delta"]))
-    actual, truth = ({"y": torch.stack(kind)} for kind in kinds)
+    actual, truth = ({"y": torch.stack(found)} for found in (actuals, truths))
     return rejected(judge(actual, {"y": expected}, truth))
 
 
@@ -267,7 +270,7 @@ def _replayed(device: str) -> list[str]:
 
 
 def _without_waiting(device: str) -> list[str]:
-    """A second forward and backward do not make the host wait: PyTorch raises where something would."""
+    """A second forward and backward do not synchronise with the host; PyTorch raises on an operation that would."""
     inputs = on_device(make_inputs(replace(SEVERAL_BLOCKS, dropout=0.3), torch.bfloat16), device)
     op = partial(multi_lora_op, backend="triton")
     run_autograd(op, inputs)

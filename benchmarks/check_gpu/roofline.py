@@ -2,8 +2,8 @@
 """
     roof(intensity) = min(peak, bandwidth * intensity)         achieved = needed flops / p50
 
-The same axes for everybody: flops and bytes are those that the case needs (base product, active experts, each operand
-once), not what a provider spends, so a rival that moves more sits lower, not further left.
+The axes are the same for all providers: flops and bytes are those that the case needs (base product, active experts,
+each operand once), not what a provider spends, so a baseline that moves more is lower, not further left.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks.contest import Outcome
+from benchmarks.benchmark import Outcome
 from benchmarks.step_time_model import GPUS, Gpu
 
 
@@ -28,24 +28,24 @@ class Point:
 
 
 def points(outcome: Outcome) -> list[Point]:
-    contest = outcome.contest
+    benchmark = outcome.benchmark
     found = []
-    for contender in contest.contenders:
-        if contender.provider in outcome.samples:
-            moved = contest.base_bytes + (0.0 if contender.provider == contest.base else contest.added_bytes)
-            seconds = outcome.p50_ms(contender.provider) / 1e3
+    for provider in benchmark.providers:
+        if provider.name in outcome.samples:
+            moved = benchmark.base_bytes + (0.0 if provider.name == benchmark.base else benchmark.added_bytes)
+            seconds = outcome.p50_ms(provider.name) / 1e3
             found.append(
                 Point(
-                    provider=contender.provider,
-                    intensity=contender.flops / moved,
-                    achieved=contender.flops / seconds,
+                    provider=provider.name,
+                    intensity=provider.flops / moved,
+                    achieved=provider.flops / seconds,
                 )
             )
     return found
 
 
 def published(device: str) -> tuple[str, Gpu] | None:
-    """The vendor's figures where the device's name begins as one of theirs (an H100 PCIe is no H100 SXM: a guide)."""
+    """The published figures of a GPU whose name begins like the device's (an H100 PCIe gets those of an H100 SXM)."""
     for name, gpu in GPUS.items():
         if name.split()[0] in device:
             return name, gpu

@@ -10,12 +10,12 @@ import sys
 from dataclasses import dataclass
 
 TOOLS = ("memcheck", "racecheck")
-FOUND_SOMETHING = 86  # the exit status asked of it, which nothing else has
+FOUND_SOMETHING = 86  # an exit status that no other failure has
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """`state`: "clean", "wrong" or "not run"; `about` says why, or holds the end of its report."""
+    """`state`: "clean", "wrong" or "not run"; `about` is the reason, or the end of its report."""
 
     tool: str
     state: str
@@ -23,12 +23,12 @@ class Verdict:
 
 
 def sanitize(seconds: float, *, gpu: bool) -> list[Verdict]:
-    """One verdict a tool; each gets an equal share of the seconds."""
+    """One verdict per tool; each gets an equal fraction of the seconds."""
     program = shutil.which("compute-sanitizer")
     reason = "no GPU" if not gpu else "compute-sanitizer is not on PATH (it is part of the CUDA toolkit)"
     if program is None or not gpu:
         return [Verdict(tool=tool, state="not run", about=reason) for tool in TOOLS]
-    # Without PyTorch's pool every tensor is an allocation of its own, whose borders are watched.
+    # Without PyTorch's memory pool every tensor is a separate allocation, whose bounds are checked.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     verdicts = []
     for tool in TOOLS:

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// bfloat16 as the kernels see it: sixteen bits, no arithmetic of its own.
+// bfloat16 as stored: sixteen bits, no arithmetic.
 #pragma once
 
 #include <cstdint>

@@ -9,7 +9,7 @@ namespace dmole::cpu {
 // K must be a multiple of this many elements (AMX); pad with zeros.
 constexpr int64_t kBrgemmDepth = 32;
 
-// Whether this build of PyTorch has it; it wants a machine with AVX-512 BF16 at least.
+// Whether this build of PyTorch has it; it needs a machine with AVX-512 BF16 at least.
 bool has_brgemm();
 // Whether the machine multiplies with AMX tiles, and lets this process do so.
 bool has_amx();

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a product with a frozen weight hands to the kernels: y(n, p) = sum_d x(n, d) W(p, d) + bias(p). No torch.
+// The arguments of a product with a frozen weight: y(n, p) = sum_d x(n, d) W(p, d) + bias(p). No torch.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,8 @@
 
 namespace dmole::cpu {
 
-// Up to how many rows the weight is read once and in place: long sums make up for a form that ends in sums of lanes.
+// The maximum number of rows for which the weight is read once and in place: a form that ends in sums of lanes, which
+// pays off with long sums.
 inline int64_t few_rows(int64_t features) { return features >= 1024 ? 24 : 2; }
 
 // x and y have the working type: rows of x x_stride elements apart, y without gaps. `weight` counts its outputs as

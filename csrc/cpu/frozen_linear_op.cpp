@@ -27,7 +27,7 @@ at::Tensor frozen_linear_op(const at::Tensor& x, const at::Tensor& weight, const
   call.rows = x_ND.size(0);
   call.x = x_ND.data_ptr();
   call.x_stride = x_ND.stride(0);
-  // Many rows are worth the weight's conversion; few are not, and the kernel reads it as it is.
+  // The weight is converted for many rows only; for few the kernel reads it unconverted.
   const bool readable = weight.scalar_type() == at::kFloat && call.rows <= few_rows(call.features);
   const at::Tensor w = weight.scalar_type() == dtype || readable ? weight : weight.to(dtype);
   call.weight = {w.data_ptr(), w.scalar_type() == at::kFloat, w.stride(0), w.stride(1)};

@@ -8,7 +8,7 @@
 namespace dmole::cpu {
 
 // x [..., features] times weight [outputs, features] of any strides, plus bias [outputs]; float sums, one rounding, in
-// x's dtype. A float weight meets bfloat16 rows rounded to bfloat16, as autocast would round it.
+// x's dtype. With bfloat16 rows a float weight is rounded to bfloat16, as autocast rounds it.
 at::Tensor frozen_linear_op(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias);
 
 }  // namespace dmole::cpu

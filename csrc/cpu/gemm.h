@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //     C(m, n) = (accumulate ? C(m, n) : 0) + sum_k A(m, k) B(k, n)
 //
-// The product of the ops that have no special form: any strides, float or bfloat16 operands, float sums over k in
+// The general product: any strides, float or bfloat16 operands, float sums over k in
 // order, in fixed blocks. An element of C depends on its row of A and column of B alone, not on M, N or the rest of the
-// call. One thread: callers cut the work into tiles.
+// call. One thread: callers split the work into tiles.
 //
-// In per_isa an unqualified `gemm` is the one of that instruction set; elsewhere this one goes through the table of the
+// In per_isa an unqualified `gemm` is the one of that instruction set; elsewhere this one calls the kernel of the
 // instruction set in use.
 #pragma once
 

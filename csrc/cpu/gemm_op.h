@@ -5,7 +5,7 @@
 
 namespace dmole::cpu {
 
-// a [M, K] times b [K, N] in float, any strides: gemm.h as a tensor op, which is how the tests reach it.
+// a [M, K] times b [K, N] in float, any strides: gemm.h as a tensor op, for the tests.
 at::Tensor gemm_op(const at::Tensor& a, const at::Tensor& b);
 
 }  // namespace dmole::cpu

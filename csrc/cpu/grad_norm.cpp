@@ -12,16 +12,16 @@ namespace dmole::cpu {
 
 namespace {
 
-// A tile of G^T X fills half of a second-level cache of 1 MiB; wide, because gemm packs g's columns once a tile.
+// A tile of G^T X fills half of a second-level cache of 1 MiB and is wide, since gemm packs g's columns once per tile.
 constexpr int64_t kDirectRows = 192, kDirectColumns = 512;
-// Low, so that little below the diagonal is computed, but not lower: gemm packs the columns once for all rows. Tiles of
-// a sample are of nearly one height, a multiple of the register tile of every instruction set.
+// Small, so that little below the diagonal is computed, but not smaller, since gemm packs the columns once for all
+// rows. Tiles of a sample have nearly equal heights, multiples of the register tile of every instruction set.
 constexpr int64_t kGhostRows = 96, kGhostColumns = 384, kRegisterRows = 12;
-// What an element of both Gram matrices costs beside its products, in products: from timings near the crossover (one
-// thread of an AVX-512 EPYC, 2026-11).
+// The cost of an element of both Gram matrices in addition to its products, in products: from timings near the
+// crossover (one thread of an AVX-512 EPYC, 2026-11).
 constexpr int64_t kGramPass = 48;
 constexpr int64_t kSketchRows = 192, kSketchColumns = 24;
-// What a thread must at least have to do, in multiplications: some 10 us.
+// The minimum work of a thread, in multiplications: about 10 us.
 constexpr int64_t kWorthAThread = int64_t{1} << 20;
 
 int64_t grain_of(int64_t products_per_item) {
@@ -64,7 +64,7 @@ int64_t ghost_rows(int64_t tokens) {
   return std::max(kRegisterRows, (rows + kRegisterRows - 1) / kRegisterRows * kRegisterRows);
 }
 
-// Products (and passes) that the tiles on and above the diagonal take.
+// Products (and passes) of the tiles on and above the diagonal.
 int64_t ghost_cost(int64_t tokens, int64_t in_features, int64_t out_features) {
   int64_t area = 0;
   const int64_t height = ghost_rows(tokens);
@@ -105,7 +105,7 @@ double ghost_tile(const Segment& segment, const Tile& tile, const Rows<T>& x, co
   float* const gram_g = gram_x + kGhostRows * kGhostColumns;
   gram_tile(segment, tile, x, rows, columns, gram_x);
   gram_tile(segment, tile, grad, rows, columns, gram_g);
-  // The first tile of a row begins with a square on the diagonal, which counts once; the rest stands for both sides.
+  // The first tile of a row begins with a square on the diagonal, which counts once; the rest counts twice.
   const int64_t square = tile.column == tile.row ? rows : 0;
   const auto sum = kernels().tile_math.sum_of_products;
   const double once = sum(gram_x, gram_g, rows, square, kGhostColumns);
@@ -156,7 +156,7 @@ void squared_norms(const ParallelFor& parallel_for, NormMethod method, int64_t s
   for (int64_t b = 0; b < samples; ++b) {
     double total = 0.0;
     for (; part < ends[static_cast<size_t>(b)]; ++part) total += parts[part];
-    // Cancellation between rows can leave a norm of zero below zero: not a number under the square root.
+    // Cancellation between rows can make a norm of zero negative, and its square root NaN.
     squares[b] = static_cast<float>(total < 0.0 ? 0.0 : total);
   }
 }
@@ -164,7 +164,7 @@ void squared_norms(const ParallelFor& parallel_for, NormMethod method, int64_t s
 template <class T>
 void accumulate_gradient(const ParallelFor& parallel_for, int64_t rows, const Rows<T>& x, const Rows<T>& grad,
                          float* buffer) {
-  // The product does not depend on how it is cut: smaller tiles where large ones would leave threads without work.
+  // The result does not depend on the tiles: smaller ones where large ones would leave threads idle.
   const bool small = grad.columns * x.columns < 4 * kDirectRows * kDirectColumns;
   const int64_t tile_rows = small ? kDirectRows / 2 : kDirectRows;
   const int64_t tile_columns = small ? kDirectColumns / 2 : kDirectColumns;

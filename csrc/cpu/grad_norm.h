@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Norms and sums of a linear's weight gradient G^T X, from its input x and output gradient g.
 //
-//   direct   sum((G^T X)^2), tile by tile: a tile lives in the cache and is never written out
+//   direct   sum((G^T X)^2), tile by tile: a tile stays in the cache and is not written to memory
 //   ghost    sum_{t,t'} (x_t . x_t') (g_t . g_t'), tiles on and above the diagonal
 //   sketch   Y += (G L)^T (X R)
 //
@@ -30,7 +30,7 @@ struct Rows {
 NormMethod cheaper_method(int64_t tokens, int64_t in_features, int64_t out_features);
 
 // squares[b] = ||G_b^T X_b||_F^2. Tokens before the first and after the last with a gradient (padding) are not read,
-// and `automatic` chooses for what is left, sample by sample.
+// and `automatic` selects the method for the remaining tokens of each sample.
 template <class T>
 void squared_norms(const ParallelFor& parallel_for, NormMethod method, int64_t samples, int64_t tokens,
                    const Rows<T>& x, const Rows<T>& grad, float* squares);

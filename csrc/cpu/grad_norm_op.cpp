@@ -17,7 +17,7 @@ NormMethod parsed_method(const std::string& name) {
   return NormMethod::ghost;
 }
 
-// x and grad as the kernels read them: one dtype (float32 where they differ), elements of a row side by side.
+// x and grad as the kernels read them: one dtype (float32 where they differ), contiguous rows.
 struct Pair {
   at::Tensor x, grad;
 
@@ -46,7 +46,7 @@ Rows<T> rows_of(const at::Tensor& tensor) {
   return {elements<T>(tensor), tensor.size(-1), tensor.stride(-2), tensor.dim() == 3 ? tensor.stride(0) : 0};
 }
 
-// The tensor in float32, contiguous: itself where it is so already.
+// The tensor in float32, contiguous; no copy where it already is.
 at::Tensor float_contiguous(const char* op, const char* name, const at::Tensor& tensor, at::IntArrayRef expected) {
   TORCH_CHECK_VALUE(tensor.sizes() == expected, op, ": ", name, " has shape ", tensor.sizes(), "; expected ", expected,
                     ". Allocate it with that shape.");

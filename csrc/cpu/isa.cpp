@@ -50,7 +50,7 @@ Isa parsed(const std::string& name, const char* source) {
 }  // namespace
 
 Isa detected_isa() {
-  // Without AMX tiles brgemm takes as long as our own products.
+  // Without AMX tiles brgemm is as slow as the kernels here.
   return widest_isa() == Isa::brgemm && !has_amx() ? Isa::avx512_bf16 : widest_isa();
 }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which instruction set the kernels use: found once on this machine, or asked for by name.
+// The instruction set that the kernels use: detected once, or selected by name.
 //
 //   scalar        any machine
 //   avx2          AVX2, FMA, F16C
@@ -15,7 +15,7 @@ namespace dmole::cpu {
 
 enum class Isa { scalar = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, brgemm = 4 };
 
-// The default of this machine: the last of the list that it runs, but brgemm with AMX only.
+// The default of this machine: the last of the list that it supports; brgemm only with AMX.
 Isa detected_isa();
 
 // The instruction set in use: the one set last, else DMOLE_KERNELS_ISA, else the detected one. Throws

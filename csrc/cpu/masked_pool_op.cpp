@@ -13,8 +13,8 @@ namespace dmole::cpu {
 
 namespace {
 
-constexpr int64_t kColumns = 256;           // a thread's share of a sample
-constexpr int64_t kWorthAThread = 1 << 18;  // elements: some 20 us
+constexpr int64_t kColumns = 256;           // columns of a sample per work item
+constexpr int64_t kWorthAThread = 1 << 18;  // elements: about 20 us
 
 template <class T>
 void pool(const at::Tensor& hidden, const at::Tensor& mask, at::Tensor& values, at::Tensor& token) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a multi-expert LoRA call hands to the kernels: pointers, sizes and threads, no torch. Mathematics and shape
-// letters: dmole_kernels/_multi_lora.py.
+// The arguments of a multi-expert LoRA kernel: pointers, sizes and threads, no torch. Mathematics and shape letters:
+// dmole_kernels/_multi_lora.py.
 #pragma once
 
 #include <cstdint>
@@ -52,7 +52,7 @@ struct LoraForward : LoraCall {
   void* s;
 };
 
-// A null output is not wanted. x is read for da alone, s for db and dgate.
+// A null output is not computed. x is read only for da, s for db and dgate.
 struct LoraBackward : LoraCall {
   const void* grad;
   int64_t grad_stride;
@@ -62,7 +62,7 @@ struct LoraBackward : LoraCall {
   void* dx;      // [rows, features]
   void* da;      // [trainable ranks, features]
   void* db;      // [trainable ranks, outputs]
-  float* dgate;  // [gates, experts]; wants every_column
+  float* dgate;  // [gates, experts]; needs every_column
   int64_t trainable_ranks;
 };
 

@@ -18,7 +18,7 @@ namespace {
 
 constexpr const char* kOp = "multi_lora";
 
-// Tensors and lists that a call points into.
+// Tensors and lists that a call has pointers to.
 struct CallStorage {
   std::vector<at::Tensor> weights;
   std::vector<LoraExpert> experts;
@@ -35,7 +35,7 @@ int64_t leading_rows(const at::Tensor& tensor) {
 
 Weight weight_of(CallStorage& storage, const at::Tensor& tensor, at::ScalarType dtype, int64_t rank_dimension) {
   check_dtype(kOp, "an expert's weight", tensor);
-  // A bfloat16 expert beside a float32 model is read as float32.
+  // A bfloat16 expert of a float32 model is converted to float32.
   const bool readable = tensor.scalar_type() == dtype || tensor.scalar_type() == at::kFloat;
   storage.weights.push_back(readable ? tensor : tensor.to(at::kFloat));
   const at::Tensor& weight = storage.weights.back();

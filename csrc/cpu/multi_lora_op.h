@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The tensor ops of multi_lora: signatures as dmole_kernels/reference.py, checked and handed to the kernels.
+// The tensor ops of multi_lora: signatures as dmole_kernels/reference.py, checks arguments and calls the kernels.
 #pragma once
 
 #include <ATen/core/List.h>
@@ -19,7 +19,7 @@ std::tuple<at::Tensor, at::Tensor> multi_lora_forward_op(const at::Tensor& x, co
                                                          const std::optional<at::Tensor>& seed, bool every_column,
                                                          const std::optional<at::Tensor>& row_map);
 
-// dx, dA of the trainable experts, their dB^T, dgate; what is not wanted has no elements.
+// dx, dA of the trainable experts, their dB^T, dgate; those that are not requested have no elements.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> multi_lora_backward_op(
     const at::Tensor& grad, const std::optional<at::Tensor>& x, const std::optional<at::Tensor>& s,
     at::TensorList lora_a, at::TensorList lora_b, const at::Tensor& gate, at::ArrayRef<double> scale, double dropout,

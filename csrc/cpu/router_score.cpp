@@ -76,7 +76,7 @@ void router_score(const ParallelFor& parallel_for, int64_t samples, const T* fea
                      transposed + i * tile * all.width);
     }
   });
-  // Task by task through a tile: neighbours in this order share the tile's features.
+  // All tasks of one tile before the next tile, so that the tile's features stay in the cache.
   parallel_for(tiles * all.tasks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t i = item / all.tasks;
@@ -99,7 +99,7 @@ void router_select(int64_t samples, int64_t tasks, const float* error, const flo
     best.clear();
     for (int64_t t = 0; t < tasks; ++t) {
       if (!(row[t] <= threshold[t])) continue;
-      // Among equals the earlier task stays in front.
+      // Of equal errors the earlier task is first.
       const auto place = std::upper_bound(best.begin(), best.end(), t,
                                           [row](int64_t left, int64_t right) { return row[left] < row[right]; });
       if (place - best.begin() >= top_k) continue;

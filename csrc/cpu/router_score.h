@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //   error[n, t] = mean_d (f(Wd[t] relu(We[t] z[n] + be[t]) + bd[t])_d - z[n, d])^2        f sigmoid or identity
 //
-// All tasks' autoencoders over a tile of samples at a time. Everything is computed transposed, samples side by side in
-// a row: the stacked weights are then read as they lie, biases are one number a row, and errors add up without a sum
-// across lanes. A block of a reconstruction is gone before the next one is made.
+// Applies all autoencoders to one tile of samples at a time. Everything is computed transposed, with the samples of a
+// tile contiguous: the stacked weights are then read in place, a bias is one number per row, and errors are summed
+// without sums across lanes. Only one block of a reconstruction exists at a time.
 #pragma once
 
 #include <cstdint>
@@ -30,7 +30,7 @@ template <class T>
 void router_score(const ParallelFor& parallel_for, int64_t samples, const T* features, int64_t feature_row,
                   const Autoencoders<T>& autoencoders, T* transposed, T* error);
 
-// gate[n, t] = 1 if error[n, t] <= threshold[t] and fewer than top_k such tasks come before it by (error, t), else 0.
+// gate[n, t] = 1 if error[n, t] <= threshold[t] and fewer than top_k such tasks precede it by (error, t), else 0.
 void router_select(int64_t samples, int64_t tasks, const float* error, const float* threshold, int64_t top_k,
                    float* gate);
 

@@ -5,8 +5,8 @@
 
 namespace dmole::cpu {
 
-// Reconstruction error [N, tasks] of features [N, width] in their dtype, float32 or bfloat16, which the stacked
-// autoencoders share; see router_score.h.
+// Reconstruction error [N, tasks] of features [N, width] in their dtype, float32 or bfloat16, also the dtype
+// of the stacked autoencoders; see router_score.h.
 at::Tensor router_score_op(const at::Tensor& features, const at::Tensor& encoder_weight, const at::Tensor& encoder_bias,
                            const at::Tensor& decoder_weight, const at::Tensor& decoder_bias, bool sigmoid);
 

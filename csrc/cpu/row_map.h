@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which rows use which experts: the rows where an expert's gate is not zero, found once and shared by all layers of a
-// step.
+// The rows that use each expert, those whose gate is not zero: computed once and used by all layers of a step.
 //
-// A kernel goes through the rows of each expert, tile by tile, so its cost follows the number of (row, expert) pairs in
-// use and not the number of experts. Example, four rows of two samples, gate [[1, 0], [1, 1]]:
+// A kernel processes the rows of each expert, tile by tile, so its cost is proportional to the number of (row, expert)
+// pairs in use, not to the number of experts. Example, four rows of two samples, gate [[1, 0], [1, 1]]:
 //
 //     start = [0, 4, 6]    row = [0, 1, 2, 3,  2, 3]    flags = [first | last, first | last, first, first,  last, last]
 #pragma once
@@ -13,10 +12,10 @@
 
 namespace dmole::cpu {
 
-constexpr int32_t kFirst = 1;  // the row's first expert in use: nothing to add to
+constexpr int32_t kFirst = 1;  // the row's first expert in use: starts the sum
 constexpr int32_t kLast = 2;   // its last one: the sum is complete
 
-// Pairs start[e] <= pair < start[e + 1] are expert e's, in the order of rows.
+// Pairs start[e] <= pair < start[e + 1] belong to expert e, in the order of rows.
 struct RowMap {
   int64_t rows = 0, experts = 0, pairs = 0;
   const int32_t* start = nullptr;  // [experts + 1]

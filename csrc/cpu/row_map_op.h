@@ -17,7 +17,7 @@ at::Tensor gate_values(const at::Tensor& gate);
 // row_map_table() of gate_values().
 std::vector<int32_t> row_map_table_of(const at::Tensor& values, int64_t rows);
 
-// What Python sees as dmole_kernels._C.RowMap. `table` is the int32 tensor that the ops take.
+// dmole_kernels._C.RowMap in Python. `table` is the int32 tensor that the ops take.
 struct GateRows {
   at::Tensor table;
   RowMap map;
@@ -25,7 +25,7 @@ struct GateRows {
   // Raises ValueError unless gate is [gates, experts] on the CPU with gates a divisor of rows.
   GateRows(const at::Tensor& gate, int64_t rows);
 
-  // The rows whose gate for this expert is not zero. Raises IndexError for an expert that the gate has no column of.
+  // The rows whose gate for this expert is not zero. Raises IndexError for an expert without a column of the gate.
   std::vector<int32_t> rows_of(int64_t expert) const;
 
   // The experts that rows [begin, end) use.

@@ -25,7 +25,7 @@ struct Buffer {
   ~Buffer() { std::free(memory); }
 };
 
-// A buffer outlives the call that made it this large: a sanitizer must be told what this call may touch.
+// A buffer may be larger than this call requested; tells the sanitizer which bytes the call may access.
 void show_bounds([[maybe_unused]] const Buffer& buffer, [[maybe_unused]] int64_t floats) {
 #if defined(__SANITIZE_ADDRESS__)
   __asan_unpoison_memory_region(buffer.memory, static_cast<size_t>(floats) * sizeof(float));

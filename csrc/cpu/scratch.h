@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Work memory of a thread, kept between calls: a kernel's panels cost no allocation.
+// Work memory of a thread, reused between calls, so that kernels do not allocate.
 #pragma once
 
 #include <cstdint>
 
 namespace dmole::cpu {
 
-// What a buffer is for. One buffer per use, so that a kernel may call another one with other uses.
+// The use of a buffer. One buffer per use, so that a kernel may call another one with other uses.
 enum class Scratch {
   gemm_a,
   gemm_b,
@@ -22,11 +22,11 @@ enum class Scratch {
   count
 };
 
-// At least `floats` floats, aligned to 64 bytes, content undefined; valid until this thread asks for the same use
+// At least `floats` floats, aligned to 64 bytes, content undefined; valid until this thread requests the same use
 // again.
 float* scratch(Scratch use, int64_t floats);
 
-// Tests: fill what scratch() hands out with NaN, so that what is read unwritten shows.
+// For tests: fills the memory that scratch() returns with NaN, which exposes reads of unwritten memory.
 void poison_scratch(bool on);
 
 }  // namespace dmole::cpu

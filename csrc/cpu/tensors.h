@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Between torch's tensors and the kernels' pointers: for the glue (*_op.cpp) only.
+// Converts torch's tensors to the kernels' pointers: for *_op.cpp only.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -22,7 +22,7 @@ T* elements(const at::Tensor& tensor) {
   return static_cast<T*>(tensor.data_ptr());
 }
 
-// [rows, features] whose rows are contiguous; rows may be any distance apart. Copies only what has no such view.
+// [rows, features] whose rows are contiguous; rows may be any distance apart. Copies only tensors without such a view.
 inline at::Tensor matrix(const at::Tensor& tensor, at::ScalarType dtype) {
   at::Tensor rows = tensor.scalar_type() == dtype ? tensor : tensor.to(dtype);
   if (rows.dim() != 2) rows = rows.reshape({rows.numel() / std::max<int64_t>(1, rows.size(-1)), rows.size(-1)});

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the gradient norms, the router and the pool do beside products (gemm.h): passes over a tile while it is in
-// cache. A part of the table of each instruction set, kernels().tile_math.
+// The work of the gradient norms, the router and the pool besides products (gemm.h): passes over a tile while it is in
+// cache. One table per instruction set, kernels().tile_math.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the kernels here share: elements as floats, loads of neighbours, the sum of a warp.
+// Common functions of the kernels: elements as floats, loads of contiguous elements, the sum of a warp.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -13,7 +13,7 @@ namespace dmole::cuda {
 constexpr int kWarp = 32;
 constexpr unsigned kWholeWarp = 0xffffffffu;
 constexpr int kLoadBytes = 16;  // the widest load of a thread
-constexpr int kChunk = 8;       // neighbouring elements that a thread takes at a time, however they are loaded
+constexpr int kChunk = 8;       // contiguous elements that a thread processes at a time
 
 __device__ inline float to_float(float value) { return value; }
 __device__ inline float to_float(__half value) { return __half2float(value); }
@@ -47,7 +47,7 @@ __device__ inline void load_aligned(const T* from, float* into) {
   for (int i = 0; i < kCount; ++i) into[i] = to_float(some[i]);
 }
 
-// A chunk of which `left` elements are there, the others zero. `aligned` changes the loads and no number.
+// A chunk with `left` elements and zeros after them. `aligned` changes the loads only, not the result.
 template <class T>
 __device__ inline void load_chunk(const T* from, int64_t left, bool aligned, float (&into)[kChunk]) {
   if (aligned && left >= kChunk) {

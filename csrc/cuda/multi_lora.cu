@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // y = base + sum_e gate_e scale_e (x A_e^T) B_e^T for the 1 to 16 rows of a decode step, in two launches.
 //
-// A row's numbers are added in the same order whatever other rows there are and however the operands are aligned, so
-// its result does not depend on its batch mates, bit for bit. Experts are read where they lie, and only those with a
-// gate that is not zero.
+// The order of a row's sums does not depend on the other rows or on the alignment of operands, so its result has the
+// same bits in any batch. Experts are read in place, and only those with a gate that is not zero.
 #include "elements.cuh"
 #include "multi_lora.h"
 
@@ -13,31 +12,31 @@ namespace {
 
 constexpr int kShrinkThreads = 128;
 constexpr int kShrinkWarps = kShrinkThreads / kWarp;
-// Few, so that the few outputs of one row are spread over all multiprocessors.
+// Small, so that the outputs of one row are spread over all multiprocessors.
 constexpr int kExpandThreads = 64;
 
 __device__ inline float gate_of(const DecodeCall& call, int64_t row, int64_t expert) {
   return call.gate[row / (call.rows / call.gates) * call.experts + expert];
 }
 
-__device__ inline int64_t fact(const DecodeCall& call, ColumnFact name, int64_t column) {
+__device__ inline int64_t field(const DecodeCall& call, ColumnField name, int64_t column) {
   return call.columns[name * call.ranks + column];
 }
 
 __device__ inline bool has(unsigned rows, int row) { return (rows >> row) & 1u; }
 
-// S[:, j] = x . A[j] for the rows that need column j, zero for the others. A block a column: A[j] is read once for all
-// rows, each warp takes every fourth stretch of it, and the warps' sums are added in their order.
+// S[:, j] = x . A[j] for the rows that need column j, zero for the others. A block per column: A[j] is read once for
+// all rows, each warp processes every fourth chunk of it, and the sums of the warps are added in order.
 template <class T, class W>
 __global__ void __launch_bounds__(kShrinkThreads) shrink(const DecodeCall call) {
   __shared__ float partial[kShrinkWarps][kMostRows];
   const int64_t column = blockIdx.x;
   const int thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
-  const int64_t expert = fact(call, kExpert, column);
+  const int64_t expert = field(call, kExpert, column);
   const unsigned needing = __ballot_sync(kWholeWarp, lane < call.rows && gate_of(call, lane, expert) != 0.0f);
   float sum[kMostRows] = {};
   if (needing != 0u) {
-    const W* a = reinterpret_cast<const W*>(fact(call, kAddressA, column));
+    const W* a = reinterpret_cast<const W*>(field(call, kAddressA, column));
     const T* x = static_cast<const T*>(call.x);
     const bool x_aligned = reinterpret_cast<uintptr_t>(x) % kLoadBytes == 0 &&
                            call.x_step * static_cast<int64_t>(sizeof(T)) % kLoadBytes == 0;
@@ -77,27 +76,27 @@ __device__ inline float expert_output(const DecodeCall& call, int64_t row, int64
   const int64_t first = call.spans[2 * expert], rank = call.spans[2 * expert + 1];
   if (rank == 0 || output >= call.outputs) return 0.0f;
   const T* s = static_cast<const T*>(call.s) + row * call.ranks;
-  const int64_t offset = output * fact(call, kStepB, first);
+  const int64_t offset = output * field(call, kStepB, first);
   float sum = 0.0f;
   if (call.b_aligned != 0) {
     constexpr int kCount = kLoadBytes / sizeof(W);
     for (int64_t j = first; j < first + rank; j += kCount) {
       float b[kCount];
-      load_aligned(reinterpret_cast<const W*>(fact(call, kAddressB, j)) + offset, b);
+      load_aligned(reinterpret_cast<const W*>(field(call, kAddressB, j)) + offset, b);
 #pragma unroll
       for (int i = 0; i < kCount; ++i) sum = fmaf(to_float(s[j + i]), b[i], sum);
     }
   } else {
     for (int64_t j = first; j < first + rank; ++j) {
-      const W* b = reinterpret_cast<const W*>(fact(call, kAddressB, j)) + offset;
+      const W* b = reinterpret_cast<const W*>(field(call, kAddressB, j)) + offset;
       sum = fmaf(to_float(s[j]), to_float(*b), sum);
     }
   }
-  return static_cast<float>(__longlong_as_double(fact(call, kScale, first))) * sum;
+  return static_cast<float>(__longlong_as_double(field(call, kScale, first))) * sum;
 }
 
-// y = base + (S * C) B^T. A thread an output of a row; a warp looks at the gates of 32 experts at once and walks
-// through those that are open, in their order.
+// y = base + (S * C) B^T. A thread per output of a row; a warp reads the gates of 32 experts at once and processes
+// those that are not zero, in order.
 template <class T, class W>
 __global__ void __launch_bounds__(kExpandThreads) expand(const DecodeCall call) {
   const int64_t row = blockIdx.y;

@@ -11,8 +11,8 @@ constexpr int kMostRows = 16;
 
 enum ElementType : int32_t { kFloat = 0, kHalf = 1, kBFloat16 = 2 };
 
-// Rows of the table of packed columns, which dmole_kernels/triton_backend/columns.py makes.
-enum ColumnFact : int32_t { kAddressA = 0, kAddressB = 1, kStepB = 2, kExpert = 3, kScale = 4 };
+// Rows of the table of packed columns, which dmole_kernels/triton_backend/columns.py builds.
+enum ColumnField : int32_t { kAddressA = 0, kAddressB = 1, kStepB = 2, kExpert = 3, kScale = 4 };
 
 // Everything is on the device. x, base, y and s have `type`; all experts have `expert_type`: the same, or kFloat.
 struct DecodeCall {
@@ -21,7 +21,7 @@ struct DecodeCall {
   void* y;                 // [rows, outputs]
   void* s;                 // [rows, ranks]: zero where the gate is; the only work memory
   const float* gate;       // [gates, experts], each covers rows / gates rows
-  const int64_t* columns;  // [facts, ranks]; the scale is a double's bits
+  const int64_t* columns;  // [fields, ranks]; the scale is the bits of a double
   const int32_t* spans;    // [experts, 2]: first column, rank
   int64_t x_step, base_step;
   int64_t rows, features, outputs, ranks, experts, gates;
@@ -32,6 +32,6 @@ struct DecodeCall {
 
 }  // namespace dmole::cuda
 
-// Two launches on `stream` (a cudaStream_t), none where there is nothing to write. Returns a cudaError_t: allocates
-// nothing, waits for nothing, and may be captured in a CUDA graph.
+// Two launches on `stream` (a cudaStream_t), none where there is nothing to write. Returns a cudaError_t. Neither
+// allocates nor synchronises; may be captured in a CUDA graph.
 extern "C" int dmole_cuda_decode(const dmole::cuda::DecodeCall* call, void* stream);

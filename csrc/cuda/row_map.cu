@@ -11,7 +11,7 @@ namespace dmole::cuda {
 
 namespace {
 
-static_assert(kTileRows == kWarp, "a warp takes a tile, a lane a row");
+static_assert(kTileRows == kWarp, "a warp per tile, a lane per row");
 constexpr int kTileThreads = 128;
 constexpr int kTilesABlock = kTileThreads / kWarp;
 constexpr int kScanThreads = 1024;
@@ -69,7 +69,7 @@ __device__ inline int32_t scan(int32_t* numbers, int64_t count, int lane, bool i
   return total;
 }
 
-// counts[e, tile] becomes the number of e's rows in earlier tiles; header and start are written. One block: a warp an
+// counts[e, tile] becomes the number of e's rows in earlier tiles; header and start are written. One block: a warp per
 // expert, then one warp over the experts.
 __global__ void __launch_bounds__(kScanThreads) place_experts(const RowMapCall call, int64_t tiles) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;

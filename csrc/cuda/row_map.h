@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which rows use each expert, found on the device without waiting for it: the table of csrc/cpu/row_map.h, and which
-// experts each tile of 32 rows needs.
+// The rows that use each expert, computed on the device without synchronisation: the table of csrc/cpu/row_map.h, and
+// the experts that each tile of 32 rows needs.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@ constexpr int kTileRows = 32;
 
 inline int64_t row_map_tiles(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
 inline int64_t row_map_needed_words(int64_t experts) { return (experts + 31) / 32; }
-// Room for the largest table; its third number says how much of it is used.
+// Size of the largest table; its third number is the number of pairs in use.
 inline int64_t row_map_capacity(int64_t rows, int64_t experts) { return 3 + experts + 1 + 2 * rows * experts; }
 
 // Everything is on the device.
@@ -25,6 +25,6 @@ struct RowMapCall {
 
 }  // namespace dmole::cuda
 
-// Three launches on `stream` (a cudaStream_t), one where there are no rows. Returns a cudaError_t: allocates nothing,
-// waits for nothing, and may be captured in a CUDA graph.
+// Three launches on `stream` (a cudaStream_t), one where there are no rows. Returns a cudaError_t. Neither allocates
+// nor synchronises; may be captured in a CUDA graph.
 extern "C" int dmole_cuda_row_map(const dmole::cuda::RowMapCall* call, void* stream);

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dmole.allocation import capacities, check_budget, total_budget
 from dmole.config import MethodSettings
 from dmole.method_settings import DMoLESettings
-from dmole.methods.base import JSON, Method, RoutingRecord
+from dmole.methods.base import JSON, Method, RoutingRecord, Sizes
 from dmole.models.adapters import (
     adapter_state,
     add_experts,
@@ -80,6 +80,11 @@ class SingleAdapter(Method):
         }
         self.rank = parity_rank(settings.lora.rank, settings.dmole, sizes)
         self.alpha = settings.lora.alpha * self.rank / settings.lora.rank
+
+    @classmethod
+    def trained_weights(cls, settings: MethodSettings, sizes: Sizes) -> int:
+        rank = parity_rank(settings.lora.rank, settings.dmole, sizes)
+        return rank * sum(sum(linears.values()) for linears in sizes.values())
 
     def check(self, stream: Stream) -> None:
         dmole = self.settings.dmole

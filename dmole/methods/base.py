@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from dmole.data.sample import Stream, Task
     from dmole.models.multimodal import MultimodalModel
 
+Sizes = Mapping[str, Mapping[str, int]]
 JSON = Any  # what json.dumps takes: dict, list, str, int, float, bool, None
 
 
@@ -80,6 +81,14 @@ class Method(ABC):
 
     def check(self, stream: Stream) -> None:  # noqa: B027 - an optional hook
         """Raise `ValueError` for settings that this stream and model cannot satisfy. Called before any training."""
+
+    @classmethod
+    def trained_weights(cls, settings: MethodSettings, sizes: Sizes) -> int | None:
+        """How many weights a stage trains, for `dmole inspect`; None where that is not known before training.
+
+        sizes[tower][linear] is in + out, the weights of an expert of rank 1 there.
+        """
+        return None
 
     def stages(self, stream: Stream) -> list[Stage]:
         """The stages of a run: one per task, each tested on all tasks."""

@@ -39,7 +39,7 @@ from dmole.config import MethodSettings
 from dmole.curriculum import even_split, module_scores, proportional_split, split_budget, update_ratios
 from dmole.expert_pool import ExpertPool, Placement, expert_name
 from dmole.method_settings import DMoLESettings
-from dmole.methods.base import JSON, Method, RoutingRecord, answer_loss
+from dmole.methods.base import JSON, Method, RoutingRecord, Sizes, answer_loss
 from dmole.models.adapters import (
     adapter_state,
     add_experts,
@@ -109,6 +109,16 @@ class DMoLE(Method):
         budget = total_budget(self.candidates, fraction=self.options.budget_fraction, unit=unit)
         check_budget(self.candidates, budget=budget, unit=unit, vision_floor=self.options.vision_floor)
         return budget
+
+    @classmethod
+    def trained_weights(cls, settings: MethodSettings, sizes: Sizes) -> int:
+        """The budget times the mean linear of the towers: which linears a task gets is decided by its data."""
+        options = settings.options_as(DMoLESettings)
+        used = {tower: linears for tower, linears in sizes.items() if options.towers in ("both", tower)}
+        names = {tower: tuple(linears) for tower, linears in used.items()}
+        budget = total_budget(names, fraction=options.budget_fraction, unit=options.unit)
+        share = budget / sum(capacities(names, options.unit).values())
+        return round(settings.lora.rank * share * sum(sum(linears.values()) for linears in used.values()))
 
     def check(self, stream: Stream) -> None:
         self._checked_budget()

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
-from dmole.methods.base import JSON, Method, RoutingRecord, Stage
+from dmole.config import MethodSettings
+from dmole.methods.base import JSON, Method, RoutingRecord, Sizes, Stage
 
 if TYPE_CHECKING:
     from dmole.data.collate import Batch
@@ -21,6 +22,10 @@ class ZeroShot(Method):
     """Nothing is trained and nothing is added."""
 
     name: ClassVar[str] = "zero_shot"
+
+    @classmethod
+    def trained_weights(cls, settings: MethodSettings, sizes: Sizes) -> int:
+        return 0
 
     def stages(self, stream: Stream) -> list[Stage]:
         return []

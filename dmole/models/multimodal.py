@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A multimodal model as the rest of dmole sees it: two towers of linears, a tokenizer, an image processor.
+"""A multimodal model as the rest of dmole sees it: two towers of linears, and a processor of images and text.
 
 The network itself is transformers' own (``LlavaForConditionalGeneration``); nothing of it is subclassed or patched.
 Prompt of a sample, with the image's tokens first:  ``<bos> <image> x n  <user> instruction <assistant> answer <eos>``.
@@ -8,126 +8,31 @@ Prompt of a sample, with the image's tokens first:  ``<bos> <image> x n  <user> 
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
-import numpy as np
-import PIL
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
-    AutoTokenizer,
-    LlavaConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
     LlavaForConditionalGeneration,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
     SiglipVisionConfig,
 )
-
-from dmole.cache import ImageFeatureCache, cache_folder
-from dmole.models.stem import EfficientNetLite0, stem_digest
+from transformers.utils import logging
 
 WEIGHTS_FILE = "model.safetensors"
-STEM_FILE = "stem.safetensors"
-PROCESSOR_FILE = "image_processor.json"
+PROCESSOR_FILE = "processor_config.json"
 
 TOWER_PREFIX = {"vision": "model.vision_tower.", "language": "model.language_model."}
-
-
-class ImageProcessor(Protocol):
-    """Image files -> ``pixel_values`` [B, C, H, W] float32; equal ``version``, equal values."""
-
-    @property
-    def version(self) -> str: ...
-
-    def __call__(self, images: Sequence[Path]) -> Tensor: ...
-
-    def save(self, folder: Path) -> None: ...
-
-
-class StemProcessor:
-    """Image file -> standardised stem features [C, S/32, S/32] (``dmole.models.stem``), cached on disk.
-
-    Standardised per channel with the mean and deviation over the pretraining images: the three depths that the map
-    joins differ by an order of magnitude, and one of them would otherwise drown the others. Clipped at five deviations:
-    the network's channels are sparse, and single values of sixty would decide the first layer's output.
-    """
-
-    CLIP = 5.0
-
-    def __init__(self, side: int, mean: Tensor, deviation: Tensor, folder: Path | None = None):
-        self.side = side
-        self.mean = mean
-        self.deviation = deviation
-        self._stem: EfficientNetLite0 | None = None
-        digest = hashlib.sha256(mean.numpy().tobytes() + deviation.numpy().tobytes()).hexdigest()
-        self.version = f"efficientnet-lite0/{side}/{self.CLIP}/{digest}"
-        self.cache = ImageFeatureCache((folder or cache_folder()) / "stem_features", self._made_by, self.compute)
-
-    def __call__(self, images: Sequence[Path]) -> Tensor:
-        return self.cache.features(images)
-
-    def compute(self, image: Path) -> Tensor:
-        """The features [C, S/32, S/32] of one image, without the cache."""
-        if self._stem is None:
-            # Two threads may both get here and load it twice; the weights are the same.
-            self._stem = EfficientNetLite0()
-        pixels_HWC = torch.from_numpy(read_image(image, self.side).copy())
-        return self.standardise(self._stem(pixels_HWC.permute(2, 0, 1)[None]))[0]
-
-    def _made_by(self) -> str:
-        """What cached features follow from besides images and arithmetic; Pillow decodes and resizes."""
-        code = "".join(inspect.getsource(part) for part in (StemProcessor, read_image))
-        return json.dumps([self.version, stem_digest(), PIL.__version__, code])
-
-    def standardise(self, features_BCHW: Tensor) -> Tensor:
-        """(x - mean) / deviation per channel, clipped."""
-        return ((features_BCHW - self.mean[:, None, None]) / self.deviation[:, None, None]).clamp_(
-            -self.CLIP, self.CLIP
-        )
-
-    def save(self, folder: Path) -> None:
-        (folder / PROCESSOR_FILE).write_text(
-            json.dumps({"kind": "efficientnet-lite0", "side": self.side}, indent=2) + "\n"
-        )
-        save_file({"mean": self.mean, "deviation": self.deviation}, folder / STEM_FILE)
-
-    @classmethod
-    def load(cls, folder: Path) -> StemProcessor:
-        settings = json.loads((folder / PROCESSOR_FILE).read_text())
-        statistics = load_file(folder / STEM_FILE)
-        return cls(settings["side"], statistics["mean"], statistics["deviation"])
-
-
-class PixelProcessor:
-    """Image file -> pixels [3, side, side] scaled to -1..1: the plain processor of a model that learns from pixels."""
-
-    def __init__(self, side: int):
-        self.side = side
-        self.version = f"pixels/{side}"
-
-    def __call__(self, images: Sequence[Path]) -> Tensor:
-        pixels = np.stack([read_image(image, self.side) for image in images])
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
-
-    def save(self, folder: Path) -> None:
-        (folder / PROCESSOR_FILE).write_text(json.dumps({"kind": "pixels", "side": self.side}, indent=2) + "\n")
-
-    @classmethod
-    def load(cls, folder: Path) -> PixelProcessor:
-        return cls(json.loads((folder / PROCESSOR_FILE).read_text())["side"])
-
-
-def read_image(path: Path, side: int) -> np.ndarray:
-    """RGB uint8 [side, side, 3]; bicubic when the file has another size."""
-    with Image.open(path) as image:
-        rgb = image.convert("RGB")
-        return np.asarray(rgb if rgb.size == (side, side) else rgb.resize((side, side), Image.Resampling.BICUBIC))
 
 
 @dataclass(frozen=True)
@@ -135,14 +40,26 @@ class MultimodalModel:
     """transformers' LLaVA classes with what continual training needs around them."""
 
     model: LlavaForConditionalGeneration
-    tokenizer: PreTrainedTokenizerBase
-    pixel_values: ImageProcessor
+    processor: ProcessorMixin
     candidates: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.candidates:
             object.__setattr__(self, "candidates", candidate_linears(self.model))
         self.model.requires_grad_(False).train(False)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return cast(PreTrainedTokenizerBase, self.processor.tokenizer)
+
+    def pixel_values(self, images: Sequence[Path]) -> Tensor:
+        """Image files -> [B, C, H, W] float32, as the processor makes them of the opened images."""
+        opened = []
+        for path in images:
+            with Image.open(path) as image:
+                image.load()
+            opened.append(image)
+        return cast(Tensor, self.processor.image_processor(opened, return_tensors="pt")["pixel_values"])
 
     @property
     def image_tokens(self) -> int:
@@ -171,7 +88,8 @@ class MultimodalModel:
         # Padding and truncation are left out: calls change them.
         rules = json.loads(cast(Any, self.tokenizer).backend_tokenizer.to_str())
         parts = [rules[name] for name in ("added_tokens", "normalizer", "pre_tokenizer", "model")]
-        return hashlib.sha256(json.dumps([self.pixel_values.version, *parts]).encode()).hexdigest()
+        images = self.processor.image_processor.to_dict()
+        return hashlib.sha256(json.dumps([images, *parts], sort_keys=True).encode()).hexdigest()
 
     def decode(self, ids: Sequence[int]) -> str:
         """Generated tokens -> text, cut at the end token."""
@@ -190,13 +108,14 @@ class MultimodalModel:
         return cast(Tensor, output.last_hidden_state)
 
     def save(self, folder: Path, *, dtype: torch.dtype = torch.float16) -> None:
-        """Weights in ``dtype`` (half the size; loading gives float32 again), config, tokenizer, image processor."""
+        """A transformers folder: the processor, and weights in ``dtype`` (half the size; loading gives float32)."""
         folder.mkdir(parents=True, exist_ok=True)
         state = {k: v.to(dtype).contiguous() for k, v in self.model.state_dict().items() if k != "lm_head.weight"}
         save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        self.model.config.dtype = torch.float32  # in memory, whatever the file holds
         self.model.config.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-        self.pixel_values.save(folder)
+        self.model.generation_config.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
 
     def _id(self, token: str) -> int:
         return cast(int, self.tokenizer.convert_tokens_to_ids(token))
@@ -230,7 +149,7 @@ def candidate_linears(model: nn.Module, endings: Sequence[str] = ()) -> dict[str
 
 
 def load_model(folder: str | Path, *, candidates: Sequence[str] = ()) -> MultimodalModel:
-    """Reads what ``MultimodalModel.save`` wrote; float32, frozen, in evaluation mode.
+    """Reads a transformers folder of a LLaVA with its processor; float32, frozen, in evaluation mode.
 
     ``candidates``: endings of the linears that may carry experts (``candidate_linears``); () means every linear.
     Raises FileNotFoundError naming the missing file, ValueError when weights and config disagree.
@@ -241,32 +160,29 @@ def load_model(folder: str | Path, *, candidates: Sequence[str] = ()) -> Multimo
             raise FileNotFoundError(
                 f"model: {folder / name} does not exist; expected a folder written by MultimodalModel.save."
             )
-    config = LlavaConfig.from_pretrained(folder)
-    model = LlavaForConditionalGeneration(config)
-    state = {name: tensor.float() for name, tensor in load_file(folder / WEIGHTS_FILE).items()}
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    missing = [name for name in missing if name != "lm_head.weight"]  # tied to the embedding
+    with _no_progress_bar():
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    model, found = loaded
+    missing, unexpected = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
     if missing or unexpected:
         raise ValueError(
             f"model: {folder / WEIGHTS_FILE} lacks {missing[:3]} and has unknown {unexpected[:3]}; expected the "
             f"tensors of config.json. The folder mixes two models: save it again."
         )
-    model.tie_weights()
-    # On a CPU the backward of the flash kernel costs a quarter of a step on sequences this short; on a GPU either does.
-    model.set_attn_implementation("eager")
-    kind = json.loads((folder / PROCESSOR_FILE).read_text())["kind"]
-    processors: dict[str, Callable[[Path], ImageProcessor]] = {
-        "efficientnet-lite0": StemProcessor.load,
-        "pixels": PixelProcessor.load,
-    }
-    if kind not in processors:
-        raise ValueError(
-            f"model: {folder / PROCESSOR_FILE} names the image processor {kind!r}; "
-            f"expected one of {sorted(processors)}."
-        )
     return MultimodalModel(
         model=model,
-        tokenizer=AutoTokenizer.from_pretrained(folder),
-        pixel_values=processors[kind](folder),
+        processor=AutoProcessor.from_pretrained(folder),  # type: ignore[no-untyped-call]
         candidates=candidate_linears(model, candidates),
     )
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """transformers draws a bar over the weights, which would run through dmole's own display."""
+    drawn = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if drawn:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

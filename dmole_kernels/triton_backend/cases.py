@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Launches of representative calls, for counting and ahead-of-time compilation, and on a GPU for the tuner.
 
-Without a device the tensors live on PyTorch's meta device: no memory, and addresses and sizes with the divisibility of
-real ones (PyTorch allocates at multiples of 512 bytes on a GPU). That a call's launches can be made there at all proves
-that making them asks the device for no value.
+Without a device the tensors are on PyTorch's meta device: no memory, and addresses and sizes with the divisibility of
+real ones (PyTorch allocates at multiples of 512 bytes on a GPU). Building launches there also shows that it reads no
+value from the device.
 """
 
 from __future__ import annotations
@@ -167,6 +167,6 @@ def other_launches(target: Target, *, sizes: Sizes = MODEL, device: str = "meta"
 
 def every_launch(target: Target) -> list[tuple[str, Launch]]:
     """All launches of all cases with the cases' names: what check-aot compiles."""
-    calls = [(case.name, launch) for case in CASES for part in launches(case, target) for launch in part]
+    calls = [(case.name, launch) for case in CASES for direction in launches(case, target) for launch in direction]
     calls += [(case.name, launch) for case in CASES for launch in fused_launches(case, target)]
     return calls + other_launches(target)

@@ -3,14 +3,14 @@
     table[:, j] = (address of A's row j, address of B's column j, step between B's rows, expert, scale, gradient row)
 
 Packed columns without packing: a table of addresses on the device lets one kernel read any number of experts of any
-ranks where they lie, in their own dtype, so neither launches nor bytes depend on how they are stored.
+ranks in place, in their own dtype, so neither launches nor bytes depend on how they are stored.
 
-A table depends on nothing but the addresses and numbers it holds, so it is kept for good under exactly these: 48 bytes
-a column, about 3 KiB for a layer. Building one copies it to the device once; in a step every table is an old one. For
-CUDA graphs, run the step once before the capture, as Triton's own compilation requires.
+A table is cached under the addresses and numbers in it and never evicted: 48 bytes a column, about 3 KiB for a layer.
+Building one copies it to the device once; later steps find it in the cache. For CUDA graphs, run the step once before
+the capture, as Triton's compilation requires too.
 
-A table owns no expert: callers hold the experts until the launch (`Launch.owners`). The table of cast copies is built
-for one call and not kept, since their addresses belong to other tensors afterwards.
+A table does not keep experts alive: callers do until the launch (`Launch.owners`). The table of cast copies is built
+for one call and not cached, since their addresses belong to other tensors afterwards.
 
 Column blocks: `block` neighbouring columns, or with a mask for each expert, blocks that end where the expert ends.
 """
@@ -31,7 +31,7 @@ MASKED = -1
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """Where the experts of one call lie; tensors on their device."""
+    """The packed columns of one call; tensors on the experts' device."""
 
     table: Tensor  # int64 [6, R]
     blocks: Tensor  # int32 [blocks, 4]: first column, columns, stream of the mask, whether an expert in it is trainable
@@ -39,10 +39,10 @@ class Columns:
     ranks: tuple[int, ...]
     block: int
     per_expert: bool  # blocks end where an expert ends
-    learning: Tensor  # int32: the blocks with a trainable expert
+    trainable_blocks: Tensor  # int32: the blocks with a trainable expert
     gradient_rows: int
     a_aligned: bool  # every row of A begins at a multiple of 16 bytes
-    b_run: int  # neighbouring columns of B that lie side by side, aligned: 1, 2, 4 or 8
+    b_run: int  # neighbouring columns of B that are contiguous and aligned: 1, 2, 4 or 8
     a_dtype: torch.dtype
     b_dtype: torch.dtype
     bytes_a: int
@@ -60,7 +60,7 @@ def expert_columns(
     lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scale: Sequence[float], block: int, per_expert: bool,
     trainable: Sequence[bool] | None = None, *, keep: bool = True,
 ) -> Columns:  # fmt: skip
-    """The table for these experts, new or kept. Experts share one dtype and A has contiguous rows.
+    """The table for these experts, new or cached. Experts have one dtype and A has contiguous rows.
 
     Pass keep=False for experts that are copies made for this call.
     """
@@ -78,8 +78,8 @@ def expert_columns(
 
 
 def one_dtype(experts: Sequence[Tensor], dtype: torch.dtype, *, any_strides: bool = False) -> list[Tensor]:
-    """The experts as they are when they share a dtype and have contiguous rows (or any_strides), else cast to `dtype`:
-    copies, which the caller holds until the launch."""
+    """The experts unchanged when they have one dtype and contiguous rows (or any_strides), else copies cast to `dtype`,
+    which the caller keeps alive until the launch."""
     if all(e.dtype == experts[0].dtype and (any_strides or e.stride(1) == 1 or e.shape[1] == 1) for e in experts):
         return list(experts)
     return [e.to(dtype).contiguous() for e in experts]
@@ -112,15 +112,15 @@ def _build(
     gradient_row = 0
     for e, (a, b, factor) in enumerate(zip(lora_a, lora_b, scale, strict=True)):
         (bits,) = struct.unpack("<q", struct.pack("<d", factor))
-        learns = trainable is not None and trainable[e]
+        trains = trainable is not None and trainable[e]
         for j in range(ranks[e]):
             rows[A_ADDRESS].append(a.data_ptr() + j * a.stride(0) * a.element_size())
             rows[B_ADDRESS].append(b.data_ptr() + j * b.stride(1) * b.element_size())
             rows[B_STEP].append(b.stride(0))
             rows[EXPERT].append(e)
             rows[SCALE].append(bits)
-            rows[GRADIENT_ROW].append(gradient_row if learns else MASKED)
-            gradient_row += learns
+            rows[GRADIENT_ROW].append(gradient_row if trains else MASKED)
+            gradient_row += trains
     blocks = [
         (first, count, stream, int(any(row != MASKED for row in rows[GRADIENT_ROW][first : first + count])))
         for first, count, stream in column_blocks(ranks, block, per_expert)
@@ -135,7 +135,7 @@ def _build(
         ranks=ranks,
         block=block,
         per_expert=per_expert,
-        learning=torch.tensor([i for i, entry in enumerate(blocks) if entry[3]], dtype=torch.int32).to(device),
+        trainable_blocks=torch.tensor([i for i, entry in enumerate(blocks) if entry[3]], dtype=torch.int32).to(device),
         gradient_rows=gradient_row,
         a_aligned=all(address % 16 == 0 for address in rows[A_ADDRESS]),
         b_run=_run(lora_b, ranks),

@@ -3,12 +3,12 @@
     configuration(kernel, target, bits) -> tile sizes, warps, stages
 
 One dated table of launch configurations by target and shape class; nothing is tuned at run time. The class is the
-element size and the column block (`column_block`), never the number of rows: a sample's result must not depend on how
-many stand beside it, and another tile could mean another order of summation.
+element size and the column block (`column_block`), never the number of rows: a sample's result must not depend on the
+batch size, and another tile could mean another order of summation.
 
-2026-11-22: chosen so that every entry compiles without spills and fits the target's shared memory (aot.json). What
-`python -m dmole_kernels tune` measured on a GPU stands in tuned.json, dated and with the device's name, and goes before
-these entries; it is empty so far.
+2026-11-22: chosen so that every entry compiles without spills and fits the target's shared memory (aot.json). Entries
+of tuned.json, measured on a GPU by `python -m dmole_kernels tune`, with date and device name, take precedence over
+these; it is empty so far.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# What one block may use, in bytes; gfx942 has 64 KiB of LDS.
+# Bytes available to one block; gfx942 has 64 KiB of LDS.
 SHARED_MEMORY = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536}
 TARGETS = tuple(SHARED_MEMORY)
-SMALLEST_DOT = 16  # GPUs refuse a dot with a side under 16; the interpreter does not notice
+SMALLEST_DOT = 16  # GPUs reject a dot with a side under 16; the interpreter accepts it
 DROPOUT_GROUP = 128  # columns that share the counters of one Philox call: tiles of x and dx are multiples of it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """`rows` by `width` is the tile of tokens by features; for norms and router the comment at the table says.
-    `depth`: how many features of x one step of `fused_base` takes; the others do not use it."""
+    """`rows` by `width` is the tile of tokens by features; for norms and router see the comments in the table.
+    `depth`: features of x per step of `fused_base`; the others do not use it."""
 
     rows: int
     width: int
@@ -39,11 +39,10 @@ class Config:
 
 
 Line = Mapping[str, tuple[Config, Config]]  # kernel -> (16-bit elements, 32-bit elements)
-Target = str | Line  # a target's name, or, in trials of the tuner, its line itself
+Target = str | Line  # the name of a target, or the line itself in trials of the tuner
 
 
-# Dots of 32-bit elements are full-precision multiply-adds, unrolled:
-# small tiles, or they spill.
+# Dots of 32-bit elements are unrolled full-precision multiply-adds, which spill with larger tiles.
 _LARGE = {
     "shrink": (Config(rows=32, width=128, warps=8, stages=3), Config(rows=16, width=128, warps=4, stages=2)),
     "expand": (Config(rows=64, width=128, warps=8, stages=2), Config(rows=32, width=32, warps=4, stages=2)),
@@ -61,7 +60,7 @@ _LARGE = {
     # Router: rows samples, width features at a time.
     "router_score": (Config(rows=16, width=64, warps=4, stages=2), Config(rows=16, width=32, warps=4, stages=2)),
 }
-# Accumulators stand in memory of their own there, which leaves registers for a larger tile.
+# Accumulators are in separate memory there, which leaves registers for a larger tile.
 _SM_100 = _LARGE | {
     "fused_base": (
         Config(rows=128, width=128, depth=64, warps=8, stages=3),
@@ -72,7 +71,7 @@ _SM_120 = _LARGE | {
     "shrink_gradient": (Config(rows=32, width=128, warps=4, stages=2), Config(rows=16, width=64, warps=4, stages=2)),
     "input_gradient": (Config(rows=32, width=128, warps=8, stages=2), Config(rows=16, width=128, warps=8, stages=2)),
 }
-# Loads in flight are registers there, and 64 columns of float32 experts are too many of them.
+# Loads in flight occupy registers there: too many for 64 columns of float32 experts.
 _GFX942 = _LARGE | {
     "shrink": (Config(rows=32, width=128, warps=8, stages=1), Config(rows=16, width=128, warps=8, stages=1)),
     "shrink_gradient": (Config(rows=32, width=64, warps=4, stages=2), Config(rows=16, width=64, warps=4, stages=1)),
@@ -82,7 +81,7 @@ _GFX942 = _LARGE | {
         Config(rows=32, width=64, depth=16, warps=8, stages=2),
     ),
 }
-# Small tiles, so that small tests cross tile borders; every path of a GPU's table is taken.
+# Small tiles, so that small tests cross tile borders; every path of the GPUs' tables is tested.
 _INTERPRETER = {
     "shrink": (Config(rows=32, width=128, warps=1, stages=1),) * 2,
     "expand": (Config(rows=64, width=32, warps=1, stages=1),) * 2,
@@ -105,7 +104,7 @@ _WRITTEN: dict[str, Line] = {
 }
 TUNED = Path(__file__).with_name("tuned.json")
 
-# Whose flags each kernel reads: its tile is a whole number of their row groups.
+# The kernel whose flags each kernel reads; its tile is a multiple of their row groups.
 FLAGS_OF = {
     "expand": "shrink",
     "fused_base": "shrink",
@@ -116,7 +115,7 @@ MASKED_TILES = ("shrink", "weight_gradient", "input_gradient")
 
 
 def misfits(line: Line) -> Iterator[str]:
-    """What the kernels could not use, as readable lines."""
+    """Readable lines: entries that the kernels cannot use."""
     for kernel, pair in line.items():
         for config, bits, element in zip(pair, ("16", "32"), (0, 1), strict=True):
             leader = line[FLAGS_OF[kernel]][element] if kernel in FLAGS_OF else config
@@ -127,7 +126,7 @@ def misfits(line: Line) -> Iterator[str]:
 
 
 def with_tuned(table: Mapping[str, Line], record: Mapping[str, Any]) -> dict[str, Line]:
-    """The table with what a tuner's record (tuned.json) says instead.
+    """The table with the entries of a tuner's record (tuned.json) in place of its own.
 
     Raises:
         ValueError: for a target that is no GPU of the table, or tiles that the kernels cannot use.

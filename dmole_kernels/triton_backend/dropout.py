@@ -3,7 +3,7 @@
     keep[n, d] = (word, or word with its halves swapped where (d // 16) % 2) >= threshold       word: see `philox.py`
 
 The mask of `philox.dropout_keep_mask`, bit for bit, for a tile of rows by 128 columns: one Philox call gives four words
-and each word two decisions, so 16 calls serve 128 columns.
+and each word two decisions, so 128 columns need 16 calls.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from dmole_kernels.triton_backend.launch import signed
 def mask_arguments(dropout: float, seed: Tensor | None, device: torch.device) -> dict[str, Any]:
     """The seed, the threshold as int32 and the factor 1 / (1 - dropout); without a seed none is used.
 
-    A seed on the device is passed as its address and read by the kernels (DEVICE_KEY): the host never waits for it,
-    and a captured CUDA graph draws the masks of what the tensor holds at each replay. One on the host is passed as two
-    int32 words, so a graph would repeat it.
+    A seed on the device is passed as its address and read by the kernels (DEVICE_KEY): no host synchronisation,
+    and a captured CUDA graph uses the value of the tensor at each replay. A seed on the host is passed as two int32
+    words, so a graph would repeat its masks.
     """
     if seed is not None and seed.device == device:
         key: dict[str, Any] = {"key_low": seed, "key_high": 0}

@@ -4,7 +4,7 @@
     dx = keep * (dS A)                     backward, kernel `input_gradient`
 
 One program: a tile of rows by a tile of features, the sum over the column blocks that any of its rows needs, in order.
-Where the sum has a NaN, `recompute` leaves out the pairs of a row and an expert whose gate is zero.
+Where the sum has a NaN, `recompute` computes it again without the (row, expert) pairs whose gate is zero.
 """
 
 from __future__ import annotations
@@ -104,8 +104,8 @@ def _input_block(  # type: ignore[no-untyped-def]
     a_tile = tl.load(a_rows[:, None] + features[None, :], mask=column_mask[:, None] & feature_mask[None, :], other=0.0)
     if MASKS:
         keep = keep_tile(rows, tl.min(features, 0), stream, key_low, key_high, threshold, ROWS)
-        part = product(ds_tile, a_tile, tl.zeros([ROWS, WIDTH], dtype=ACC), TYPE, UPCAST)
-        total += tl.where(keep, part, tl.zeros_like(part))
+        partial = product(ds_tile, a_tile, tl.zeros([ROWS, WIDTH], dtype=ACC), TYPE, UPCAST)
+        total += tl.where(keep, partial, tl.zeros_like(partial))
     else:
         total = product(ds_tile, a_tile, total, TYPE, UPCAST)
     return total

@@ -2,8 +2,8 @@
 """
     dA = sum_k partial_a[k]      dB^T = sum_k partial_b[k]      dg[g, e] = s[e] sum_{n of g} sum_{j in e} (P * S)[n, j]
 
-The last sums of backward in one launch, each in a fixed order: over the shares of `weight_gradient`, and over a gate's
-rows counted from the gate's own first row, so that a sample's dg does not depend on where it stands in the batch.
+The last sums of backward in one launch, each in a fixed order: over the splits of `weight_gradient`, and over a gate's
+rows counted from the gate's own first row, so that a sample's dg does not depend on its position in the batch.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from dmole_kernels.triton_backend.tiles import narrow
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _sum_shares(partial, out, program, count, shares, SIZE: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr):  # type: ignore[no-untyped-def]
+def _sum_splits(partial, out, program, count, splits, SIZE: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr):  # type: ignore[no-untyped-def]
     place = program.to(tl.int64) * SIZE + tl.arange(0, SIZE)
     total = tl.zeros([SIZE], dtype=ACC)
-    for share in range(0, shares):
-        total += tl.load(partial + share * count + place, mask=place < count, other=0.0)
+    for split in range(0, splits):
+        total += tl.load(partial + split * count + place, mask=place < count, other=0.0)
     tl.store(out + place, narrow(total, out.dtype.element_ty, UPCAST), mask=place < count)
 
 
@@ -32,7 +32,7 @@ def _gate_gradient(  # type: ignore[no-untyped-def]
     expert = program % E
     first = tl.load(experts + 2 * expert)
     rank = tl.load(experts + 2 * expert + 1)
-    # An expert of rank 0 has no column that says its scale, and a gradient of zero.
+    # An expert of rank 0 has no column with its scale; its gradient is zero.
     scale = tl.load(table + 4 * R + first, mask=rank > 0, other=0).to(tl.float64, bitcast=True).to(ACC)
     total = tl.zeros([ROWS, 16], dtype=ACC)
     offsets = tl.arange(0, ROWS)
@@ -60,7 +60,7 @@ def _gate_gradient(  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def finish(  # type: ignore[no-untyped-def]
     partial_a, partial_b, da, db, products, table, experts, dgate,
-    count_a, count_b, shares, G, R, E, rows_per_gate,
+    count_a, count_b, splits, G, R, E, rows_per_gate,
     SIZE: tl.constexpr, ROWS: tl.constexpr, WEIGHTS: tl.constexpr, NEED_GATE: tl.constexpr, TOKEN_GATES: tl.constexpr,
     ACC: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -70,9 +70,9 @@ def finish(  # type: ignore[no-untyped-def]
         programs_a, programs_b = tl.cdiv(count_a, SIZE), tl.cdiv(count_b, SIZE)
         before = programs_a + programs_b
         if program < programs_a:
-            _sum_shares(partial_a, da, program, count_a, shares, SIZE, ACC, UPCAST)
+            _sum_splits(partial_a, da, program, count_a, splits, SIZE, ACC, UPCAST)
         elif program < before:
-            _sum_shares(partial_b, db, program - programs_a, count_b, shares, SIZE, ACC, UPCAST)
+            _sum_splits(partial_b, db, program - programs_a, count_b, splits, SIZE, ACC, UPCAST)
     if NEED_GATE:
         if program >= before:
             _gate_gradient(products, table, experts, dgate, program - before, G, R, E, rows_per_gate, ROWS,

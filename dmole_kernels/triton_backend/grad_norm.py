@@ -49,12 +49,12 @@ def _norm(
 ) -> Tensor:
     x_BTD, grad_BTP = x_BTD.contiguous(), grad_BTP.contiguous()
     samples = x_BTD.shape[0]
-    wide = torch.promote_types(torch.promote_types(x_BTD.dtype, grad_BTP.dtype), torch.float32)
-    total_B = x_BTD.new_empty(samples, dtype=wide)
+    dtype = torch.promote_types(torch.promote_types(x_BTD.dtype, grad_BTP.dtype), torch.float32)
+    total_B = x_BTD.new_empty(samples, dtype=dtype)
     if x_BTD.numel() == 0 or grad_BTP.numel() == 0:
         return total_B.zero_()
-    partial = x_BTD.new_empty((samples, tiles), dtype=wide)
-    facts = computing(wide) | {
+    partial = x_BTD.new_empty((samples, tiles), dtype=dtype)
+    arguments = computing(dtype) | {
         "x": x_BTD,
         "grad": grad_BTP,
         "partial": partial,
@@ -69,8 +69,8 @@ def _norm(
     }
     reads = {"x": size(x_BTD), "G": size(grad_BTP)}
     writes = {"partial": size(partial)}
-    runner(Launch.bound(kernel, facts, grid=partial.numel(), config=config, dots=[dot], reads=reads, writes=writes))
-    runner(Launch.bound(add_samples, facts, grid=samples, config=SUM, reads=writes, writes={"norm": size(total_B)}))
+    runner(Launch.bound(kernel, arguments, grid=partial.numel(), config=config, dots=[dot], reads=reads, writes=writes))
+    runner(Launch.bound(add_samples, arguments, grid=samples, config=SUM, reads=writes, writes={"norm": size(total_B)}))
     return total_B
 
 
@@ -88,7 +88,7 @@ def accumulate_gradient(
         )
     x_ND, grad_NP = rows_of(x_ND), rows_of(grad_NP)
     config = configuration("norm_direct", target, buffer_PD.element_size() * 8)
-    facts = computing(buffer_PD.dtype) | {
+    arguments = computing(buffer_PD.dtype) | {
         "buffer": buffer_PD,
         "x": x_ND,
         "grad": grad_NP,
@@ -104,7 +104,7 @@ def accumulate_gradient(
     runner(
         Launch.bound(
             accumulate,
-            facts,
+            arguments,
             grid=-(-grad_NP.shape[1] // config.width) * -(-x_ND.shape[1] // config.width),
             config=config,
             dots=[(config.width, config.width, config.rows)],
@@ -131,7 +131,7 @@ def accumulate_sketch(
     config = configuration("sketch", target, sketch_KL.element_size() * 8)
     tiles = -(-x_ND.shape[0] // config.rows)
     partial = torch.empty((tiles, *sketch_KL.shape), dtype=sketch_KL.dtype, device=sketch_KL.device)
-    facts = computing(sketch_KL.dtype) | {
+    arguments = computing(sketch_KL.dtype) | {
         "x": x_ND,
         "grad": grad_NP,
         "left": left_PK,
@@ -154,12 +154,12 @@ def accumulate_sketch(
         "ADD": True,
         "SIZE": SUM.width,
     }
-    parts = -(-sketch_KL.shape[0] // SKETCH_BLOCK) * -(-sketch_KL.shape[1] // SKETCH_BLOCK)
+    sketch_blocks = -(-sketch_KL.shape[0] // SKETCH_BLOCK) * -(-sketch_KL.shape[1] // SKETCH_BLOCK)
     runner(
         Launch.bound(
             sketch_tile,
-            facts,
-            grid=tiles * parts,
+            arguments,
+            grid=tiles * sketch_blocks,
             config=config,
             dots=[(config.rows, SKETCH_BLOCK, config.width), (SKETCH_BLOCK, SKETCH_BLOCK, config.rows)],
             reads={"x": size(x_ND), "G": size(grad_NP), "L": size(left_PK), "R": size(right_DL)},
@@ -169,7 +169,7 @@ def accumulate_sketch(
     runner(
         Launch.bound(
             add_rows,
-            facts,
+            arguments,
             grid=-(-sketch_KL.numel() // SUM.width),
             config=SUM,
             reads={"partial": size(partial), "sketch": size(sketch_KL)},

@@ -33,8 +33,8 @@ class Launch:
 
     `owners` are the experts whose addresses are in a table among the arguments: a launch keeps them alive.
 
-    An operand counts once a launch: what programs read again is in the second-level cache (`grid` puts programs that
-    share a tile side by side). Only memory traffic is meant, not loads.
+    An operand counts once per launch: repeated reads hit the second-level cache (`grid` places programs that read the
+    same tile next to each other). The bytes are memory traffic, not loads.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Launch:
             if any(side < SMALLEST_DOT or side & (side - 1) for side in dot):
                 raise ValueError(
                     f"kernel {self.name} has a dot of {dot[0]} x {dot[1]} x {dot[2]}; expected powers of two of at "
-                    f"least {SMALLEST_DOT}, which is what GPUs take. Change its line in triton_backend/configs.py."
+                    f"least {SMALLEST_DOT}, the minimum of GPUs. Change its line in triton_backend/configs.py."
                 )
         if self.grid >= 2**31:
             raise ValueError(
@@ -63,11 +63,11 @@ class Launch:
 
     @classmethod
     def bound(
-        cls, kernel: Any, facts: Mapping[str, Any], *, grid: int, config: Config,
+        cls, kernel: Any, arguments: Mapping[str, Any], *, grid: int, config: Config,
         dots: Sequence[tuple[int, int, int]] = (), reads: Mapping[str, int], writes: Mapping[str, int],
     ) -> Launch:  # fmt: skip
-        """The launch with those of the facts that the kernel has parameters for; constants have names in capitals."""
-        chosen = {name: facts[name] for name in kernel.arg_names}
+        """The launch, with the arguments that the kernel has parameters for; constants have names in capitals."""
+        chosen = {name: arguments[name] for name in kernel.arg_names}
         return cls(
             name=kernel.__name__,
             kernel=kernel,
@@ -78,7 +78,7 @@ class Launch:
             dots=dots,
             reads=reads,
             writes=writes,
-            owners=facts.get("owners", ()),
+            owners=arguments.get("owners", ()),
         )
 
     @property

@@ -5,9 +5,9 @@
     forward    shrink, expand                                                      base + 2
     backward   shrink_gradient, weight_gradient, finish, input_gradient            base + 4, whatever the experts
 
-Nothing is packed, sorted or copied: experts are read where they lie (`columns`), and which column blocks a row tile
-needs is found by the first launch of each direction (`shrink`). Strided features of x or A cost a copy, as does a list
-of experts of several dtypes. `runner` receives each launch in order: it runs them, or counts or compiles them.
+Nothing is packed, sorted or copied: experts are read in place (`columns`), and the first launch of each direction
+(`shrink`) determines the column blocks that each row tile needs. Strided features of x or A cost a copy, as does a list
+of experts of several dtypes. `runner` receives each launch in order: it runs, counts or compiles them.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from dmole_kernels.triton_backend.launch import TYPES, Launch, Runner, computing
 from dmole_kernels.triton_backend.shrink import shrink, shrink_gradient
 from dmole_kernels.triton_backend.weight_gradient import weight_gradient
 
-# Programs that keep the largest of the table's GPUs (132 and 148 multiprocessors) busy: a sum over rows is cut into
-# shares until there are so many, while their partial sums, written and read once, stay under a tenth of the bytes.
-ENOUGH_PROGRAMS, MOST_SHARES = 256, 8
+# Programs that keep the largest of the table's GPUs (132 and 148 multiprocessors) busy: a sum over rows is split
+# until there are that many, while the partial sums, written and read once, stay under a tenth of the bytes.
+ENOUGH_PROGRAMS, MOST_SPLITS = 256, 8
 FINISH = Config(rows=64, width=1024, warps=4, stages=1)
 
 
 def multi_lora_forward(call: LoraCall, *, target: Target | None = None, runner: Runner = run) -> tuple[Tensor, Tensor]:
     """y and S as `reference.multi_lora_forward`.
 
-    With every_column False, S is zero instead of computed where a column block has no gate on in a row tile; True where
-    backward will be asked for dg, because a gate of zero needs its gradient. `row_map` is not read.
+    With every_column False, S is zero where a column block has no active gate in a row tile; pass True where backward
+    computes dg, because a gate of zero needs its gradient. `row_map` is not read.
     """
     x, base, dtype = call.x, call.base, call.dtype
     assert x is not None
     target = target_of(x.device) if target is None else target
-    columns, facts = shrink_rows(call, dtype, target, runner)
-    s_NR, outputs = facts["shrunk"], facts["P"]
+    columns, arguments = shrink_rows(call, dtype, target, runner)
+    s_NR, outputs = arguments["shrunk"], arguments["P"]
     y = x.new_empty((*x.shape[:-1], outputs), dtype=dtype)
     if y.numel() == 0:
         return y, s_NR
@@ -53,8 +53,8 @@ def multi_lora_forward(call: LoraCall, *, target: Target | None = None, runner: 
     runner(
         Launch.bound(
             expand,
-            facts
-            | row_tile(config, facts)
+            arguments
+            | row_tile(config, arguments)
             | {
                 "HAS_BASE": base is not None,
                 "base": y if base_NP is None else base_NP,
@@ -64,7 +64,12 @@ def multi_lora_forward(call: LoraCall, *, target: Target | None = None, runner: 
             grid=-(-s_NR.shape[0] // config.rows) * -(-outputs // config.width),
             config=config,
             dots=[(config.rows, config.width, columns.block)],
-            reads={"S": size(s_NR), "B": columns.bytes_b, "base": size(base_NP), "plan": plan_bytes(facts)},
+            reads={
+                "S": size(s_NR),
+                "B": columns.bytes_b,
+                "base": size(base_NP),
+                "metadata": metadata_and_flag_bytes(arguments),
+            },
             writes={"y": size(y)},
         )
     )
@@ -72,7 +77,7 @@ def multi_lora_forward(call: LoraCall, *, target: Target | None = None, runner: 
 
 
 def shrink_rows(call: LoraCall, dtype: torch.dtype, target: Target, runner: Runner) -> tuple[Columns, dict[str, Any]]:
-    """The first launch of a forward, and the facts that the second needs: S, the flags, and what both share."""
+    """The first launch of forward; returns the columns and the arguments of the second launch (S, flags, ...)."""
     x, outputs = call.x, call.outputs
     assert x is not None
     x_ND = rows_of(x)
@@ -80,9 +85,9 @@ def shrink_rows(call: LoraCall, dtype: torch.dtype, target: Target, runner: Runn
     s_NR = x.new_empty((x_ND.shape[0], columns.count), dtype=dtype)
     config = configuration("shrink", target, dtype.itemsize * 8)
     flags = _flags(x_ND, columns, config)
-    facts = _facts(dtype, columns, owners, call.gate.contiguous(), flags, x_ND.shape[0], config) | {
+    arguments = _launch_arguments(dtype, columns, owners, call.gate.contiguous(), flags, x_ND.shape[0], config) | {
         **mask_arguments(call.dropout, call.seed, x.device),
-        "LOOK": "none" if flags.shape[1] == 1 else "flag" if call.every_column else "skip",
+        "FLAG_MODE": "none" if flags.shape[1] == 1 else "flag" if call.every_column else "skip",
         "x": x_ND,
         "shrunk": s_NR,
         "D": x_ND.shape[1],
@@ -91,29 +96,29 @@ def shrink_rows(call: LoraCall, dtype: torch.dtype, target: Target, runner: Runn
     }
     if x_ND.shape[0] == 0 or outputs == 0:
         s_NR.zero_()
-        return columns, facts
+        return columns, arguments
     runner(
         Launch.bound(
             shrink,
-            facts | row_tile(config, facts),
+            arguments | row_tile(config, arguments),
             grid=flags.numel(),
             config=config,
             dots=[(config.rows, columns.block, config.width)],
-            reads={"x": size(x_ND), "A": columns.bytes_a, "plan": table_bytes(facts)},
-            writes={"S": size(s_NR), "flags": 0 if facts["ONE_BLOCK"] else size(flags)},
+            reads={"x": size(x_ND), "A": columns.bytes_a, "metadata": metadata_bytes(arguments)},
+            writes={"S": size(s_NR), "flags": 0 if arguments["ONE_BLOCK"] else size(flags)},
         )
     )
-    return columns, facts
+    return columns, arguments
 
 
 def multi_lora_backward(
     call: LoraCall, grad: Tensor, s_NR: Tensor | None, wanted: Wanted, *, target: Target | None = None,
     runner: Runner = run,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx, dA, dB^T and dg as `reference.multi_lora_backward`; what is not wanted is empty and not computed."""
+    """dx, dA, dB^T and dg as `reference.multi_lora_backward`; gradients that are not requested are empty."""
     target = target_of(grad.device) if target is None else target
     dtype, bits = grad.dtype, grad.dtype.itemsize * 8
-    wide = torch.promote_types(dtype, torch.float32)
+    sum_dtype = torch.promote_types(dtype, torch.float32)
     grad_NP, gate_GE = rows_of(grad), call.gate.contiguous()
     rows, outputs = grad_NP.shape
     features = call.lora_a[0].shape[1]
@@ -132,25 +137,25 @@ def multi_lora_backward(
     config = configuration("shrink_gradient", target, bits)
     flags = _flags(grad_NP, columns, config)
     ds_NR = grad.new_empty((rows, columns.count))
-    products_NR = torch.empty((rows, columns.count) if need_gate else 0, dtype=wide, device=grad.device)
+    products_NR = torch.empty((rows, columns.count) if need_gate else 0, dtype=sum_dtype, device=grad.device)
     tiling = configuration("weight_gradient", target, bits)
-    learning = columns.learning.numel()
-    tiles = (-(-features // tiling.width) + -(-outputs // tiling.width)) * learning
-    shares = _shares(tiles, rows, tiling.rows, columns.gradient_rows, dtype.itemsize) if need_weights else 1
+    trainable_block_count = columns.trainable_blocks.numel()
+    tiles = (-(-features // tiling.width) + -(-outputs // tiling.width)) * trainable_block_count
+    splits = _split_count(tiles, rows, tiling.rows, columns.gradient_rows, dtype.itemsize) if need_weights else 1
     partial_a, partial_b = (
-        torch.empty((shares, *t.shape), dtype=wide, device=grad.device) if shares > 1 else t for t in (da, db)
+        torch.empty((splits, *t.shape), dtype=sum_dtype, device=grad.device) if splits > 1 else t for t in (da, db)
     )
-    facts = _facts(dtype, columns, owners, gate_GE, flags, rows, config) | {
+    arguments = _launch_arguments(dtype, columns, owners, gate_GE, flags, rows, config) | {
         **mask_arguments(call.dropout, call.seed, grad.device),
         "NEED_GATE": need_gate,
-        "WEIGHTS": shares > 1,
+        "WEIGHTS": splits > 1,
         "TOKEN_GATES": gate_GE.shape[0] == rows,
         "x": x_ND,
         "grad": grad_NP,
         "shrunk": ds_NR if s_NR is None else s_NR,
         "dshrunk": ds_NR,
         "products": products_NR,
-        "learning": columns.learning,
+        "trainable_blocks": columns.trainable_blocks,
         "experts": columns.experts,
         "partial_a": partial_a,
         "partial_b": partial_b,
@@ -163,16 +168,16 @@ def multi_lora_backward(
         "G": gate_GE.shape[0],
         "x_step": features if x_ND is None else x_ND.stride(0),
         "grad_step": grad_NP.stride(0),
-        "learning_count": learning,
+        "trainable_block_count": trainable_block_count,
         "row_count": columns.gradient_rows,
-        "shares": shares,
+        "splits": splits,
         "count_a": da.numel(),
         "count_b": db.numel(),
     }
     runner(
         Launch.bound(
             shrink_gradient,
-            facts | row_tile(config, facts),
+            arguments | row_tile(config, arguments),
             grid=flags.numel(),
             config=config,
             dots=[(config.rows, columns.block, config.width)],
@@ -180,7 +185,7 @@ def multi_lora_backward(
                 "dY": size(grad_NP),
                 "B": columns.bytes_b,
                 "S": size(s_NR) if need_gate else 0,
-                "plan": table_bytes(facts),
+                "metadata": metadata_bytes(arguments),
             },
             writes={"dS": size(ds_NR), "P * S": size(products_NR), "flags": size(flags)},
         )
@@ -190,8 +195,8 @@ def multi_lora_backward(
         runner(
             Launch.bound(
                 weight_gradient,
-                facts | row_tile(config, facts),
-                grid=tiles * shares,
+                arguments | row_tile(config, arguments),
+                grid=tiles * splits,
                 config=config,
                 dots=[(columns.block, config.width, config.rows)],
                 reads={
@@ -199,28 +204,28 @@ def multi_lora_backward(
                     "dY": size(grad_NP),
                     "S": size(s_NR),
                     "dS": size(ds_NR),
-                    "plan": plan_bytes(facts) + size(columns.learning),
+                    "metadata": metadata_and_flag_bytes(arguments) + size(columns.trainable_blocks),
                 },
                 writes={"dA": size(partial_a), "dB": size(partial_b)},
             )
         )
-    if shares > 1 or need_gate:
+    if splits > 1 or need_gate:
         config = FINISH
         # The programs of `finish`: dA's, dB's, then the gates'.
-        sums = -(-da.numel() // config.width) + -(-db.numel() // config.width) if shares > 1 else 0
-        gate_groups = -(-rows // config.rows) if facts["TOKEN_GATES"] else gate_GE.shape[0]
+        sums = -(-da.numel() // config.width) + -(-db.numel() // config.width) if splits > 1 else 0
+        gate_groups = -(-rows // config.rows) if arguments["TOKEN_GATES"] else gate_GE.shape[0]
         runner(
             Launch.bound(
                 finish,
-                facts | {"SIZE": config.width, "ROWS": config.rows},
+                arguments | {"SIZE": config.width, "ROWS": config.rows},
                 grid=sums + (gate_groups * gate_GE.shape[1] if need_gate else 0),
                 config=config,
                 reads={
-                    "partial": size(partial_a, partial_b) if shares > 1 else 0,
+                    "partial": size(partial_a, partial_b) if splits > 1 else 0,
                     "P * S": size(products_NR),
-                    "plan": size(columns.table, columns.experts) if need_gate else 0,
+                    "metadata": size(columns.table, columns.experts) if need_gate else 0,
                 },
-                writes={"dA, dB": size(da, db) if shares > 1 else 0, "dg": size(dgate)},
+                writes={"dA, dB": size(da, db) if splits > 1 else 0, "dg": size(dgate)},
             )
         )
     if wanted.x:
@@ -228,11 +233,11 @@ def multi_lora_backward(
         runner(
             Launch.bound(
                 input_gradient,
-                facts | row_tile(config, facts),
+                arguments | row_tile(config, arguments),
                 grid=-(-rows // config.rows) * -(-features // config.width),
                 config=config,
                 dots=[(config.rows, config.width, columns.block)],
-                reads={"dS": size(ds_NR), "A": columns.bytes_a, "plan": plan_bytes(facts)},
+                reads={"dS": size(ds_NR), "A": columns.bytes_a, "metadata": metadata_and_flag_bytes(arguments)},
                 writes={"dx": size(dx)},
             )
         )
@@ -252,12 +257,12 @@ def _columns(
 
 
 def _flags(rows_NX: Tensor, columns: Columns, config: Config) -> Tensor:
-    """int32 [row tiles of the first launch, column blocks]: 1 where some gate is on."""
+    """int32 [row tiles of the first launch, column blocks]: 1 where a gate is not zero."""
     groups = -(-rows_NX.shape[0] // config.rows)
     return torch.empty((groups, columns.blocks.shape[0]), dtype=torch.int32, device=rows_NX.device)
 
 
-def _facts(
+def _launch_arguments(
     dtype: torch.dtype,
     columns: Columns,
     owners: Sequence[Tensor],
@@ -266,7 +271,7 @@ def _facts(
     rows: int,
     flagged: Config,
 ) -> dict[str, Any]:
-    """What all launches of a call share, by the names of the kernels' parameters."""
+    """The arguments that all launches of a call have in common, by the names of the kernels' parameters."""
     return computing(dtype) | {
         "BLOCK_R": columns.block,
         "PER_EXPERT": columns.per_expert,
@@ -290,23 +295,23 @@ def _facts(
     }
 
 
-def _shares(tiles: int, rows: int, tile_rows: int, gradient_rows: int, element: int) -> int:
-    """Into how many shares the sums over rows are cut; no more than there are row tiles."""
-    # A share costs 8 bytes for every gradient element, the launches of backward read or write 5 tensors of `rows` rows.
+def _split_count(tiles: int, rows: int, tile_rows: int, gradient_rows: int, element: int) -> int:
+    """The number of splits of the sums over rows, at most the number of row tiles."""
+    # A split costs 8 bytes for every gradient element, the launches of backward read or write 5 tensors of `rows` rows.
     affordable = rows * element // (36 * gradient_rows)
-    return max(1, min(MOST_SHARES, affordable, -(-ENOUGH_PROGRAMS // tiles), -(-rows // tile_rows)))
+    return max(1, min(MOST_SPLITS, affordable, -(-ENOUGH_PROGRAMS // tiles), -(-rows // tile_rows)))
 
 
-def row_tile(config: Config, facts: dict[str, Any]) -> dict[str, int]:
-    """The tile's sides, and how many row groups of `flags` its rows are (configs.py keeps it a whole number)."""
-    return {"ROWS": config.rows, "WIDTH": config.width, "RATIO": config.rows // facts["flagged_rows"]}
+def row_tile(config: Config, arguments: dict[str, Any]) -> dict[str, int]:
+    """The sides of the tile, and its rows in row groups of `flags` (a whole number, see configs.py)."""
+    return {"ROWS": config.rows, "WIDTH": config.width, "RATIO": config.rows // arguments["flagged_rows"]}
 
 
-def table_bytes(facts: dict[str, Any]) -> int:
-    """What every launch reads beside the matrices: addresses, blocks and gates."""
-    return size(facts["table"], facts["blocks"], facts["gate"])
+def metadata_bytes(arguments: dict[str, Any]) -> int:
+    """Bytes that every launch reads in addition to the matrices: addresses, blocks and gates."""
+    return size(arguments["table"], arguments["blocks"], arguments["gate"])
 
 
-def plan_bytes(facts: dict[str, Any]) -> int:
-    """The same with the flags that the first launch wrote."""
-    return table_bytes(facts) + size(facts["flags"])
+def metadata_and_flag_bytes(arguments: dict[str, Any]) -> int:
+    """The same including the flags that the first launch wrote."""
+    return metadata_bytes(arguments) + size(arguments["flags"])

@@ -5,7 +5,7 @@
     sketch    partial[k] = (G_k L)^T (X_k R)                                        k: a tile of rows
     add_rows  out = [out +] sum over the rows of partial, in order
 
-Kernels of the gradient norms: one writer a partial, sums in a fixed order, a sample's own tiles only.
+Kernels of the gradient norms: one writer per partial, sums in a fixed order, tiles within one sample.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def norm_ghost(  # type: ignore[no-untyped-def]
     side = tl.cdiv(T, ROWS)
     sample, pair = (program // (side * side)).to(tl.int64), program % (side * side)
     left, right = pair // side, pair % side
-    # Tiles below the diagonal equal those above: not computed, the others counted twice.
+    # Tiles below the diagonal equal those above: they are skipped and the others count twice.
     if right >= left:
         left_rows, right_rows = left * ROWS + tl.arange(0, ROWS), right * ROWS + tl.arange(0, ROWS)
         gram_x = _gram(x + sample * T * D, left_rows, right_rows, T, D, ROWS, WIDTH, TYPE, ACC, UPCAST)
@@ -114,11 +114,11 @@ def sketch_tile(  # type: ignore[no-untyped-def]
     """One tile of rows, and one block of the sketch's sides."""
     program = tl.program_id(0)
     across = tl.cdiv(L, BLOCK_L)
-    parts = tl.cdiv(K, BLOCK_K) * across
-    tile, part = program // parts, program % parts
+    sketch_blocks = tl.cdiv(K, BLOCK_K) * across
+    tile, sketch_block = program // sketch_blocks, program % sketch_blocks
     rows = tile * ROWS + tl.arange(0, ROWS)
-    k = (part // across) * BLOCK_K + tl.arange(0, BLOCK_K)
-    l = (part % across) * BLOCK_L + tl.arange(0, BLOCK_L)  # noqa: E741
+    k = (sketch_block // across) * BLOCK_K + tl.arange(0, BLOCK_K)
+    l = (sketch_block % across) * BLOCK_L + tl.arange(0, BLOCK_L)  # noqa: E741
     u = _projected(grad, left, rows, k, N, P, K, grad_step, ROWS, WIDTH, BLOCK_K, TYPE, ACC, UPCAST)
     v = _projected(x, right, rows, l, N, D, L, x_step, ROWS, WIDTH, BLOCK_L, TYPE, ACC, UPCAST)
     total = product(tl.trans(u), v, tl.zeros([BLOCK_K, BLOCK_L], dtype=ACC), TYPE, UPCAST)

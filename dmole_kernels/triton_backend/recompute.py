@@ -2,9 +2,10 @@
 """
     out[i, p] = sum over the k with C[i, k] != 0 of left[i, k] right[k, p]       where out[i, p] is NaN
 
-What a tile's dot cannot leave out: pairs of a row and an expert whose gate is zero, when the expert, x or dY holds an
-inf or NaN. One output row and a few summands at a time, so that few registers are needed: the kernels' common path
-keeps its own. Elements that are not NaN keep their bits, whichever rows share their tile.
+The dot of a tile includes (row, expert) pairs whose gate is zero; an inf or NaN in the expert, x or dY then makes the
+result NaN. These functions compute the NaN elements again without such pairs, one output row and a few summands at a
+time, so that they need few registers and the common path keeps its own. Elements that are not NaN keep their bits,
+whichever other rows are in the tile.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ SUMMED_ROWS = tl.constexpr(32)
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _masked_sum(left, used, right, ACC: tl.constexpr, TYPE: tl.constexpr, UPCAST: tl.constexpr):  # type: ignore[no-untyped-def]
     """[1, WIDTH]: the sum of left[k, 0] right[k, :] over the k that are used, both rounded as a dot's operands."""
-    part = narrow(left, TYPE, UPCAST).to(ACC) * narrow(right, TYPE, UPCAST).to(ACC)
-    return tl.sum(tl.where(used, part, tl.zeros_like(part)), 0, keep_dims=True)
+    products = narrow(left, TYPE, UPCAST).to(ACC) * narrow(right, TYPE, UPCAST).to(ACC)
+    return tl.sum(tl.where(used, products, tl.zeros_like(products)), 0, keep_dims=True)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -103,7 +104,7 @@ def recompute_input_gradient(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr, WIDTH: tl.constexpr, TYPE: tl.constexpr, ACC: tl.constexpr, A_TYPE: tl.constexpr,
     MASKS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """MASKS: each column has the mask of its expert. A shared mask has left no NaN where it drops."""
+    """MASKS: each column has the mask of its expert. A shared mask leaves no NaN where it drops."""
     tl.debug_barrier()
     features = first_feature + tl.arange(0, WIDTH)
     feature_mask = features < D
@@ -134,7 +135,7 @@ def recompute_weight_gradient(  # type: ignore[no-untyped-def]
     WIDTH: tl.constexpr, TYPE: tl.constexpr, ACC: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Rows begin to stop of left^T right, for `count` columns; out begins at the share's first gradient row."""
+    """Rows begin to stop of left^T right, for `count` columns; `out` begins at the split's first row."""
     tl.debug_barrier()
     features = first + tl.arange(0, WIDTH)
     feature_mask = features < WIDE

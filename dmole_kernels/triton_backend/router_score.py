@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
 The router's score and its masked pooling as one Triton launch each. Autoencoders are trained rarely and are small: the
-derivative and the selection are the reference's, in plain PyTorch on the same device.
+derivative and the selection use `reference`, plain PyTorch on the same device.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def router_score_forward(
     }
     config = configuration("router_score", target, features_ND.element_size() * 8)
     block = max(16, 1 << max(0, hidden - 1).bit_length())
-    facts = (
+    arguments = (
         computing(features_ND.dtype)
         | weights
         | {
@@ -63,7 +63,7 @@ def router_score_forward(
     runner(
         Launch.bound(
             router.router_score,
-            facts,
+            arguments,
             grid=-(-features_ND.shape[0] // config.rows) * tasks,
             config=config,
             dots=[(config.rows, block, config.width), (config.rows, config.width, block)],
@@ -77,7 +77,7 @@ def router_score_forward(
 def masked_max_pool(
     hidden_BTD: Tensor, mask_BT: Tensor, *, target: Target | None = None, runner: Runner = run
 ) -> tuple[Tensor, Tensor]:
-    """Maxima over the tokens with mask True, and the token each came from."""
+    """Maxima over the tokens with mask True, and the token of each."""
     if target is None:
         target_of(hidden_BTD.device)
     samples, tokens, width = hidden_BTD.shape
@@ -86,7 +86,7 @@ def masked_max_pool(
     if values_BD.numel() == 0:
         return values_BD, token_BD
     hidden_BTD, mask_BT = hidden_BTD.contiguous(), mask_BT.contiguous().view(torch.uint8)
-    facts = {
+    arguments = {
         "hidden": hidden_BTD,
         "mask": mask_BT,
         "values": values_BD,
@@ -99,7 +99,7 @@ def masked_max_pool(
     runner(
         Launch.bound(
             router.masked_max_pool,
-            facts,
+            arguments,
             grid=samples * -(-width // POOL.width),
             config=POOL,
             reads={"hidden": size(hidden_BTD), "mask": size(mask_BT)},

@@ -4,9 +4,9 @@
     P = dY B,  dS = P * C / (1-q)          backward, kernel `shrink_gradient`; also P * S where dg is wanted
 
 One program: a tile of rows by a block of packed columns, the sum over all features in order: no split, one writer.
-Both note in `flags` which (row tile, column block) pairs have a gate that is not zero; the launches after them leave
-the others out, and so does the loop here (LOOK), whose result nobody reads. This is the plan of the
-call, made on the device in passing: no launch, no host synchronisation, no cache that could be stale.
+Both write to `flags` whether each (row tile, column block) pair has a gate that is not zero. Later launches skip the
+other pairs, and so does the loop here with FLAG_MODE "skip", since their result is not read. The flags need no launch
+of their own, no host synchronisation and no cache.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ def shrink(  # type: ignore[no-untyped-def]
     key_low, key_high, threshold, inverse_keep,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, TYPE: tl.constexpr, ACC: tl.constexpr,
     A_TYPE: tl.constexpr, A_ALIGNED: tl.constexpr, DROPOUT: tl.constexpr, DEVICE_KEY: tl.constexpr,
-    PER_EXPERT: tl.constexpr, LOOK: tl.constexpr, UPCAST: tl.constexpr,
+    PER_EXPERT: tl.constexpr, FLAG_MODE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    # Column blocks of one row tile stand side by side: the second finds x in the cache.
+    # Column blocks of one row tile are neighbouring programs, so that all but the first find x in the cache.
     program = tl.program_id(0)
     tile, block = program // block_count, program % block_count
     rows = tile * ROWS + tl.arange(0, ROWS)
     row_mask = rows < N
     columns, column_mask, stream = block_columns(blocks, block, R, BLOCK_R, PER_EXPERT)
     stop = D
-    if LOOK != "none":
+    if FLAG_MODE != "none":
         gate_tile = column_gate(gate, table, rows, row_mask, columns, column_mask, R, E, rows_per_gate, ACC)
         active = tl.max(tl.max((gate_tile != 0).to(tl.int32), 1), 0)
         tl.store(flags + tile * block_count + block, active)
-        if LOOK == "skip":
+        if FLAG_MODE == "skip":
             stop = D * active
 
     a_rows = rows_of_a(table, columns, column_mask, A_TYPE, A_ALIGNED)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What kernels share: masked tiles, the dot and the loop around it; gates of a tile, experts' rows by address.
+Functions shared by the kernels: masked tiles, the dot and the loop around it, gates of a tile, pointers to experts.
 
-A tile mixes rows that use an expert with rows that do not, whose factor is zero; in a dot, zero times an inf or NaN is
-NaN. So each kernel looks at its sum, and where that has a NaN (rare) computes the NaN elements again (`recompute`).
+A tile mixes rows that use an expert with rows that do not and have a factor of zero; in a dot, zero times an inf or NaN
+is NaN. Each kernel therefore checks its sum and, where that has a NaN (rare), computes the NaN elements again
+(`recompute`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import triton.language as tl  # type: ignore[import-not-found, import-untyped, u
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def narrow(value, TYPE: tl.constexpr, UPCAST: tl.constexpr):  # type: ignore[no-untyped-def]
-    """value.to(TYPE), rounded to nearest in the interpreter too, whose casts to bfloat16 cut the bits off."""
+    """value.to(TYPE), rounded to nearest in the interpreter too, which truncates casts to bfloat16."""
     if UPCAST:
         if TYPE == tl.bfloat16:
             bits = value.to(tl.float32).to(tl.uint32, bitcast=True)
@@ -70,8 +71,8 @@ def summed_products(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """total[i, j] + sum_k left[left_places[i] + k left_step] right[right_places[j] + k right_step], DEPTH k at a time.
 
-    Places are int64, so that no multiple of a step leaves 32 bits; a step of 1 is given as the number, which the
-    compiler then knows.
+    Places are int64, since multiples of a step can exceed 32 bits; pass a step of 1 as the literal, so that the
+    compiler knows it.
     """
     for first in range(0, K, DEPTH):
         k = first + tl.arange(0, DEPTH)
@@ -114,7 +115,7 @@ def block_columns(blocks, block, R, BLOCK_R: tl.constexpr, PER_EXPERT: tl.conste
         columns = first + offsets
         mask = offsets < count
     else:
-        # Not from the table: the compiler then knows that blocks begin at multiples of BLOCK_R.
+        # Computed, not loaded, so that the compiler knows that blocks begin at multiples of BLOCK_R.
         stream = block * 0
         columns = block * BLOCK_R + offsets
         mask = columns < R
@@ -134,7 +135,7 @@ def rows_of_a(table, columns, column_mask, A_TYPE: tl.constexpr, A_ALIGNED: tl.c
 def pointers_into_b(  # type: ignore[no-untyped-def]
     table, columns, column_mask, outputs, R, B_TYPE: tl.constexpr, B_RUN: tl.constexpr, OUTPUTS_FIRST: tl.constexpr
 ):
-    """Pointers to B[outputs, columns], as [outputs, columns] or transposed; B_RUN columns lie side by side."""
+    """Pointers to B[outputs, columns], as [outputs, columns] or transposed; B_RUN columns are contiguous."""
     start = tl.load(table + R + columns, mask=column_mask, other=0).to(tl.pointer_type(B_TYPE))
     step = tl.load(table + 2 * R + columns, mask=column_mask, other=0)
     if OUTPUTS_FIRST:
@@ -154,7 +155,7 @@ def pointers_into_b(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def is_active(flags, tile, block, flag_rows, blocks, RATIO: tl.constexpr, ONE_BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Whether any of the RATIO flagged row groups of this tile needs the column block; an only block is not asked."""
+    """Whether any of the RATIO flagged row groups of this tile needs the column block; True with a single block."""
     if ONE_BLOCK:
         active = tl.full([], 1, dtype=tl.int32)
     else:

@@ -2,10 +2,10 @@
 """
     dA = dS^T x^        dB^T = (S * C)^T dY            both in one launch; rows of trainable columns only
 
-One program: a column block by a tile of features, summed over its share of the row tiles in order. With more than one
-share the sums are float32 partials that `finish` adds in the order of the shares. Row tiles whose rows do not use the
-column block are left out. Where a sum has a NaN, `recompute` leaves out the pairs of a row and an expert whose gate is
-zero.
+One program: a column block by a tile of features, summed over its split of the row tiles in order. With more than one
+split the sums are float32 partials that `finish` adds in the order of the splits. Row tiles whose rows do not use the
+column block are skipped. Where a sum has a NaN, `recompute` computes it again without the (row, expert) pairs whose
+gate is zero.
 """
 
 from __future__ import annotations
@@ -50,18 +50,18 @@ def _row_tile(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _share(  # type: ignore[no-untyped-def]
-    left, right, out, table, blocks, gate, flags, block, tile, share, shares, N, WIDE, R, E, rows_per_gate,
+def _split_sum(  # type: ignore[no-untyped-def]
+    left, right, out, table, blocks, gate, flags, block, tile, split, splits, N, WIDE, R, E, rows_per_gate,
     block_count, flag_rows, step, row_count, key_low, key_high, threshold,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, TYPE: tl.constexpr, ACC: tl.constexpr,
     PER_EXPERT: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr, ONE_BLOCK: tl.constexpr,
     RATIO: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """One program's sum, written to out [shares, row_count, WIDE]."""
+    """One program's sum, written to out [splits, row_count, WIDE]."""
     columns, column_mask, stream = block_columns(blocks, block, R, BLOCK_R, PER_EXPERT)
     row_tiles = tl.cdiv(N, ROWS)
-    each = tl.cdiv(row_tiles, shares)
-    begin = share * each
+    each = tl.cdiv(row_tiles, splits)
+    begin = split * each
     first = tile * WIDTH
     total = tl.zeros([BLOCK_R, WIDTH], dtype=ACC)
     for row_tile in range(begin, tl.minimum(begin + each, row_tiles)):
@@ -72,7 +72,7 @@ def _share(  # type: ignore[no-untyped-def]
             )  # fmt: skip
     gradient_row = tl.load(table + 5 * R + columns, mask=column_mask, other=-1)
     features = first + tl.arange(0, WIDTH)
-    out += share.to(tl.int64) * row_count * WIDE
+    out += split.to(tl.int64) * row_count * WIDE
     place = out + gradient_row[:, None] * WIDE + features[None, :]
     mask = (gradient_row >= 0)[:, None] & (features < WIDE)[None, :]
     tl.store(place, narrow(total, out.dtype.element_ty, UPCAST), mask=mask)
@@ -86,8 +86,8 @@ def _share(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["key_low", "key_high", "threshold"])  # type: ignore[untyped-decorator, unused-ignore]
 def weight_gradient(  # type: ignore[no-untyped-def]
-    x, grad, shrunk, dshrunk, table, blocks, learning, gate, flags, partial_a, partial_b,
-    N, D, P, R, E, rows_per_gate, block_count, learning_count, flag_rows, x_step, grad_step, row_count, shares,
+    x, grad, shrunk, dshrunk, table, blocks, trainable_blocks, gate, flags, partial_a, partial_b,
+    N, D, P, R, E, rows_per_gate, block_count, trainable_block_count, flag_rows, x_step, grad_step, row_count, splits,
     key_low, key_high, threshold,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, TYPE: tl.constexpr, ACC: tl.constexpr,
     DROPOUT: tl.constexpr, DEVICE_KEY: tl.constexpr, PER_EXPERT: tl.constexpr, ONE_BLOCK: tl.constexpr,
@@ -96,22 +96,22 @@ def weight_gradient(  # type: ignore[no-untyped-def]
     if DEVICE_KEY:
         key_low, key_high = key_words(key_low)
     program = tl.program_id(0)
-    # Column blocks of one tile of features side by side: they read the same x or dY.
-    block = tl.load(learning + program % learning_count)
-    tile = program // learning_count
+    # Column blocks of one tile of features are neighbouring programs: they read the same x or dY.
+    block = tl.load(trainable_blocks + program % trainable_block_count)
+    tile = program // trainable_block_count
     a_tiles = tl.cdiv(D, WIDTH)
     tiles = a_tiles + tl.cdiv(P, WIDTH)
-    share = tile // tiles
+    split = tile // tiles
     tile = tile % tiles
     if tile < a_tiles:
-        _share(
-            dshrunk, x, partial_a, table, blocks, gate, flags, block, tile, share, shares, N, D, R, E, rows_per_gate,
+        _split_sum(
+            dshrunk, x, partial_a, table, blocks, gate, flags, block, tile, split, splits, N, D, R, E, rows_per_gate,
             block_count, flag_rows, x_step, row_count, key_low, key_high, threshold,
             ROWS, WIDTH, BLOCK_R, TYPE, ACC, PER_EXPERT, False, DROPOUT, ONE_BLOCK, RATIO, UPCAST,
         )  # fmt: skip
     else:
-        _share(
-            shrunk, grad, partial_b, table, blocks, gate, flags, block, tile - a_tiles, share, shares, N, P, R, E,
+        _split_sum(
+            shrunk, grad, partial_b, table, blocks, gate, flags, block, tile - a_tiles, split, splits, N, P, R, E,
             rows_per_gate, block_count, flag_rows, grad_step, row_count, key_low, key_high, threshold,
             ROWS, WIDTH, BLOCK_R, TYPE, ACC, PER_EXPERT, True, False, ONE_BLOCK, RATIO, UPCAST,
         )  # fmt: skip

@@ -13,8 +13,8 @@ from PIL import Image
 from dmole.config import RunConfig, load_config
 from dmole.data.reading import read_stream
 from dmole.data.sample import Stream
-from dmole.models.architecture import build_tiny_model
 from dmole.models.multimodal import MultimodalModel
+from mini_cmit.model.tiny import build_tiny_model
 
 TASKS = (
     ("colours", "exact_match", "Answer briefly. red or green"),

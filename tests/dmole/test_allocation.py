@@ -24,9 +24,9 @@ from dmole.data.collate import collate
 from dmole.data.sample import Sample
 from dmole.methods.base import answer_loss
 from dmole.models.adapters import add_experts, attach
-from dmole.models.architecture import build_tiny_model
 from dmole.models.multimodal import MultimodalModel
 from dmole_kernels import ExpertGates
+from mini_cmit.model.tiny import build_tiny_model
 
 CANDIDATES = {
     "vision": tuple(f"vision.layers.{i}.{name}" for i in range(2) for name in ("q", "k")),

@@ -10,7 +10,7 @@ import torch
 
 from dmole import checkpoint
 from dmole.checkpoint import CheckpointError
-from dmole.models.architecture import build_tiny_model
+from mini_cmit.model.tiny import build_tiny_model
 
 
 def saved(root: Path) -> Path:

@@ -18,7 +18,7 @@ from dmole.data.sample import Sample, Stream, Task
 from dmole.method_settings import DMoLESettings, RouterSettings, ablated
 from dmole.methods import method_class, method_names
 from dmole.methods.dmole import DMoLE
-from dmole.models.architecture import build_tiny_model
+from mini_cmit.model.tiny import build_tiny_model
 
 ROUTER = RouterSettings(hidden=16, epochs=200, batch_size=8, learning_rate=1e-2, final_learning_rate=1e-3, margin=1.5)
 OPTIONS = DMoLESettings(proxy_min_samples=4, proxy_batch_size=2, router=ROUTER)

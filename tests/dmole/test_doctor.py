@@ -50,24 +50,25 @@ def test_a_version_outside_the_tested_range() -> None:
     assert not finding.ok and "outside the tested <1" in finding.found and finding.fix == 'pip install "torch<1"'
 
 
-def test_base_model(tmp_path: Path) -> None:
-    finding = doctor.base_model(tmp_path)
-    assert not finding.ok and finding.found == f"lacks {', '.join(doctor.MODEL_FILES)}"
-    assert finding.fix.startswith("python -m dmole.pretraining --output ")
-    for name in doctor.MODEL_FILES:
-        (tmp_path / name).write_bytes(b"x" * 2**20)
-    assert doctor.base_model(tmp_path) == doctor.Finding(
-        what="mini base model", found="1.0 MiB", ok=True, fix=finding.fix
+def test_a_package_adds_its_lines_and_one_that_fails_is_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    written = tmp_path / "site"
+    (written / "somebody-1.0.dist-info").mkdir(parents=True)
+    (written / "somebody-1.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: somebody\nVersion: 1.0\n"
     )
-
-
-def test_the_doctor_looks_where_the_model_is_read() -> None:
-    # The doctor must work without torch and so cannot import these.
-    from dmole.models.mini import MINI_WEIGHTS
-    from dmole.models.multimodal import PROCESSOR_FILE, WEIGHTS_FILE
-
-    assert doctor.model_folder() == MINI_WEIGHTS
-    assert {PROCESSOR_FILE, WEIGHTS_FILE} < set(doctor.MODEL_FILES)
+    (written / "somebody-1.0.dist-info" / "entry_points.txt").write_text(
+        "[dmole.doctor]\nbroken = somebody_broken:findings\nwhole = somebody_whole:findings\n"
+    )
+    (written / "somebody_broken.py").write_text("import no_such_module\n")
+    (written / "somebody_whole.py").write_text(
+        "from dmole.doctor import Finding\n\n"
+        "def findings():\n    return [Finding(what='theirs', found='here', ok=True)]\n"
+    )
+    monkeypatch.syspath_prepend(str(written))
+    findings = {finding.what: finding for finding in doctor.examine()}
+    assert findings["theirs"].ok
+    assert not findings["broken"].ok
+    assert findings["broken"].found == "fails with ModuleNotFoundError: No module named 'no_such_module'"
 
 
 def test_the_whole_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from benchmarks.end_to_end import Side, play, rows_of, summary
-from benchmarks.lora_rivals import cpu_backends
+from benchmarks.lora_providers import cpu_backends
 from benchmarks.machine import Machine
 from dmole.config import RunConfig
 from dmole.data.sample import Stream
@@ -36,7 +36,7 @@ def test_end_to_end_plays_both_sides_in_turns(
     assert {row.direction for row in rows} >= {"step", "forward", "backward", "optimizer"}
     assert any("of which proxy_seconds" in line for line in summary(sides))
     for side in sides:
-        assert side.operators[0].endswith("operators by their own time over 1 training steps")
+        assert side.operators[0].endswith("operators by self time over 1 training steps")
         assert "ms a step" in side.operators[1]
 
 

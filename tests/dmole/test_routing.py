@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Features that ignore padding and batch mates, thresholds by definition, and every routing rule by hand."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +19,10 @@ from transformers import PreTrainedTokenizerFast
 from dmole.data.sample import Sample
 from dmole.method_settings import RouterSettings
 from dmole.models.adapters import add_experts, attach
-from dmole.models.architecture import build_tiny_model
 from dmole.models.multimodal import MultimodalModel
 from dmole.routing import FeatureStore, Router, router_features, train_autoencoder
 from dmole_kernels import ExpertGates
+from mini_cmit.model.tiny import build_tiny_model
 
 FAST = RouterSettings(hidden=16, epochs=30, batch_size=16, learning_rate=1e-2, final_learning_rate=1e-3)
 
@@ -149,7 +150,9 @@ def test_an_instruction_without_tokens_is_refused(mm: MultimodalModel, samples: 
     """The mini model's tokenizer has a token even for the empty text; others have none."""
     words = Tokenizer(WordLevel({"<pad>": 0, "no": 1}))
     words.pre_tokenizer = Whitespace()
-    other = replace(mm, tokenizer=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>"))
+    processor = copy.deepcopy(mm.processor)
+    processor.tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>")
+    other = replace(mm, processor=processor)
     empty = replace(samples[0], id="mute", instruction=" ")
     with pytest.raises(ValueError, match="sample 'mute': got an instruction without a token"):
         router_features(other, (samples[3], empty))

@@ -12,7 +12,7 @@ from dmole.method_settings import DMoLESettings
 from dmole.methods import Method, method_class, method_names
 from dmole.methods._single_adapter import ADAPTER, SingleAdapter, parity_rank
 from dmole.methods.seq_ft import SeqFtOptions
-from dmole.models.architecture import build_tiny_model
+from mini_cmit.model.tiny import build_tiny_model
 
 SIZES = {"vision": {"v.0.q": 20, "v.1.q": 20}, "language": {"l.0.q": 40, "l.1.q": 40}}
 

@@ -13,9 +13,9 @@ from dmole.data.collate import collate
 from dmole.data.sample import Stream
 from dmole.methods import method_class
 from dmole.methods.base import Method, answer_loss
-from dmole.models.architecture import build_tiny_model
 from dmole.models.multimodal import MultimodalModel
 from dmole.training import Profile, StageTraining, batch_indices, learning_rate_factor, stage_steps
+from mini_cmit.model.tiny import build_tiny_model
 
 SETTINGS = TrainingSettings(epochs=2, batch_size=4)
 

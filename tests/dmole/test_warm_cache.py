@@ -12,11 +12,11 @@ from rich.console import Console
 
 from dmole.checkpoint import CheckpointError
 from dmole.config import RunConfig, load_config
-from dmole.data.mini.build import task_rows
-from dmole.data.mini.building import BuildContext, write_task
-from dmole.models.mini import load_mini_model
 from dmole.runner import run
 from dmole_kernels import MultiLoRALinear
+from mini_cmit.model.shipped import load_mini_model
+from mini_cmit.tasks.build import task_rows
+from mini_cmit.tasks.building import BuildContext, write_task
 
 COMPARED = ("matrix.csv", "predictions.jsonl.gz", "references.jsonl.gz", "losses.csv")
 TASKS = ("icon_captions", "number_reading", "chart_questions")

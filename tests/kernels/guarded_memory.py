@@ -2,7 +2,7 @@
 """
     python tests/kernels/guarded_memory.py LEVEL
 
-Runs every compiled op at one instruction set on tensors whose first or last byte lies beside a page that nobody may
+Runs every compiled op at one instruction set on tensors whose first or last byte is next to a page that no code may
 touch, so that a single byte read or written outside ends the process. This sees what a sanitizer does not: vector loads
 and stores under a mask. Then compares with the results on ordinary memory.
 """

@@ -113,9 +113,9 @@ def test_use_backend_chooses_the_kernel_that_runs(monkeypatch: pytest.MonkeyPatc
 
 def test_every_backend_has_every_kernel() -> None:
     everywhere = set(BACKENDS) - {"cuda"}
-    for table in (ACCUMULATE, SKETCH, SCORE, SCORE_BACKWARD, POOL):
+    for table in (NORM, ACCUMULATE, SKETCH, SCORE, SCORE_BACKWARD, POOL):
         assert set(table) == everywhere
-    assert {name for name, _ in NORM} == everywhere
+    assert all({"direct", "ghost"} <= set(methods) for methods in NORM.values())
     assert set(FORWARD) == set(BACKWARD) == set(BACKENDS)
     # Choosing tasks is a sort of a few numbers: nothing to win, so the reference's is the only one beside the CPU's.
     assert set(SELECT) == everywhere - {"triton"}

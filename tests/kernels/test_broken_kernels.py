@@ -174,6 +174,6 @@ def test_base_and_delta_together_would_hide_a_missing_expert() -> None:
     arguments = ([a], [b], gate, [1.0], 0.0, False, None)
     forward = reference.multi_lora_forward
     exact = base.double() + forward(LoraCall(x.double(), None, [a.double()], [b.double()], *arguments[2:]))[0]
-    yardstick = forward(LoraCall(x, base, *arguments))[0].double() - exact
+    reference_error = forward(LoraCall(x, base, *arguments))[0].double() - exact
     without_expert = base.double() - exact
-    assert without_expert.square().mean(1).sqrt().max() <= 2 * yardstick.square().mean(1).sqrt().max()
+    assert without_expert.square().mean(1).sqrt().max() <= 2 * reference_error.square().mean(1).sqrt().max()

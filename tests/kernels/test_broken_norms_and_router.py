@@ -115,7 +115,7 @@ def kernel_of(op: str, backend: str) -> Kernel:
         "select": SELECT,
         "pool": POOL,
     }
-    return NORM[backend, op] if op in ("direct", "ghost") else tables[op][backend]
+    return NORM[backend][op] if op in ("direct", "ghost") else tables[op][backend]
 
 
 def with_arguments(change: Callable[..., tuple[Any, ...]]) -> Callable[[Kernel], Kernel]:

@@ -163,7 +163,7 @@ def test_a_constant_gate_skips_what_it_zeroes_and_changes_nothing_else(level: st
 
 
 def test_an_expert_nobody_uses_is_not_read(level: str) -> None:
-    inputs = make_inputs(BY_NAME["nobody_uses_the_last"])
+    inputs = make_inputs(BY_NAME["last_unused"])
     poisoned = replace(
         inputs,
         lora_a=(inputs.lora_a[0], torch.full_like(inputs.lora_a[1], float("nan"))),

@@ -176,10 +176,10 @@ def test_a_row_of_inf_or_nan_reaches_no_gradient_of_an_expert_that_it_does_not_u
     others[rows] = False
     for name in ("delta", "dx", "dgate"):
         assert torch.equal(actual[name][others], clean[name][others]), name
-    nobody = (call.gate[rows] == 0).all(1)
-    assert bool(nobody.any())
-    assert not actual["delta"][rows[nobody]].any()
-    assert not actual["dx"][rows[nobody]].any()
+    without_expert = (call.gate[rows] == 0).all(1)
+    assert bool(without_expert.any())
+    assert not actual["delta"][rows[without_expert]].any()
+    assert not actual["dx"][rows[without_expert]].any()
 
 
 @DTYPES

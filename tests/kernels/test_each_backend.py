@@ -8,18 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, func, nn
-from torch.autograd import forward_ad
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dmole_kernels import (
     BACKENDS,
-    MultiLoRALinear,
     accumulate_gradient,
     accumulate_sketch,
     cpu,
     cuda,
-    frozen_linear,
     grad_norm_per_sample,
     masked_max_pool,
     multi_lora,
@@ -196,37 +193,6 @@ def test_compile_of_selection_and_sums(backend: str) -> None:
     gate = run(*eager)
     assert torch.equal(torch.compile(run, fullgraph=True, backend="aot_eager")(*traced), gate)
     assert all(map(torch.equal, eager, traced))
-
-
-@EVERY_CALL
-def test_transforms_and_forward_mode_are_refused_by_name(name: str, backend: str) -> None:
-    """torch.func would find no derivative or a wrong one, forward mode a tangent of zero without a word."""
-    call, tensors = CALLS[name](backend), tensors_of(name)
-    said = "is under a torch.func transform or in forward-mode differentiation; expected plain autograd. Differentiate"
-    with pytest.raises(NotImplementedError, match=said):
-        func.grad(lambda x: call(x, *tensors[1:]).sum())(tensors[0])
-    with pytest.raises(NotImplementedError, match=said):
-        func.vmap(lambda x: call(x, *tensors[1:]))(torch.stack([tensors[0]] * 2))
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=said):
-        call(forward_ad.make_dual(tensors[0], torch.ones_like(tensors[0])), *tensors[1:])
-
-
-def test_sums_selection_and_the_layer_refuse_transforms_too(backend: str) -> None:
-    said = "is under a torch.func transform"
-    layer = MultiLoRALinear(nn.Linear(4, 3), backend=backend)
-    layer.bank.add("charts", rank=2, alpha=4.0)
-    for call in (
-        lambda x: layer(x, torch.ones(5, 1)).sum(),
-        lambda x: frozen_linear(x, torch.ones(3, 4), backend=backend).sum(),
-        lambda x: router_select(x, torch.ones(4), backend=backend).sum(),
-        lambda x: (accumulate_gradient(torch.zeros(4, 4), x, x, backend=backend), x.sum())[1],
-        lambda x: (
-            accumulate_sketch(torch.zeros(2, 2), x, x, torch.ones(4, 2), torch.ones(4, 2), backend=backend),
-            x.sum(),
-        )[1],
-    ):
-        with pytest.raises(NotImplementedError, match=said):
-            func.grad(call)(draw(5, 4))
 
 
 @EVERY_CALL

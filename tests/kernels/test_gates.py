@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dmole_kernels import ExpertGates, MultiLoRALinear, use_backend
-from dmole_kernels._gates import KEPT_BYTES, KEPT_ENTRIES, Rows
+from dmole_kernels import ExpertGates, MultiLoRALinear, cpu, use_backend
+from dmole_kernels._gate_block import KEPT_BYTES, KEPT_ENTRIES, Rows
 
 NAMES = ("charts", "maps", "films")
 FEATURES, OUTPUTS = 8, 6
@@ -254,7 +254,7 @@ def test_what_a_block_keeps_is_bounded(trained: bool) -> None:
         block = gates.block
         assert block is not None
         for length in range(1, 4001):
-            block.for_layer(layer.bank.names, (4, length), None, torch.device("cpu"), True)
+            block.for_layer(layer.bank.names, (4, length), None, torch.device("cpu"), cpu.EXTENSION is not None)
             if length % 500 == 0:
                 assert kept(block) <= KEPT_BYTES
         assert len(block._kept) <= KEPT_ENTRIES
@@ -262,7 +262,7 @@ def test_what_a_block_keeps_is_bounded(trained: bool) -> None:
         x, experts = draw(4, 3, FEATURES), [layer.bank.expert(name) for name in names]
         close(layer(x), layer.base(x) + sum(x @ e.lora_a.t() @ e.lora_b.t() * e.scale for e in experts))
         # One entry larger than all of it is not kept at all.
-        block.for_layer(layer.bank.names, (4, KEPT_BYTES // 32), None, torch.device("cpu"), True)
+        block.for_layer(layer.bank.names, (4, KEPT_BYTES // 32), None, torch.device("cpu"), cpu.EXTENSION is not None)
         assert kept(block) <= KEPT_BYTES
     assert not block._kept
 

@@ -7,17 +7,21 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, func
+from torch.autograd import forward_ad
 
 from dmole_kernels import (
+    BACKENDS,
     accumulate_gradient,
     accumulate_sketch,
+    choose_backend,
     grad_norm_per_batch,
     grad_norm_per_sample,
     reference,
     sketch_relative_std,
 )
-from dmole_kernels._grad_norm import cheaper_method
+from dmole_kernels._backend import DTYPES
+from dmole_kernels._grad_norm import ACCUMULATE, NORM, SKETCH, cheaper_method
 from dmole_kernels.testing import poisoned_memory
 
 METHODS = ("auto", "direct", "ghost")
@@ -169,3 +173,44 @@ def test_errors_tell_what_to_do() -> None:
         accumulate_sketch(draw(2, 3), x, grad, left, right)
     with pytest.raises(ValueError, match="right is on meta and x on cpu; expected one device"):
         accumulate_sketch(draw(3, 2), x, grad, left, right.to("meta"))
+
+
+def test_each_op_chooses_by_its_own_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, grad, left, right, sketch = draw(3, 4), draw(3, 5), draw(5, 2), draw(4, 2), draw(2, 2)
+    tables = {"grad_norm_per_sample": NORM, "accumulate_gradient": ACCUMULATE, "accumulate_sketch": SKETCH}
+    monkeypatch.setitem(BACKENDS, "other", None)
+    monkeypatch.setitem(DTYPES, "other", None)
+    for op, table in tables.items():
+        with pytest.raises(ValueError, match=f"backend='other' has no kernel for {op}; expected 'auto' or one of"):
+            choose_backend("other", op=op)
+        with monkeypatch.context() as patch:
+            patch.setitem(table, "other", {} if table is NORM else None)  # type: ignore[arg-type]
+            chosen = {name: choose_backend("other", op=name).name for name, t in tables.items() if t is table}
+            assert chosen == {op: "other"}
+    for call in (
+        lambda: grad_norm_per_sample(x[None], grad[None], backend="other"),
+        lambda: accumulate_gradient(draw(5, 4), x, grad, backend="other"),
+        lambda: accumulate_sketch(sketch, x, grad, left, right, backend="other"),
+    ):
+        with pytest.raises(ValueError, match="backend='other' has no kernel for "):
+            call()
+
+
+# The first dual tensor makes torch script its own derivatives.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_transforms_and_forward_mode_are_refused() -> None:
+    x, grad, buffer, sketch = draw(2, 3, 4), draw(2, 3, 5), draw(5, 4), draw(2, 2)
+    left, right = draw(5, 2), draw(4, 2)
+    calls = {
+        "grad_norm_per_sample": lambda t: grad_norm_per_sample(t, grad),
+        "accumulate_gradient": lambda t: accumulate_gradient(buffer, t[0], grad[0]),
+        "accumulate_sketch": lambda t: accumulate_sketch(sketch, t[0], grad[0], left, right),
+    }
+    for name, call in calls.items():
+        refused = pytest.raises(NotImplementedError, match=f"{name} is under a torch.func transform or in forward-mode")
+        with refused:
+            func.grad(lambda t, call=call: (call(t), t.sum())[1])(x)
+        with refused:
+            func.vmap(lambda t, call=call: (call(t), t.sum())[1])(x[None])
+        with refused, forward_ad.dual_level():
+            call(forward_ad.make_dual(x, x))

@@ -127,11 +127,10 @@ def test_sketch_is_close_and_adds_up_over_processes() -> None:
             loss(model, x).backward()
         recorders.append(recorder)
     first, *others = recorders
-    sums = {
-        name: [r._weight_sums[name] for r in others] + [r._bias_sums.get(name) for r in others]
-        for name in ("0", "2", "4")
-    }
-    waiting = [t for name in ("0", "2", "4") for t in (sums[name][:2], sums[name][2:]) if t[0] is not None]
+    sent: list[list[Tensor]] = [[], []]
+    for other, tensors in zip(others, sent, strict=True):
+        other.reduce_(lambda tensor, tensors=tensors: tensors.append(tensor.clone()))
+    waiting = list(zip(*sent, strict=True))
 
     def all_reduce(tensor: Tensor) -> None:
         for other in waiting.pop(0):
@@ -143,6 +142,7 @@ def test_sketch_is_close_and_adds_up_over_processes() -> None:
         weight, bias = expected[name]
         assert norm.weight == pytest.approx(float(weight.norm()), rel=4 * norm.relative_std)
         assert 0 < norm.relative_std < 0.13
+        assert (norm.calls, norm.forward_calls) == (3, 3)
         assert norm.bias == pytest.approx(0.0 if bias is None else float(bias.norm()))
 
 
@@ -151,7 +151,7 @@ def test_reduce_gives_a_layer_without_batches_its_share_of_the_calls() -> None:
     shapes: list[tuple[int, ...]] = []
     recorder = GradNormRecorder(linears(model))
     recorder.reduce_(lambda tensor: shapes.append(tuple(tensor.shape)))
-    assert shapes == [(8, 6), (8,), (7, 8), (7,), (5, 7)]
+    assert shapes == [(8, 6), (8,), (2,), (7, 8), (7,), (2,), (5, 7), (2,)]
     with pytest.raises(ValueError, match="reduce_ got quantity='per_batch'; expected 'accumulated'"):
         GradNormRecorder(linears(model), quantity="per_batch").reduce_(lambda tensor: None)
 
@@ -213,7 +213,9 @@ def test_errors_tell_what_to_do() -> None:
     model = make_model()
     tied = nn.Linear(8, 8)
     tied.weight = model[0].weight
-    with pytest.raises(ValueError, match="linears 'a' and 'b' share one weight; expected distinct weights. Leave one"):
+    with pytest.raises(
+        ValueError, match="linears 'a' and 'b' share one weight; expected distinct parameters. Leave one"
+    ):
         GradNormRecorder({"a": model[0], "b": tied})
     with pytest.raises(ValueError, match="quantity='sum'; expected one of accumulated, per_batch, per_sample"):
         GradNormRecorder({}, quantity="sum")  # type: ignore[arg-type]

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -100,15 +99,6 @@ def test_two_forwards_before_their_backwards_are_two_batches() -> None:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("quantity", ["accumulated", "per_batch", "per_sample"])
-def test_a_layer_that_is_never_called_is_an_error_by_name(quantity: Any) -> None:
-    used, unused = layer(), layer()
-    with GradNormRecorder({"used": used, "unused": unused}, quantity=quantity) as recorder:
-        used(X).sum().backward()
-    with pytest.raises(ValueError, match=r"linears \['unused'\] were never called inside the block \(1 of 2\)"):
-        recorder.norms()
-
-
 def test_called_without_a_gradient_is_told_apart() -> None:
     linear, other = layer(), layer()
     with GradNormRecorder({"l": linear, "o": other}) as recorder:
@@ -146,24 +136,6 @@ def test_masked_tokens_may_hold_anything(quantity: Any, what: str) -> None:
         whole, bias = truth(forward, linear, clean[None])
         assert found.weight == pytest.approx(float(whole[0]), rel=1e-5)
         assert found.bias == pytest.approx(float(bias[0]), rel=1e-5)
-
-
-def test_of_nested_masks_the_innermost_holds_and_integers_count() -> None:
-    linear = layer()
-    outer = torch.zeros(4, 5, dtype=torch.bool)
-    inner = torch.tensor([[1, 1, -1, 0, 0]] * 4)
-    with GradNormRecorder({"l": linear}, quantity="per_sample") as recorder:
-        with recorder.mask(outer), recorder.mask(inner):
-            linear(X).square().sum().backward()
-    weights, _ = truth(lambda m, x: m(x[:, :3]), linear, X)
-    torch.testing.assert_close(recorder.norms()["l"].weight_values.double(), weights, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("mask", [torch.zeros(4, 5), torch.full((4, 5), float("-inf"))], ids=["zeros", "minus_inf"])
-def test_an_additive_mask_is_refused(mask: Tensor) -> None:
-    recorder = GradNormRecorder({"l": layer()})
-    with pytest.raises(ValueError, match="mask is torch.float32; expected booleans or integers.*pass mask == 0"):
-        recorder.mask(mask).__enter__()
 
 
 @pytest.mark.parametrize("quantity", ["accumulated", "per_batch", "per_sample"])
@@ -208,25 +180,8 @@ def test_a_residual_in_place_is_right_and_an_input_changed_in_place_raises() -> 
         x = X.clone()
         y = linear(x)
         x.mul_(2.0)
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        with pytest.raises(ValueError, match="the input of 'l' was modified in place after the call"):
             y.square().sum().backward()
-
-
-def test_a_weight_that_another_module_holds_is_refused_by_name() -> None:
-    model = nn.ModuleDict({"embedding": nn.Embedding(6, 6), "head": layer()})
-    model["head"].weight = model["embedding"].weight
-    with pytest.raises(ValueError, match="linear 'head' shares its weight with 'embedding'; expected a weight of"):
-        GradNormRecorder({"head": model["head"]}, model=model)  # type: ignore[dict-item]
-
-
-def test_a_weight_that_a_function_reads_is_noticed() -> None:
-    linear = layer()
-    with GradNormRecorder({"l": linear}) as recorder:
-        y = linear(X)
-        assert linear.weight.shape == (6, 6) and linear.weight.dtype == torch.float32  # no product: no gradient
-        (y + F.linear(X, linear.weight)).sum().backward()
-    with pytest.raises(ValueError, match="weight of linear 'l' is also read outside its forward, by linear; expected"):
-        recorder.norms()
 
 
 def test_the_base_of_a_layer_with_experts() -> None:

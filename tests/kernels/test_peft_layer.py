@@ -16,7 +16,7 @@ peft = pytest.importorskip("peft")
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 
 from dmole_kernels import ExpertGates  # noqa: E402
-from dmole_kernels.peft import GatedLoraLinear, check_gated, register_gated_lora  # noqa: E402
+from dmole_kernels.peft import GatedLoraLinear, check_gated, reduce_gradients, register_gated_lora  # noqa: E402
 
 # PEFT asks transformers for a name that transformers has renamed.
 pytestmark = [
@@ -185,3 +185,32 @@ def test_what_cannot_be_gated_is_refused() -> None:
     model.merge_adapter(["charts"])
     with gates.use(MIXED, NAMES), pytest.raises(ValueError, match=r"adapters \['charts'\] are merged into the base"):
         model(input_ids=IDS)
+
+
+def test_sharded_adapters_are_refused(tmp_path: Path) -> None:
+    """Also when blocks were open before: FSDP2 exchanges the Parameters without a word."""
+    from torch import distributed
+    from torch.distributed.fsdp import fully_shard
+
+    gates = ExpertGates()
+    model = gated(gates)
+    with gates.use(MIXED, NAMES):
+        model(input_ids=IDS)
+    store = distributed.FileStore(str(tmp_path / "store"), 1)
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        with gates.use(MIXED[:, :1], NAMES[:1]):
+            model(input_ids=IDS, labels=IDS).loss.backward()
+        adapters = [(name, p) for name, p in model.named_parameters() if "lora_" in name]
+        gradients = [None if p.grad is None else p.grad.clone() for _, p in adapters]
+        reduce_gradients(model)  # of one process: as they were
+        for (name, parameter), gradient in zip(adapters, gradients, strict=True):
+            assert (gradient is None) == (".maps." in name)
+            assert parameter.grad is None if gradient is None else torch.equal(parameter.grad, gradient)
+        fully_shard(model)
+        with pytest.raises(ValueError, match=r"got 'charts', whose parameters are sharded \(DTensor\)"):
+            gates.use(MIXED, NAMES)
+        with pytest.raises(ValueError, match=r"dmole_kernels\.peft\.reduce_gradients\(model\)"):
+            reduce_gradients(model)
+    finally:
+        distributed.destroy_process_group()

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Everything that kernels need from outside, included BEFORE a file switches the target: what is compiled for an
-// instruction set must live in its namespace, or the linker could hand an AVX-512 copy of std::max to a machine without
-// it. A header that a kernel includes and this file does not is found by tests/kernels/test_csrc_headers.py.
+// All outside headers of the kernels, included BEFORE a file switches the target: code compiled for an instruction set
+// must be in its namespace, or the linker could use an AVX-512 copy of std::max on a machine without it.
+// tests/kernels/test_csrc_headers.py finds headers that a kernel includes and this file does not.
 #pragma once
 
 #include <algorithm>

@@ -117,8 +117,8 @@ inline bool has_partial_sums(const RowMap& map, const std::vector<ExpertRows>& g
   return false;
 }
 
-// All rows [begin, end) of y; panels[e] are expert e's weights. A few rows at a time run through all columns, so that
-// base and y are read and written in streams, and the panels come from the second-level cache.
+// All rows [begin, end) of y; panels[e] are expert e's weights. A few rows at a time are computed for all columns,
+// so that base and y are read and written sequentially, and panels are read from the second-level cache.
 template <class T, class Packing>
 void expand(const RowMap& map, const std::vector<ExpertRows>& groups, const float* const* panels,
             const Target<T>& target, int64_t begin, int64_t end, int64_t columns) {

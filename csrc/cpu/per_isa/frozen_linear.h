@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The product with a frozen weight. Few rows: the weight passes through the caches once, a few of its outputs at a
-// time, and is multiplied with all rows there. Many rows: blocks of gemm.h. The form depends on the number of rows and
-// the layer alone, so within a form the result of a row does not depend on the other rows.
+// The product with a frozen weight. Few rows: the weight is read once, a few of its outputs at a time, and multiplied
+// with all rows. Many rows: blocks of gemm.h. The form depends on the number of rows and the layer alone, so within a
+// form the result of a row does not depend on the other rows.
 #pragma once
 
 #include <algorithm>
@@ -20,7 +20,7 @@
 
 namespace dmole::cpu::DMOLE_ISA {
 
-constexpr int64_t kFewOutputs = 8;                   // whose weights stay in the second-level cache for all rows
+constexpr int64_t kFewOutputs = 8;                   // their weights stay in the second-level cache for all rows
 constexpr int64_t kOutputBlock = 16 * kTileColumns;  // columns of a tile of many rows
 
 template <class T>

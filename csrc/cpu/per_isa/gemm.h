@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // C = A B in blocks that fit the caches; see ../gemm.h.
 //
-// Packs (packing.h) of A are stored row by row, kDepth of a row side by side; packs of B in panels of kTileColumns
+// Packs (packing.h) of A are stored row by row, kDepth of a row contiguous; packs of B in panels of kTileColumns
 // columns, one row of the panel per pack of k. A register tile holds kTileRows x kTileColumns sums over one block of
 // kDepth packs, which are then added to C: blocks keep long sums accurate, and because their size is fixed the rounding
 // of every element is the same for all M and N.
@@ -17,7 +17,7 @@
 namespace dmole::cpu::DMOLE_ISA {
 
 constexpr int64_t kDepth = 256;              // packs of k at once: a panel of B stays in the first-level cache
-constexpr int64_t kRowStride = kDepth + 16;  // rows a power of two apart would share cache sets
+constexpr int64_t kRowStride = kDepth + 16;  // rows a power of two apart would use the same cache sets
 constexpr int64_t kBlockRows = 16 * kTileRows;
 constexpr int64_t kPackAhead = 8;  // rows of A prefetched before they are packed
 
@@ -31,7 +31,7 @@ void pack_rows(int64_t count, int64_t elements, const T* from, int64_t stride, i
       for (int64_t w = 0; w < packs; w += kLanes) {
         const int lanes = static_cast<int>(std::min<int64_t>(kLanes, packs - w));
         const int64_t k = w * Packing::kPerPack;
-        // Short pieces of long rows: the hardware sees no stream in them.
+        // Short pieces of long rows, which the hardware does not prefetch.
         __builtin_prefetch(from + (i + kPackAhead) * stride + k, 0, 2);
         store(to + i * kRowStride + w, Packing::along_k(from + i * stride + k, lanes, elements - k));
       }
@@ -61,7 +61,7 @@ void pack_rows(int64_t count, int64_t elements, const T* from, int64_t stride, i
   }
 }
 
-// One panel: `columns` columns side by side (zeros up to kTileColumns), one row per pack of k.
+// One panel: `columns` contiguous columns (zeros up to kTileColumns), one row per pack of k.
 template <class Packing, class T>
 void pack_panel(int columns, int64_t elements, const T* from, int64_t stride, int64_t k_stride, float* to) {
   const int64_t packs = (elements + Packing::kPerPack - 1) / Packing::kPerPack;
@@ -162,7 +162,7 @@ struct Block {
 };
 
 #if defined(DMOLE_ISA_BRGEMM)
-// A panel of packs is what brgemm takes as pairs along k.
+// A panel of packs has the layout of brgemm's pairs along k.
 template <>
 struct Block<Bf16Packing> {
   static void multiply(int64_t rows, int64_t packs, const float* a, float* b, float* c, int64_t ldc, int columns,

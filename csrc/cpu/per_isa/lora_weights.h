@@ -80,7 +80,7 @@ void pack_weight_panels(const Weight& weight, int64_t rank, int64_t begin, int64
       }
     }
   }
-  // A last panel that is half empty is multiplied whole: its empty half must be finite.
+  // A last panel that is half empty is multiplied in full: its empty half must be finite.
   for (int64_t c = (end + kLanes - 1) / kLanes * kLanes; c % kTileColumns != 0; c += kLanes) {
     float* const panel = to + c / kTileColumns * packs * kTileColumns + c % kTileColumns;
     for (int64_t w = 0; w < packs; ++w) store(panel + w * kTileColumns, zero());
@@ -89,7 +89,7 @@ void pack_weight_panels(const Weight& weight, int64_t rank, int64_t begin, int64
 
 inline int64_t panel_count(int64_t columns) { return (columns + kTileColumns - 1) / kTileColumns; }
 
-// Row stride of packed rows in elements: whole registers, and not a power of two, which would share cache sets.
+// Row stride of packed rows in elements: whole registers, and not a power of two, which would use the same cache sets.
 inline int64_t packed_stride(int64_t columns) { return (columns + 31) / 32 * 32 + 32; }
 
 // An expert's weight as rows: the weight itself where it can be read in place, else a packed copy.

@@ -20,7 +20,7 @@
 
 namespace dmole::cpu::DMOLE_ISA {
 
-// What the chunks of rows compute for the gradients of the weights (per pair of row and expert in use) and the gate.
+// Results of the chunks of rows for the gradients of the weights (per (row, expert) pair in use) and of the gate.
 template <class Packing>
 struct PairCoefficients {
   std::vector<int64_t> offset;  // of an expert's packs, [packs along its rows][rank]; -1 when not trainable

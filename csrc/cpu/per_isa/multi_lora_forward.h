@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // The multi-expert LoRA forward: S = x^ A^T (shrink.h), y = base + (S * C) B^T (expand.h), for the pairs of row and
-// expert in use. A pair that is not in use is left out, not multiplied by zero: what its expert holds (or its row, in
-// the gradients) never reaches an output but S and the gate's gradient.
+// expert in use. A pair that is not in use is skipped, not multiplied by zero: the values of its expert (or its row, in
+// the gradients) affect no output but S and the gate's gradient.
 //
-// Threads take chunks of rows (S, y, and in backward P, dS, dx) and then column panels (dA, dB): every element has one
-// writer, and its sums run over its own row, or over the rows of its expert in order, for any number of threads.
+// Threads process chunks of rows (S, y, and in backward P, dS, dx) and then column panels (dA, dB): every element has
+// one writer, and its sums are over its own row, or over the rows of its expert in order, for any number of threads.
 #pragma once
 
 #include <algorithm>
@@ -23,7 +23,7 @@
 namespace dmole::cpu::DMOLE_ISA {
 
 constexpr int64_t kChunkRows = 8 * kTileRows;
-constexpr int64_t kPackedColumns = 8 * kTileColumns;  // of a weight, packed as one piece of work
+constexpr int64_t kPackedColumns = 8 * kTileColumns;  // of a weight, packed as one work item
 
 inline bool in_use(const RowMap& map, int64_t expert) { return map.start[expert + 1] > map.start[expert]; }
 
@@ -65,14 +65,14 @@ inline uint32_t mask_stream(const LoraCall& call, int64_t expert) {
   return call.per_expert ? static_cast<uint32_t>(expert) : 0u;
 }
 
-// Weights in the forms a call needs, in one piece of scratch.
+// Weights in the forms that a call needs, in one scratch buffer.
 template <class T, class Packing>
 struct PackedWeights {
   std::vector<WeightRows<T>> rows;
   std::vector<const float*> panels;
 
   // `of_rows` and `of_panels` choose A or B, with as many columns as given. Rows are packed for the experts whose
-  // product is computed and wanted, panels for those in use.
+  // product is needed, panels for those in use.
   void pack(const LoraCall& call, Weight LoraExpert::* of_rows, int64_t row_columns,
             const std::vector<uint8_t>& rows_wanted, Weight LoraExpert::* of_panels, int64_t panel_columns,
             bool panels_wanted) {
@@ -125,7 +125,7 @@ struct PackedWeights {
 };
 
 // Experts with rows in [begin, end) (with every_column all experts, of which some have none), with room for their
-// coefficients, and behind those for the product of one expert (`extra`).
+// coefficients, followed by room for the product of one expert (`extra`).
 template <class Packing>
 std::vector<ExpertRows> rows_by_expert(const LoraCall& call, int64_t begin, int64_t end, float** extra) {
   std::vector<ExpertRows> groups;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// How the products pack an operand: into packs of 32 bits, each one float, or two neighbours along k in bfloat16 for
-// the instructions that multiply pairs. The loops of a product are the same for both; only how packs are loaded and
-// the step that multiplies them differ.
+// Packing of the operands of products into 32 bits: one float, or two neighbours along k in bfloat16 for the
+// instructions that multiply pairs. The loops of a product are the same for both; only loading packs and the step that
+// multiplies them differ.
 #pragma once
 
 #include <cstdint>

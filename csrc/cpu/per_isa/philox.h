@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The dropout mask of dmole_kernels/_philox.py as bits: bit d % 16 of number d / 16 says whether column d is kept. 16
+// The dropout mask of dmole_kernels/_philox.py as bits: bit d % 16 of number d / 16 is set where column d is kept. 16
 // consecutive columns read one word of 16 consecutive counters, so a register of decisions is a register of counters.
 #pragma once
 
@@ -13,13 +13,13 @@ namespace dmole::cpu::DMOLE_ISA {
 
 constexpr int kMaskGroup = 128;  // columns decided by 16 counters of four words
 constexpr int kGroupNumbers = kMaskGroup / 16;
-constexpr int kChains = 4;  // counters side by side: a round waits for its products
+constexpr int kChains = 4;  // counters in parallel, to hide the latency of the products of a round
 
 inline int64_t mask_numbers(int64_t columns) { return (columns + kMaskGroup - 1) / kMaskGroup * kGroupNumbers; }
 
 struct MaskKey {
   uint32_t round[10][2];
-  uint64_t threshold;  // kept when the word is not below
+  uint64_t threshold;  // kept when the word is at least this
 };
 
 inline MaskKey mask_key(uint64_t seed, double probability) {

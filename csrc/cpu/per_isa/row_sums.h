@@ -47,7 +47,7 @@ inline void load_rows(Bf16Packing, const Matrix<bfloat16>& x, const int32_t* row
 }
 #endif
 
-// A block of rows of kTileColumns columns side by side: packs along the rows, as a panel of B in gemm.h.
+// A block of rows of kTileColumns columns: packs along the rows, as a panel of B in gemm.h.
 template <class T, class Packing>
 void pack_rows_of_pairs(int64_t pairs, const int32_t* row, int64_t pair, const Matrix<T>& x, const KeepBits& keep_bits,
                         int64_t column, int columns, float* to) {

@@ -17,7 +17,7 @@ constexpr int kDotColumns = 4;
 constexpr int64_t kDotPacks = 64 * kLanes;
 
 // How a tile reads its operands: plain; x under a dropout mask; or with a prefetch of the weights `ahead` elements
-// further, which no cache holds yet, for the columns with a bit in `prefetch_columns`.
+// further, which are not in a cache yet, for the columns with a bit in `prefetch_columns`.
 enum class Dot { plain, masked, cold };
 
 template <class T, class Packing, int kRows, Dot kDot>
@@ -48,7 +48,7 @@ void dot_tile(int64_t elements, const T* const* x, const uint16_t* const* bits, 
     }
   }
   if (k < elements) {
-    // The tail goes through a zeroed copy: one step like the others.
+    // The tail is copied to a zeroed buffer and added as one more step.
     const int64_t left = elements - k;
     const int packs = static_cast<int>((left + Packing::kPerPack - 1) / Packing::kPerPack);
     for (int i = 0; i < kRows; ++i) {
@@ -127,12 +127,12 @@ void shrink_some(const Shrink<T>& call, int64_t i, int64_t count, unsigned prefe
 
 template <class T, class Packing, Dot kDot>
 void shrink_all(const Shrink<T>& call, int64_t count) {
-  // Tiles of about the same size: a small last one would wait for the weights as long as a large one.
+  // Tiles of about the same size: loading the weights would take as long for a small last one as for a large one.
   const int64_t tiles = (count + kDotRows - 1) / kDotRows, step = (count + tiles - 1) / std::max<int64_t>(1, tiles);
   for (int64_t i = 0, tile = 0; i < count; i += step, ++tile) {
     const int64_t some = std::min(step, count - i);
-    // The first rows bring the weights of this call into the caches; those of the next call are prefetched by all rows,
-    // a few columns each, so that memory is never idle.
+    // The first rows load the weights of this call into the caches; all rows prefetch a few columns each of those of
+    // the next call, so that memory is never idle.
     unsigned prefetch_columns = call.next == 0 && tile == 0 ? ~0u : 0u;
     for (int64_t j = tile; call.next != 0 && j < kDotColumns; j += tiles) prefetch_columns |= 1u << j;
     if (kDot == Dot::cold && prefetch_columns == 0) {

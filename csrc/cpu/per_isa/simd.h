@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The registers of the instruction set that a kernel is compiled for: Vec (kLanes floats), Ints, and what is done with
-// them. Every simd_*.h defines the same names.
+// them. Each simd_*.h defines the same names.
 #pragma once
 
 #include "isa_namespace.h"

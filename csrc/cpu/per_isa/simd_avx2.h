@@ -67,7 +67,7 @@ inline Vec multiply(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
 inline Vec maximum(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 inline Vec multiply_add(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 
-// Lanes whose bit is 0 become 0.0, whatever they held.
+// Lanes whose bit is 0 become 0.0, whatever their value.
 inline Vec keep(Vec value, uint32_t bits) {
   const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
   const __m256i set = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lane), lane);

@@ -59,7 +59,7 @@ inline Vec multiply(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
 inline Vec maximum(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 inline Vec multiply_add(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 
-// Lanes whose bit is 0 become 0.0, whatever they storage.
+// Lanes whose bit is 0 become 0.0, whatever their value.
 inline Vec keep(Vec value, uint32_t bits) { return _mm512_maskz_mov_ps(static_cast<__mmask16>(bits), value); }
 
 // Sum of the lanes in a fixed order: halves, quarters, and so on.

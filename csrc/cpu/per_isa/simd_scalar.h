@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Four floats side by side in the compiler's own vectors (GCC and Clang), for any machine.
+// Four floats in a vector type of the compiler (GCC and Clang), for any machine.
 #pragma once
 
 #include <cstdint>
@@ -46,7 +46,7 @@ inline Vec multiply(Vec a, Vec b) { return a * b; }
 inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
 inline Vec multiply_add(Vec a, Vec b, Vec c) { return a * b + c; }
 
-// Lanes whose bit is 0 become 0.0, whatever they held.
+// Lanes whose bit is 0 become 0.0, whatever their value.
 inline Vec keep(Vec value, uint32_t bits) {
   for (int i = 0; i < kLanes; ++i) value[i] = (bits >> i) & 1u ? value[i] : 0.0f;
   return value;

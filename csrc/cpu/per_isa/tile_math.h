@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The passes of ../tile_math.h. What goes element by element is a plain loop that the compiler vectorises: without
-// fused multiply-adds, so with the same bits for every instruction set.
+// The passes of ../tile_math.h. Elementwise work is a plain loop that the compiler vectorises, without fused
+// multiply-adds, so the bits are the same for every instruction set.
 #pragma once
 
 #include <algorithm>

@@ -10,8 +10,8 @@ from PIL import Image
 
 from dmole.data.collate import IGNORE, collate
 from dmole.data.sample import Sample
-from dmole.models.architecture import build_tiny_model
 from dmole.models.multimodal import MultimodalModel, candidate_linears, load_model
+from mini_cmit.model.tiny import build_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +95,10 @@ def test_a_damaged_folder_is_refused_by_name(tiny: MultimodalModel, tmp_path: Pa
     (tmp_path / "m" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="model.safetensors lacks .*; expected the tensors of config.json"):
         load_model(tmp_path / "m")
-    (tmp_path / "m" / "image_processor.json").write_text('{"kind": "sonar", "side": 16}')
     config["text_config"]["num_hidden_layers"] = 2
     (tmp_path / "m" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="names the image processor 'sonar'; expected one of"):
+    settings = json.loads((tmp_path / "m" / "processor_config.json").read_text())
+    settings["image_processor"]["image_processor_type"] = "SonarImageProcessor"
+    (tmp_path / "m" / "processor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="Unrecognized image processor"):
         load_model(tmp_path / "m")

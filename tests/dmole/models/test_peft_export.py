@@ -8,9 +8,9 @@ import torch
 from peft import PeftModel
 
 from dmole.models.adapters import Adapters, add_experts, attach, detach
-from dmole.models.architecture import build_tiny_model
 from dmole.models.multimodal import MultimodalModel
 from dmole_kernels import ExpertGates, save_experts
+from mini_cmit.model.tiny import build_tiny_model
 
 
 @pytest.fixture

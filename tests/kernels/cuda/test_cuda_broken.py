@@ -31,7 +31,7 @@ BROKEN_DECODE = {
     "experts_past_the_first_warp_mixed_up": ("call, row, output, begin + place)", "call, row, output, place)"),
     "gate_as_a_switch": ("__shfl_sync(kWholeWarp, gate, place)", "1.0f"),
     "first_expert_alone": ("open != 0u; open &= open - 1u", "open != 0u; open = 0u"),
-    "scale_forgotten": ("static_cast<float>(__longlong_as_double(fact(call, kScale, first))) * sum", "sum"),
+    "scale_forgotten": ("static_cast<float>(__longlong_as_double(field(call, kScale, first))) * sum", "sum"),
     "outputs_leave_before_the_warp_meets": (
         "  float delta = 0.0f;\n",
         "  float delta = 0.0f;\n  if (output >= call.outputs) return;\n",

@@ -38,8 +38,8 @@ def test_the_record_has_every_kernel_for_every_target_within_the_limits() -> Non
 
 def test_a_broken_limit_and_a_difference_are_told() -> None:
     key = "sm_90a place_experts"
-    told = list(CHECK["broken_limits"]({key: {"registers": 65, "shared": 50000, "spills": 8}}))
-    assert told == [
+    problems = list(CHECK["broken_limits"]({key: {"registers": 65, "shared": 50000, "spills": 8}}))
+    assert problems == [
         f"{key}: 8 bytes spilled or on the stack; expected none. Keep fewer numbers at once.",
         f"{key}: 65 registers x 1024 threads; expected at most 65536.",
         f"{key}: 50000 bytes of shared memory; expected at most 49152.",

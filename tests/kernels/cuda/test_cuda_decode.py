@@ -40,9 +40,9 @@ WORKLOADS = (
     Workload(name="token_gates", leading=(3, 5), in_features=31, out_features=67, ranks=(3, 8), gate="token"),
     Workload(name="sample_gates", leading=(3, 5), in_features=48, out_features=130, ranks=(16, 8)),
     Workload(name="forty_experts", leading=(7,), in_features=24, out_features=40, ranks=(1, 2) * 20, pattern="top2"),
-    Workload(name="one_expert_takes_all", leading=(5, 3), in_features=16, out_features=24, ranks=(4, 6, 2),
+    Workload(name="one_active_expert", leading=(5, 3), in_features=16, out_features=24, ranks=(4, 6, 2),
              pattern="one_expert"),
-    Workload(name="nobody_uses_the_last", leading=(5, 2), in_features=16, out_features=24, ranks=(4, 6),
+    Workload(name="last_unused", leading=(5, 2), in_features=16, out_features=24, ranks=(4, 6),
              pattern="last_unused"),
     Workload(name="zero_and_negative", leading=(5, 3), in_features=16, out_features=24, ranks=(4, 6),
              pattern="zero_and_negative"),
@@ -191,7 +191,7 @@ def test_alignment_changes_the_loads_and_no_bit(dtype: torch.dtype) -> None:
 
 @DTYPES
 def test_an_expert_is_read_by_the_rows_that_use_it_alone(dtype: torch.dtype) -> None:
-    inputs = drawn(BY_NAME["nobody_uses_the_last"], dtype, dtype)
+    inputs = drawn(BY_NAME["last_unused"], dtype, dtype)
     poison = tuple(torch.full_like(t, float("nan")) for t in (inputs.lora_a[1], inputs.lora_b[1]))
     poisoned = replace(inputs, lora_a=(inputs.lora_a[0], poison[0]), lora_b=(inputs.lora_b[0], poison[1]))
     assert equal(decode(poisoned), decode(inputs))

@@ -75,10 +75,12 @@ def test_more_tiles_than_a_warp_scans_at_once() -> None:
     check(drawn_gate(1100, 3), 1100)
 
 
-@pytest.mark.parametrize("pattern", ["nobody", "everybody", "one_expert", "last_unused"])
+@pytest.mark.parametrize("pattern", ["no_expert", "all_experts", "one_expert", "last_unused"])
 def test_gates_of_one_kind(pattern: str) -> None:
-    gate = torch.zeros(45, 6) if pattern in ("nobody", "one_expert") else torch.ones(45, 6)
-    gate[:, {"one_expert": 3, "last_unused": 5}.get(pattern, 0)] = {"nobody": 0.0, "last_unused": 0.0}.get(pattern, 2.0)
+    gate = torch.zeros(45, 6) if pattern in ("no_expert", "one_expert") else torch.ones(45, 6)
+    gate[:, {"one_expert": 3, "last_unused": 5}.get(pattern, 0)] = {"no_expert": 0.0, "last_unused": 0.0}.get(
+        pattern, 2.0
+    )
     check(gate, 45)
     check(gate, 90)
 

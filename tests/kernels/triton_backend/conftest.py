@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Triton kernels run in Triton's interpreter here: no GPU needed, and none used.
 
-`tests/conftest.py` chooses it, which must come before Triton is imported; else what runs kernels is skipped, saying so,
-where somebody has imported it before. Without Triton only the test that says so is collected.
+`tests/conftest.py` selects it before Triton is imported; where Triton was imported earlier, tests that run kernels are
+skipped with the reason. Without Triton only the test of the missing installation is collected.
 """
 
 from __future__ import annotations

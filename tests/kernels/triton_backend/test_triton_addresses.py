@@ -43,7 +43,7 @@ OPERANDS = {
     "dg": ("dgate",),
     "partial": ("partial", "partial_a", "partial_b"),
     "weights": ("encoder_weight", "encoder_bias", "decoder_weight", "decoder_bias"),
-    "plan": ("table", "blocks", "gate", "flags", "learning", "experts", "key_low"),
+    "metadata": ("table", "blocks", "gate", "flags", "trainable_blocks", "experts", "key_low"),
 }
 
 
@@ -110,7 +110,7 @@ class Ledger:
                     tensor for name in parameters if isinstance(tensor := launch.arguments.get(name), Tensor)
                 ]
                 count = bytes_of(touched, tensors) if expected else 0
-                if operand == "plan":
+                if operand == "metadata":
                     assert count <= expected, (launch.name, kind, operand)
                 else:
                     assert count == expected, (launch.name, kind, operand)
@@ -128,7 +128,7 @@ LAYERS = (
     Workload(name="two_blocks", leading=(2, 35), in_features=40, out_features=24, ranks=(33, 40), dropout=0.1),
     Workload(name="token_gates", leading=(3, 7), in_features=31, out_features=17, ranks=(3, 8), gate="token"),
     Workload(name="masks", leading=(2, 9), in_features=30, out_features=20, ranks=(4, 3), dropout=0.3, per_expert=True),
-    Workload(name="shares", leading=(2, 150), in_features=40, out_features=24, ranks=(2, 1)),
+    Workload(name="splits", leading=(2, 150), in_features=40, out_features=24, ranks=(2, 1)),
 )
 
 

@@ -68,4 +68,4 @@ def test_unknown_arguments_and_interpreted_kernels_are_refused() -> None:
     with pytest.raises(ValueError, match="check-aot got .*; expected nothing, --quick or --write"):
         aot.check_aot(["--fast"])
     with pytest.raises(ValueError, match="TRITON_INTERPRET is set; expected compiled kernels"):
-        aot.compile_share("sm_90", 0, 1)
+        aot.compile_slice("sm_90", 0, 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m dmole_kernels check-gpu`: its whole path in the interpreter, and that it fails when a kernel is wrong."""
+"""`python -m benchmarks.check_gpu`: its whole path in the interpreter, and that it fails when a kernel is wrong."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.check_gpu import command, correctness, rivals, roofline, sanitizer
+from benchmarks.check_gpu import command, correctness, roofline, sanitizer, timed_cases
 from benchmarks.records import read_rows
 from dmole_kernels import multi_lora as multi_lora_function
 from dmole_kernels._multi_lora import FORWARD
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[3]
 def test_the_command_runs_without_a_gpu_and_says_so(tmp_path: Path) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "", "PYTHONWARNINGS": "error"}
     done = subprocess.run(
-        [sys.executable, "-m", "dmole_kernels", "check-gpu", "--output", str(tmp_path / "found")],
+        [sys.executable, "-m", "benchmarks.check_gpu", "--output", str(tmp_path / "found")],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -43,7 +43,7 @@ def test_the_command_runs_without_a_gpu_and_says_so(tmp_path: Path) -> None:
     assert {tool["state"] for tool in summary["sanitizer"]["tools"]} == {"not run"}
     assert summary["benchmark"]["wrong"] == {}
     rows = read_rows(found / "benchmark.csv")
-    assert {row["provider"] for row in rows} >= {*rivals.RIVALS, *rivals.OURS}
+    assert {row["provider"] for row in rows} >= {*timed_cases.BASELINES, *timed_cases.OURS}
     assert all(row["machine"].startswith(INTERPRETER) for row in rows)
     assert (found / "roofline.png").read_bytes().startswith(b"\x89PNG")
 
@@ -161,9 +161,9 @@ def test_the_published_roof_is_found_by_the_device_s_name() -> None:
     assert roofline.published("NVIDIA GeForce RTX 4090") is None
 
 
-def test_cases_on_a_gpu_have_every_rival_and_the_decode_path_is_one() -> None:
-    entries = rivals.entries(gpu=True)
-    assert all(set(entry.providers) >= {*rivals.RIVALS, *rivals.OURS} for entry in entries)
+def test_cases_on_a_gpu_have_every_baseline_and_the_decode_path_is_one() -> None:
+    entries = timed_cases.entries(gpu=True)
+    assert all(set(entry.providers) >= {*timed_cases.BASELINES, *timed_cases.OURS} for entry in entries)
     assert any(entry.case.rows == 16 for entry in entries)
     assert len({entry.case.name for entry in entries}) == len(entries)
 

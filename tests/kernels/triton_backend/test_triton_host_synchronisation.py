@@ -2,7 +2,7 @@
 """Nothing on the way to a launch asks the device for a value: the host runs ahead, and CUDA graphs can be captured.
 
 Three witnesses. On the meta device no value exists, and calls can still be made into launches. In the interpreter every
-operation in which a GPU would make the host wait raises, while a layer trains and serves. A seed on the device reaches
+operation in which a GPU would make the host wait raises, while a layer trains and infers. A seed on the device reaches
 the kernels as an address.
 """
 
@@ -39,7 +39,7 @@ class HostReads(TorchFunctionMode):
 
 
 class DispatchedReads(TorchDispatchMode):
-    """Raises on operations that return a value to the host, whoever calls them."""
+    """Raises on operations that return a value to the host, from any caller."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function._schema.name in ATEN_READS:

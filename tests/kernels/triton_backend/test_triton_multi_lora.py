@@ -37,8 +37,8 @@ from dmole_kernels.triton_backend.multi_lora import multi_lora_backward, multi_l
 from dmole_kernels.triton_backend.shrink import shrink
 
 BY_NAME = {workload.name: workload for workload in WORKLOADS}
-# So many rows for so few columns that the sums over rows are cut into shares.
-SEVERAL_SHARES = Workload(name="several_shares", leading=(2, 150), in_features=40, out_features=24, ranks=(2, 1))
+# So many rows for so few columns that the sums over rows are split.
+SEVERAL_SPLITS = Workload(name="several_splits", leading=(2, 150), in_features=40, out_features=24, ranks=(2, 1))
 
 
 def run_triton(inputs: LoraInputs) -> Results:
@@ -46,7 +46,7 @@ def run_triton(inputs: LoraInputs) -> Results:
         return run_kernels(multi_lora_forward, multi_lora_backward, inputs)
 
 
-@pytest.mark.parametrize("workload", (*WORKLOADS, SEVERAL_BLOCKS, SEVERAL_SHARES), ids=lambda workload: workload.name)
+@pytest.mark.parametrize("workload", (*WORKLOADS, SEVERAL_BLOCKS, SEVERAL_SPLITS), ids=lambda workload: workload.name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_error_rule(workload: Workload, dtype: torch.dtype) -> None:
     # Many draws where the luck of a few numbers decides; one where the working dtype is coarse, to save time.

@@ -36,7 +36,7 @@ from dmole_kernels.triton_backend.configs import TABLE, Line
 LAYERS = {workload.name: workload for workload in WORKLOADS} | {
     workload.name: workload
     for workload in (
-        Workload(name="several_shares", leading=(2, 150), in_features=40, out_features=24, ranks=(2, 1)),
+        Workload(name="several_splits", leading=(2, 150), in_features=40, out_features=24, ranks=(2, 1)),
         # Samples of one tile of rows use other column blocks than those of the next.
         Workload(
             name="tiles_differ", leading=(4, 40), in_features=150, out_features=40, ranks=(64, 64, 8),
@@ -174,7 +174,7 @@ CHECKS: dict[str, Check] = {
 } | {
     name: layer(name)
     for name in (
-        "primes", "token_gates", "dropout_shared", "dropout_per_expert", "frozen_between", "several_shares",
+        "primes", "token_gates", "dropout_shared", "dropout_per_expert", "frozen_between", "several_splits",
         "tiles_differ",
     )
 }  # fmt: skip
@@ -202,7 +202,7 @@ PLANTED: dict[tuple[str, str], dict[str, tuple[str, str]]] = {
     },
     ("tiles_differ", "shrink.py"): {
         "no_gradient_for_a_gate_of_zero": ("P if NEED_GATE else P * active", "P * active"),
-        "s_left_out_although_the_gate_is_trained": ('LOOK == "skip"', 'LOOK != "none"'),
+        "s_left_out_although_the_gate_is_trained": ('FLAG_MODE == "skip"', 'FLAG_MODE != "none"'),
         "last_tile_of_features_missing": (
             "range(0, stop, WIDTH):\n        features", "range(0, stop // WIDTH * WIDTH, WIDTH):\n        features",
         ),
@@ -233,7 +233,7 @@ PLANTED: dict[tuple[str, str], dict[str, tuple[str, str]]] = {
         "weights_not_recomputed": ("if any_nan(total):", "if N < 0:"),
     },
     ("unused", "recompute.py"): {
-        "recomputed_without_a_mask": ("tl.where(used, part, tl.zeros_like(part))", "part"),
+        "recomputed_without_a_mask": ("tl.where(used, products, tl.zeros_like(products))", "products"),
         "recomputed_without_the_base": ("if HAS_BASE:", "if N < 0:"),
         "recomputed_without_the_bias": ("if HAS_BIAS:", "if N < 0:"),
         "db_recomputed_without_gate": ("left_tile.to(ACC) * gate_tile", "left_tile.to(ACC)"),
@@ -258,11 +258,11 @@ PLANTED: dict[tuple[str, str], dict[str, tuple[str, str]]] = {
             "// config.rows) * -(-outputs // config.width),", "// config.rows) * (outputs // config.width),",
         ),
     },
-    ("several_shares", "weight_gradient.py"): {
+    ("several_splits", "weight_gradient.py"): {
         "second_row_block_overwrites": (
             "_row_tile(\n                total, left", "_row_tile(\n                tl.zeros_like(total), left",
         ),
-        "rows_counted_in_every_share": ("begin = share * each", "begin = share * 0"),
+        "rows_counted_in_every_split": ("begin = split * each", "begin = split * 0"),
     },
     ("training", "weight_gradient.py"): {
         "row_128_overwrites": (
@@ -270,8 +270,8 @@ PLANTED: dict[tuple[str, str], dict[str, tuple[str, str]]] = {
             "            total = tl.where(row_tile * ROWS == 128, 0.0, total)\n            total = _row_tile(",
         ),
     },
-    ("several_shares", "finish.py"): {
-        "first_share_missing": ("range(0, shares)", "range(1, shares)"),
+    ("several_splits", "finish.py"): {
+        "first_split_missing": ("range(0, splits)", "range(1, splits)"),
     },
     ("training", "finish.py"): {
         "dgate_of_the_first_64_rows": (

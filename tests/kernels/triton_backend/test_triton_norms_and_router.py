@@ -79,8 +79,8 @@ def test_router_score_errs_no_more_than_the_reference(sigmoid: bool, dtype: torc
     with poisoned_memory():
         error = router_score_forward(*tensors, sigmoid)
     exact = reference.router_score_forward(*(tensor.double() for tensor in tensors), sigmoid)
-    yardstick = reference.router_score_forward(*tensors, sigmoid)
-    allowed = 2 * (yardstick.double() - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
+    in_dtype = reference.router_score_forward(*tensors, sigmoid)
+    allowed = 2 * (in_dtype.double() - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
     assert (error.double() - exact).abs().max() <= allowed
     assert torch.equal(router_score_forward(tensors[0][5:6], *tensors[1:], sigmoid), error[5:6])
 

@@ -70,5 +70,5 @@ def test_frozen_experts_write_nothing() -> None:
     case = Case(name="", ranks=(16,) * 4, frozen=(0, 1, 2))
     _, backward = launches(case, "sm_90")
     writes = next(launch for launch in backward if launch.name == "weight_gradient").writes
-    shares = next(launch for launch in backward if launch.name == "weight_gradient").arguments["shares"]
-    assert sum(writes.values()) == shares * 16 * (4096 + 4096) * 4
+    splits = next(launch for launch in backward if launch.name == "weight_gradient").arguments["splits"]
+    assert sum(writes.values()) == splits * 16 * (4096 + 4096) * 4

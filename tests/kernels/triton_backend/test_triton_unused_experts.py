@@ -46,7 +46,7 @@ LAYERS = {
         replace(SMALL, name="dropout", dropout=0.3),
         replace(SMALL, name="dropout_per_expert", dropout=0.3, per_expert=True),
         replace(SMALL, name="frozen", frozen=(0,)),
-        replace(SMALL, name="several_shares", leading=(3, 30), ranks=(1, 1, 1)),
+        replace(SMALL, name="several_splits", leading=(3, 30), ranks=(1, 1, 1)),
         replace(SMALL, name="several_tiles", in_features=130, out_features=40),
     )
 }

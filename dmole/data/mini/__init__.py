@@ -1,6 +1,0 @@
-# SPDX-License-Identifier: Apache-2.0
-"""The mini benchmark: nine real tasks built from material that ordinary Python packages carry."""
-
-from dmole.data.mini.build import build_mini
-
-__all__ = ["build_mini"]

@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The mini benchmark of continual multimodal instruction tuning, and the small model that it is made for.
+
+Importing this package makes transformers' `AutoProcessor` and `AutoImageProcessor` load the folders of both models.
+"""
+
+from mini_cmit.model.processing import register
+
+register()

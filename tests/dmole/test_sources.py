@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names of models and streams come from the entry points of installed packages; anything else is a folder."""
+
+import importlib.metadata
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from dmole.config_error import ConfigError
+from dmole.sources import open_model, open_stream, registered
+from mini_cmit.model.tiny import write_tiny_model
+
+
+@pytest.fixture
+def screen() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+def shown(screen: Console) -> str:
+    assert isinstance(screen.file, io.StringIO)
+    return screen.file.getvalue()
+
+
+def install(site: Path, entry_points: str, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package of somebody else, as pip leaves it."""
+    folder = site / "somebody-1.0.dist-info"
+    folder.mkdir(parents=True)
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: somebody\nVersion: 1.0\n")
+    (folder / "entry_points.txt").write_text(entry_points)
+    (site / "somebody_streams.py").write_text(code)
+    monkeypatch.syspath_prepend(str(site))
+
+
+def test_this_project_s_own_names_are_registered_like_anybody_s() -> None:
+    assert registered("dmole.models")["mini"].value == "mini_cmit.model.shipped:mini_folder"
+    assert registered("dmole.models")["tiny"].value == "mini_cmit.model.tiny:tiny_folder"
+    assert registered("dmole.streams")["mini"].value == "mini_cmit.stream:mini_stream"
+
+
+def test_a_name_that_nobody_registers_is_refused_with_those_that_are(screen: Console) -> None:
+    with pytest.raises(ConfigError, match="model: got 'mimi', which is no folder; expected .*, or one of mini, tiny"):
+        open_model("mimi")
+    with pytest.raises(ConfigError, match="stream: got 'mimi', which is no folder; expected .*stream.yaml, or one of"):
+        open_stream("mimi", screen)
+
+
+def test_without_any_registered_name_it_says_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dmole.sources.entry_points", lambda group: importlib.metadata.EntryPoints())
+    with pytest.raises(ConfigError, match="or a registered name, of which there is none: install dmole with pip"):
+        open_model("mini")
+
+
+def test_a_folder_beside_the_names_is_read(tmp_path: Path, toy_folder: Path, screen: Console) -> None:
+    folder = write_tiny_model(tmp_path / "own", seed=4)
+    assert open_model(str(folder)).image_tokens == 4
+    assert open_stream(str(toy_folder), screen).name == "toy"
+    assert open_model("tiny").image_tokens == 4
+
+
+def test_a_stream_of_another_package_is_found_by_its_name(
+    tmp_path: Path, toy_folder: Path, screen: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = f"def theirs(say):\n    say('building theirs')\n    return {str(toy_folder)!r}\n"
+    install(tmp_path / "site", "[dmole.streams]\ntheirs = somebody_streams:theirs\n", code, monkeypatch)
+    assert set(registered("dmole.streams")) >= {"mini", "theirs"}
+    assert open_stream("theirs", screen).name == "toy"
+    assert shown(screen) == "building theirs\n"
