@@ -8,9 +8,11 @@ package too, so it takes nothing from it but what both have.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,7 +34,7 @@ def training(method_name: str, *, bf16: bool) -> Any:
 
     config = load_config(base=mini_small(), overrides=[f"training.bf16={str(bf16).lower()}"])
     console = Console(file=io.StringIO())
-    model = open_model(config.model, console)
+    model = opened(open_model, config, console)
     stream = open_stream(config.stream, console).limit(train=config.train_samples, test=config.test_samples)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -40,6 +42,12 @@ def training(method_name: str, *, bf16: bool) -> Any:
     stage = method.stages(stream)[0]
     method.begin_stage(stage.index, stage.task)
     return StageTraining(method, stage, config.training, seed=0, profile=Profile())
+
+
+def opened(open_model: Callable[..., Any], config: Any, console: Any) -> Any:
+    """The model of a configuration, by today's `open_model` or by that of an older checkout."""
+    old = list(inspect.signature(open_model).parameters) != ["config"]
+    return open_model(config.model, console) if old else open_model(config)
 
 
 def take(stage: Any, steps: int) -> float:

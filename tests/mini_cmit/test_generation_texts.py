@@ -16,6 +16,8 @@ from dmole.data.collate import collate
 from dmole.data.reading import read_stream
 from dmole.evaluation import generation_queue
 from dmole.generation import generate
+from mini_cmit.model.shipped import load_mini_model
+from mini_cmit.tasks.build import build_mini
 
 TEXTS = Path(__file__).parent / "fixtures" / "mini_greedy_texts.json"
 
