@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from dmole.models.declaration import Declaration
+from dmole.models.progress_bars import no_progress_bars
 from dmole.models.vision_language import VisionLanguageModel, wrap
 
 QUANTIZATIONS = ("int8",)
@@ -63,7 +64,8 @@ def load(
     if quantization is not None:
         settings["quantization_config"] = _quantization(quantization)
     auto: Any = AutoModelForImageTextToText  # its annotation says nothing of output_loading_info
-    model, report = auto.from_pretrained(source, output_loading_info=True, **settings)
+    with no_progress_bars():
+        model, report = auto.from_pretrained(source, output_loading_info=True, **settings)
     lacking = sorted(report["missing_keys"]) + [str(item) for item in report["mismatched_keys"]]
     if lacking:
         raise ValueError(

@@ -4,8 +4,8 @@
 from pathlib import Path
 
 from dmole.doctor import Finding, Requirement
-from dmole.models.multimodal import PROCESSOR_FILE, WEIGHTS_FILE
 from mini_cmit import doctor
+from mini_cmit.model.base import PROCESSOR_FILE, WEIGHTS_FILE
 
 
 def test_base_model(tmp_path: Path) -> None:

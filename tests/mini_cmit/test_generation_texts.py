@@ -8,8 +8,6 @@ import json
 from pathlib import Path
 
 import pytest
-from dmole.data.mini.build import build_mini
-from dmole.models.mini import load_mini_model
 
 from dmole.config import EvaluationSettings
 from dmole.data.collate import collate

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from dmole.models.multimodal import load_model
 from PIL import Image
 
-from dmole.data.collate import collate
+from dmole.data.collate import IGNORE, collate
 from dmole.data.sample import Sample
 from dmole.models.contract import check, drawn_probes
 from dmole.models.loading import load
 from dmole.models.vision_language import VisionLanguageModel
+from mini_cmit.model.base import load_base
 from mini_cmit.model.shipped import MINI_WEIGHTS
 from mini_cmit.model.tiny import tiny_folder
 
@@ -35,7 +35,7 @@ def folder(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture(scope="module")
 def vlm(folder: Path) -> VisionLanguageModel:
-    return load(folder)
+    return load(folder).ready()
 
 
 @pytest.fixture
@@ -45,13 +45,16 @@ def samples(tmp_path: Path) -> list[Sample]:
     for number, row in enumerate(PROMPTS[::2]):
         image = tmp_path / f"{number}.png"
         Image.effect_mandelbrot((100 + number, 90), (-2.0, -1.5, 1.0 + 0.1 * number, 1.5), 100).save(image)
-        made.append(Sample(id=row["task"], image=image, instruction=row["instruction"], answers=(row["answer"],)))
+        made.append(Sample(id=row["task"], images=(image,), instruction=row["instruction"], answers=(row["answer"],)))
     return made
 
 
 def test_the_rules_find_what_was_written_by_hand(vlm: VisionLanguageModel, folder: Path) -> None:
     assert vlm.towers == {"vision": "model.vision_tower", "language": "model.language_model"}
-    assert vlm.candidates == load_model(folder).candidates
+    towers = {tower: [name for name in names if ".layers." in name] for tower, names in vlm.candidates.items()}
+    assert {tower: list(names) for tower, names in vlm.candidates.items()} == towers
+    layers = len(vlm.model.model.language_model.layers)
+    assert {tower: len(names) for tower, names in towers.items()} == {"vision": 6 * layers, "language": 7 * layers}
     assert vlm.model.dtype == torch.float32
 
 
@@ -64,17 +67,23 @@ def test_the_contract_holds(vlm: VisionLanguageModel) -> None:
 def test_batches_are_those_that_were_joined_by_hand(
     with_answers: bool, vlm: VisionLanguageModel, folder: Path, samples: list[Sample]
 ) -> None:
-    expected = collate(load_model(folder), samples, with_answers=with_answers)
-    conversations = []
-    for sample in samples:
-        image = {"type": "image", "image": Image.open(sample.image)}
-        turns = [{"role": "user", "content": [image, {"type": "text", "text": sample.instruction}]}]
+    base = load_base(folder)
+    end = int(base.tokenizer.eos_token_id)
+    prompts = [base.prompt_ids(sample.instruction) for sample in samples]
+    answers = [[*base.text_ids(sample.answers[0]), end] if with_answers else [] for sample in samples]
+    batch = collate(vlm, samples, with_answers=with_answers)
+    width = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))
+    for s, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        ids = [*prompt, *answer]
+        padding = [0] * (width - len(ids))
+        shown = [1] * len(ids)
+        assert batch.input_ids[s].tolist() == (ids + padding if with_answers else padding + ids)
+        mask = batch.encoded.inputs["attention_mask"][s].tolist()
+        assert mask == (shown + padding if with_answers else padding + shown)
         if with_answers:
-            turns.append({"role": "assistant", "content": [{"type": "text", "text": sample.answers[0]}]})
-        conversations.append(turns)
-    got = vlm.encode(conversations, with_answers=with_answers)
-    assert set(got.inputs) == {"input_ids", "attention_mask", "pixel_values"}
-    for name, tensor in got.inputs.items():
-        assert torch.equal(tensor, getattr(expected, name)), name
-    if with_answers:
-        assert got.labels is not None and torch.equal(got.labels, expected.labels)
+            assert batch.labels[s].tolist() == [IGNORE] * len(prompt) + answer + [IGNORE] * len(padding)
+    assert set(batch.encoded.inputs) == {"input_ids", "attention_mask", "pixel_values"}
+    pictures = [Image.open(sample.images[0]) for sample in samples]
+    pixels = base.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+    assert torch.equal(batch.encoded.inputs["pixel_values"], pixels)
+    assert batch.units == {"vision": [1] * len(samples), "language": [1] * len(samples)}

@@ -38,7 +38,7 @@ def test_the_folder_holds_the_model_and_its_processor(samples: list[Sample], tmp
             {
                 "role": "user",
                 "content": [
-                    {"type": "image", "image": Image.open(sample.image)},
+                    {"type": "image", "image": Image.open(sample.images[0])},
                     {"type": "text", "text": sample.instruction},
                 ],
             },

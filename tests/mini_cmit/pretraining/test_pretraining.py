@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dmole.models.multimodal import load_model
+from mini_cmit.model.base import load_base
 from mini_cmit.pretraining.corpus import read_shard, write_corpus
 from mini_cmit.pretraining.curriculum import CURRICULUM
 from mini_cmit.pretraining.posters import place_names
@@ -79,6 +79,6 @@ def test_a_small_run_is_written_and_loads(tmp_path: Path) -> None:
     settings = PretrainingSettings(epochs=1, batch_size=8, vision_batch_size=8, held_out=4, vocabulary=300)
     pretrain(tmp_path / "corpus", list(families), settings, tmp_path / "model", processes=1)
     assert "phase,step,images" in (tmp_path / "model" / "pretraining.csv").read_text()
-    model = load_model(tmp_path / "model")
+    model = load_base(tmp_path / "model")
     assert model.model.config._attn_implementation == "eager"
     assert model.image_tokens == 25 and sum(p.numel() for p in model.model.parameters()) > 6e6
