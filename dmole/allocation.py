@@ -23,6 +23,7 @@ from dmole.batches import pieces_of
 from dmole.curriculum import floor_count
 from dmole.data.collate import collate
 from dmole.models.adapters import as_pretrained
+from dmole.models.towers import VISION
 from dmole.processes import process
 from dmole_kernels import GradNormRecorder, MultiLoRALinear
 
@@ -194,6 +195,8 @@ def layer_scores(
     Memory: one fp32 buffer per candidate ("exact") or its sketch. Every parameter is frozen for the time of the pass:
     no weight gradient outside the candidates is ever computed, and none at all is written to a ``.grad``.
 
+    Without an image in ``samples`` the vision tower's scores are 0.
+
     Raises ValueError for no samples, and for candidates that no batch calls or whose weight another module shares.
     """
     towers = vlm.candidates if candidates is None else candidates
@@ -201,7 +204,11 @@ def layer_scores(
         raise ValueError("samples: got none; expected at least one sample to score the layers on.")
     if batch_size < 1:
         raise ValueError(f"proxy_batch_size: got {batch_size}; expected at least 1.")
-    linears = {name: _base_linear(vlm.model, name) for names in towers.values() for name in names}
+    # A tower that no sample reaches is not called, and its gradient is zero.
+    unused = () if any(sample.images for sample in samples) else (VISION,)
+    linears = {
+        name: _base_linear(vlm.model, name) for tower, names in towers.items() if tower not in unused for name in names
+    }
     recorder = GradNormRecorder(linears, quantity="accumulated", method=method, model=vlm.model)
     with as_pretrained(vlm.model), recorder:
         number, processes = process()
@@ -212,7 +219,10 @@ def layer_scores(
         if processes > 1:
             recorder.reduce_()
         norms = recorder.norms()
-    return {tower: {name: norms[name].weight + norms[name].bias for name in names} for tower, names in towers.items()}
+    return {
+        tower: {name: norms[name].weight + norms[name].bias if name in norms else 0.0 for name in names}
+        for tower, names in towers.items()
+    }
 
 
 def _base_linear(model: nn.Module, name: str) -> nn.Linear:
