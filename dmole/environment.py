@@ -15,7 +15,10 @@ import torch
 from dmole.arithmetic import arithmetic, usable_cores
 from dmole.methods.base import JSON
 
-PACKAGES = ("dmole", "torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy", "pillow", "pycocoevalcap")
+PACKAGES = (
+    "dmole", "torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy", "scipy", "pillow",
+    "pycocoevalcap",
+)  # fmt: skip
 
 
 def describe_environment() -> dict[str, JSON]:

@@ -373,7 +373,12 @@ class SingleRun:
         write_json(plan.folder / "config.json", document)
         write_json(
             plan.folder / "environment.json",
-            {**describe_environment(), "base_weights_sha256": plan.identity["base_weights"]},
+            {
+                **describe_environment(),
+                "device": self.accelerator.device.type,
+                "processes": self.accelerator.num_processes,
+                "base_weights_sha256": plan.identity["base_weights"],
+            },
         )
 
     def _write_results(self) -> None:
