@@ -331,6 +331,8 @@ def _convert(hint: Any, value: object, path: str) -> Any:
         (inner,) = (argument for argument in arguments if argument is not type(None))
         return _convert(inner, value, path)
     if origin is Literal:
+        if value is False and "no" in arguments:
+            value = "no"  # which YAML reads as false
         require(value in arguments, path, value, "one of " + ", ".join(repr(choice) for choice in arguments))
         return value
     if origin is tuple:

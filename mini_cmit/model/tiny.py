@@ -17,9 +17,9 @@ import torch
 from transformers.models.llava import LlavaProcessor
 
 from dmole.models.declaration import Declaration
-from dmole.models.progress_bars import no_progress_bars
 from dmole.models.vision_language import VisionLanguageModel, wrap
 from mini_cmit.model.architecture import build_network, train_tokenizer
+from mini_cmit.model.base import BaseModel
 from mini_cmit.model.image_processing import PixelImageProcessor
 from mini_cmit.model.processing import CHAT_TEMPLATE
 
@@ -63,9 +63,8 @@ def build_tiny_model(seed: int = 0, *, texts: Iterable[str] = (), side: int = 16
 def write_tiny_model(folder: Path, seed: int = 0, *, texts: Iterable[str] = (), side: int = 16) -> Path:
     """Writes the same model as a plain transformers folder, in float32, and returns the folder."""
     model = build_tiny_model(seed, texts=texts, side=side)
-    with no_progress_bars():
-        model.model.save_pretrained(folder)
-    model.processor.save_pretrained(folder)
+    # Not save_pretrained, which writes nothing in processes after the first.
+    BaseModel(model=model.model, processor=model.processor).save(folder, dtype=torch.float32)
     return folder
 
 

@@ -58,7 +58,7 @@ def with_values(adapters: Adapters, expert: str, seed: int) -> None:
 
 def answers(model: nn.Module, gates: dict[str, ExpertGates], x: Tensor, expert: str) -> Tensor:
     gate = torch.ones(len(x), 1)
-    with torch.no_grad(), experts_on(gates, gate, (expert,)):
+    with torch.no_grad(), experts_on(gates, gate, (expert,), units=dict.fromkeys(gates, [1] * len(x))):
         return model(x)
 
 

@@ -186,7 +186,7 @@ def autograd_scores(
         for linear in linears.values():
             linear.requires_grad_(True)
         for start in range(0, len(samples), batch_size):
-            answer_loss(vlm.model, collate(vlm, samples[start : start + batch_size], with_answers=True)).backward()
+            answer_loss(vlm, collate(vlm, samples[start : start + batch_size], with_answers=True)).backward()
         norms = {
             name: sum(0.0 if p.grad is None else float(p.grad.norm()) for p in linear.parameters())
             for name, linear in linears.items()
@@ -233,7 +233,7 @@ class ProductShapes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         out = func(*args, **(kwargs or {}))
-        if isinstance(out, Tensor) and any(op in str(func) for op in ("vlm", "linear", "matmul", "einsum")):
+        if isinstance(out, Tensor) and any(op in str(func) for op in ("mm", "linear", "matmul", "einsum")):
             self.shapes.add(tuple(out.shape))
         return out
 
@@ -264,7 +264,7 @@ def test_no_weight_gradient_outside_the_candidates_is_computed(
 
         # The instrument sees them where they do exist.
         with ProductShapes() as seen:
-            answer_loss(vlm.model, collate(vlm, samples, with_answers=True)).backward()
+            answer_loss(vlm, collate(vlm, samples, with_answers=True)).backward()
         assert others <= seen.shapes
         assert written
     finally:

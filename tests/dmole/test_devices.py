@@ -10,7 +10,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from dmole.models.architecture import build_tiny_model
 
 from dmole.config import EvaluationSettings, LoraSettings, MethodSettings
 from dmole.data.sample import Stream
@@ -19,6 +18,7 @@ from dmole.method_settings import DMoLESettings, RouterSettings
 from dmole.methods import method_class
 from dmole.training import Profile, StageTraining
 from dmole.training_settings import TrainingSettings
+from mini_cmit.model.tiny import build_tiny_model
 
 SETTINGS = TrainingSettings(
     num_train_epochs=1.0, per_device_train_batch_size=2, gradient_accumulation_steps=2, eval_strategy="epoch",
@@ -70,6 +70,11 @@ def test_a_run_makes_every_tensor_where_its_inputs_are(
         assert {tensor.device.type for tensor in (*tensors.values(), *state[0].values())} == {"cpu"}
         method.load_state(tensors, meta)
         row = evaluate(
-            method, validated_stream.tasks, queue, EvaluationSettings(batch_size=4, max_new_tokens=3), profile=Profile()
+            method,
+            validated_stream.tasks,
+            queue,
+            EvaluationSettings(per_device_eval_batch_size=4, max_new_tokens=3),
+            running.accelerator,
+            profile=Profile(),
         )
         assert len(row.predictions) == 12

@@ -100,7 +100,7 @@ def watching(method: DMoLE, record: Callable[[str, tuple[str, ...], Tensor], Non
 def logits(method: DMoLE, batch: Batch) -> Tensor:
     with torch.no_grad():
         return method.vlm.model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, pixel_values=batch.pixel_values
+            **batch.encoded.inputs,
         ).logits
 
 

@@ -1,23 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Answers alone against in company, their ends, which stages test which tasks, and a queue that mixes tasks."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
+from dmole.acceleration import make_accelerator
 from dmole.config import EvaluationSettings, MethodSettings
 from dmole.data.collate import collate
 from dmole.data.sample import Sample, Stream
 from dmole.evaluation import Prediction, evaluate, evaluated_stages, final_rows, generation_queue, score
-from dmole.generation import Answer, end_tokens, generate, sampling
+from dmole.generation import Answer, generate, sampling
 from dmole.methods import method_class
 from dmole.methods.base import Stage
 from dmole.models.adapters import add_experts, attach, experts_on
 from dmole.models.vision_language import VisionLanguageModel
 from dmole.seeding import derived_generator
 from dmole.training import Profile
+from dmole.training_settings import TrainingSettings
 from dmole_kernels import ExpertGates
 
 
@@ -57,11 +60,9 @@ WAYS = pytest.mark.parametrize("way", [GREEDY, BEAMS, SAMPLED], ids=["greedy", "
 @pytest.mark.parametrize("beams", [1, 3])
 def test_equals_transformers_generation(beams: int, toy_stream: Stream, talkative: VisionLanguageModel) -> None:
     batch = collate(talkative, mixed(toy_stream), with_answers=False)
-    assert (batch.attention_mask[:, 0] == 0).any(), "the batch should have padding"
+    assert (batch.encoded.inputs["attention_mask"][:, 0] == 0).any(), "the batch should have padding"
     out = talkative.model.generate(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        pixel_values=batch.pixel_values,
+        **batch.encoded.inputs,
         max_new_tokens=12,
         num_beams=beams,
         do_sample=False,
@@ -103,7 +104,8 @@ def test_each_row_keeps_its_own_expert(
     routes = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [0.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
 
     def answer(some: list[Sample], gate: torch.Tensor, names: Sequence[str] = NAMES) -> list[str]:
-        with experts_on(two_experts, gate, ("one", "two"), units=1):
+        units = dict.fromkeys(two_experts, [1] * len(some))
+        with experts_on(two_experts, gate, ("one", "two"), units=units):
             return texts(talkative, some, names, **way)
 
     together = answer(samples, routes)
@@ -119,7 +121,9 @@ def test_beams_without_units_are_refused(
     toy_stream: Stream, talkative: VisionLanguageModel, two_experts: dict[str, ExpertGates]
 ) -> None:
     # Three beams of six samples have the rows of eighteen: a gate of six rows must not be read as something else.
-    with experts_on(two_experts, torch.ones(6, 2), ("one", "two")):
+    with contextlib.ExitStack() as stack:
+        for gates in two_experts.values():
+            stack.enter_context(gates.use(torch.ones(6, 2), ("one", "two")))
         with pytest.raises(ValueError, match=r"pass use\(\.\.\., units="):
             texts(talkative, mixed(toy_stream), **BEAMS)
 
@@ -183,9 +187,7 @@ def test_an_answer_ends_at_any_of_the_models_end_tokens(toy_stream: Stream, talk
     whole = texts(talkative, samples, **GREEDY)
     batch = collate(talkative, samples, with_answers=False)
     first = talkative.model.generate(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        pixel_values=batch.pixel_values,
+        **batch.encoded.inputs,
         max_new_tokens=2,
         do_sample=False,
     )
@@ -193,7 +195,7 @@ def test_an_answer_ends_at_any_of_the_models_end_tokens(toy_stream: Stream, talk
     talkative.model.generation_config.eos_token_id = [second]
     got = generate(talkative, batch, EvaluationSettings(**GREEDY), NAMES)
     assert not got[0].cut and whole[0].startswith(got[0].text) and len(got[0].text) < len(whole[0])
-    assert end_tokens(talkative) == [second, talkative.tokenizer.eos_token_id]
+    assert talkative.end_token_ids == {second, talkative.tokenizer.eos_token_id}
 
 
 def test_bf16_is_autocast(toy_stream: Stream, talkative: VisionLanguageModel) -> None:
@@ -201,7 +203,8 @@ def test_bf16_is_autocast(toy_stream: Stream, talkative: VisionLanguageModel) ->
     layer = talkative.model.get_submodule(talkative.candidates["language"][0])
     hook = layer.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     for bf16 in (False, True):
-        texts(talkative, mixed(toy_stream), max_new_tokens=1, bf16=bf16)
+        with make_accelerator(TrainingSettings(bf16=bf16)).autocast():
+            texts(talkative, mixed(toy_stream), max_new_tokens=1)
     hook.remove()
     assert seen == [torch.float32, torch.bfloat16]
     assert layer.weight.dtype == torch.float32
@@ -220,7 +223,8 @@ def test_no_tensor_is_made_on_the_default_device(
     try:
         # A tensor made without its input's device has no values here.
         answers = generate(talkative, batch, EvaluationSettings(**way), NAMES)
-        with experts_on(two_experts, gate, ("one", "two"), units=1):
+        units = dict.fromkeys(two_experts, [1] * 6)
+        with experts_on(two_experts, gate, ("one", "two"), units=units):
             generate(talkative, batch, EvaluationSettings(**way), NAMES)
         generation_queue(talkative, toy_stream.tasks, 5)
     finally:
@@ -261,7 +265,15 @@ def test_evaluating_counts_samples_and_seconds(toy_stream: Stream, tiny_model: V
     method = method_class("zero_shot")(tiny_model, MethodSettings(), seed=0)
     settings, profile, seen = EvaluationSettings(per_device_eval_batch_size=5, max_new_tokens=2), Profile(), []
     queue = generation_queue(tiny_model, toy_stream.tasks, settings.per_device_eval_batch_size)
-    result = evaluate(method, toy_stream.tasks, queue, settings, profile=profile, after_batch=seen.append)
+    result = evaluate(
+        method,
+        toy_stream.tasks,
+        queue,
+        settings,
+        make_accelerator(TrainingSettings()),
+        profile=profile,
+        after_batch=seen.append,
+    )
     assert seen == [5, 5, 2]
     assert {p.route for p in result.predictions} == {None}
     assert set(profile.seconds) == {"evaluation_data", "evaluation_generate", "evaluation_score"}

@@ -29,7 +29,7 @@ METHODS = "methods=[dmole, seq_ft, finetune, joint]"
 def configured(toy_folder: Path, output: Path, *overrides: str) -> RunConfig:
     fast = (
         f"stream={toy_folder}", "model=tiny", f"output={output}", "threads=1", METHODS, "train_samples=4",
-        "training={epochs: 1, batch_size: 4}", "evaluation.max_new_tokens=3", "lora.rank=4",
+        "training={num_train_epochs: 1, per_device_train_batch_size: 4}", "evaluation.max_new_tokens=3", "lora.rank=4",
         "dmole={proxy_min_samples: 4, router: {epochs: 3, margin: 50.0}}",
     )  # fmt: skip
     return load_config(overrides=(*fast, *overrides))
@@ -201,7 +201,10 @@ def test_a_number_where_nothing_was_measured_is_found(outputs: dict[str, Path], 
 def test_settings_that_cannot_be(toy_config: Configure) -> None:
     cases = [
         (("methods=[seq_ft, zero_shot]", "evaluation.zero_shot=false"), "expected True for the method zero_shot"),
-        (("evaluation.max_new_tokens=2",), r"has the answer '[AB]', which takes 3 tokens with its end; "),
+        (
+            ("evaluation.max_new_tokens=2",),
+            r"max_new_tokens: got 2 for an answer of 3 tokens with its end of turn; expected at least 3",
+        ),
     ]
     for overrides, message in cases:
         with pytest.raises(ConfigError, match=message):

@@ -12,8 +12,10 @@ from PIL import Image
 from dmole.config import RunConfig
 from dmole.config_error import ConfigError
 from dmole.data.sample import Stream
+from dmole.models.adapters import attach
 from dmole.models.vision_language import VisionLanguageModel
-from dmole.plan import check_folder, check_lengths, fresh_copy, order_label, order_names, plan_runs, stream_digest
+from dmole.plan import check_folder, check_samples, fresh_copy, order_label, order_names, plan_runs, stream_digest
+from dmole_kernels import ExpertGates, MultiLoRALinear
 
 NAMES = ("a", "b", "c", "d")
 
@@ -73,9 +75,9 @@ def test_stream_digest_sees_content_and_not_order(toy_stream: Stream) -> None:
 
 def test_stream_digest_sees_a_picture_drawn_anew_under_its_old_name(toy_stream: Stream, tmp_path: Path) -> None:
     first = toy_stream.tasks[0]
-    image = tmp_path / first.test[0].image.name
-    shutil.copy(first.test[0].image, image)
-    moved = dataclasses.replace(first, test=(dataclasses.replace(first.test[0], image=image), *first.test[1:]))
+    image = tmp_path / first.test[0].images[0].name
+    shutil.copy(first.test[0].images[0], image)
+    moved = dataclasses.replace(first, test=(dataclasses.replace(first.test[0], images=(image,)), *first.test[1:]))
     stream = dataclasses.replace(toy_stream, tasks=(moved, *toy_stream.tasks[1:]))
     assert stream_digest(stream) == stream_digest(toy_stream)
     Image.new("RGB", (16, 16), "#0000ff").save(image)
@@ -85,20 +87,20 @@ def test_stream_digest_sees_a_picture_drawn_anew_under_its_old_name(toy_stream: 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"instruction": "<image>\nDescribe."}, r"colours/train sample .* special token '<image>' in its instruction"),
-        ({"answers": ("red<eos>",)}, r"colours/train sample .* special token '<eos>' in its answer; expected plain"),
+        ({"instruction": "<image>\nDescribe."}, r"colours/train sample .* special token '<image>'"),
+        ({"answers": ("red<eos>",)}, r"colours/train sample .* special token '<eos>'"),
     ],
     ids=["instruction", "answer"],
 )
 def test_special_tokens_in_texts_are_refused(
     change: dict[str, object], message: str, toy_stream: Stream, tiny_model: VisionLanguageModel
 ) -> None:
-    check_lengths(toy_stream, tiny_model, 8)
+    check_samples(toy_stream, tiny_model, 8)
     first = toy_stream.tasks[0]
     sample = dataclasses.replace(first.train[1], **change)  # type: ignore[arg-type]
     changed = dataclasses.replace(first, train=(first.train[0], sample))
     with pytest.raises(ConfigError, match=message):
-        check_lengths(dataclasses.replace(toy_stream, tasks=(changed,)), tiny_model, 8)
+        check_samples(dataclasses.replace(toy_stream, tasks=(changed,)), tiny_model, 8)
 
 
 @pytest.mark.parametrize(("text", "why"), [('{"fingerprint', "is not JSON"), ("[]", "holds no settings of a run")])
@@ -112,8 +114,10 @@ def test_a_damaged_config_file_is_named(
         check_folder(plan)
 
 
-def test_a_fresh_copy_shares_no_weight(tiny_model: VisionLanguageModel) -> None:
+def test_a_fresh_copy_has_its_own_modules_and_the_same_weights(tiny_model: VisionLanguageModel) -> None:
     copied = fresh_copy(tiny_model)
-    own = {p.data_ptr() for p in tiny_model.model.parameters()}
-    assert not own & {p.data_ptr() for p in copied.model.parameters()}
-    assert copied.model.lm_head.weight is copied.model.model.language_model.embed_tokens.weight
+    assert not set(map(id, tiny_model.model.modules())) & set(map(id, copied.model.modules()))
+    pairs = zip(tiny_model.model.parameters(), copied.model.parameters(), strict=True)
+    assert all(one is two for one, two in pairs)
+    attach(copied.model, copied.candidates, gates={tower: ExpertGates() for tower in copied.candidates})
+    assert not any(isinstance(module, MultiLoRALinear) for module in tiny_model.model.modules())

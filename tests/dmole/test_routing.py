@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Features that ignore padding and batch mates, thresholds by definition, and every routing rule by hand."""
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,16 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedTokenizerFast
 
+from dmole.data.collate import collate
 from dmole.data.sample import Sample
 from dmole.method_settings import RouterSettings
 from dmole.models.adapters import add_experts, attach
+from dmole.models.prompts import instruction_ids
 from dmole.models.vision_language import VisionLanguageModel
 from dmole.routing import FeatureStore, Router, router_features, train_autoencoder
 from dmole_kernels import ExpertGates
@@ -80,9 +77,12 @@ def test_features_are_unit_vectors_of_both_towers(vlm: VisionLanguageModel, samp
     assert torch.allclose(z.norm(dim=1), torch.ones(4))
     with torch.no_grad():
         sample = samples[1]
-        vision = vlm.vision_features(vlm.pixel_values([sample.image])).amax(dim=1)
-        ids = torch.tensor([vlm.text_ids(sample.instruction)])
-        text = vlm.text_features(ids, torch.ones_like(ids)).amax(dim=1)
+        batch = collate(vlm, [sample], with_answers=False)
+        tower = vlm.model.model.vision_tower(pixel_values=batch.encoded.inputs["pixel_values"])
+        vision = tower.last_hidden_state.amax(dim=1)
+        ids, _ = instruction_ids(vlm.processor, [sample.instruction])
+        assert vlm.tokenizer.decode(ids[0]).strip() == sample.instruction.strip()
+        text = vlm.model.model.language_model(input_ids=ids).last_hidden_state.amax(dim=1)
     assert torch.allclose(z[1], F.normalize(torch.cat([vision, text], dim=1), dim=1)[0], atol=1e-5)
 
 
@@ -147,15 +147,16 @@ def test_what_the_store_holds_changes_no_bit_of_another_batch(samples: tuple[Sam
 
 
 def test_an_instruction_without_tokens_is_refused(vlm: VisionLanguageModel, samples: tuple[Sample, ...]) -> None:
-    """The mini model's tokenizer has a token even for the empty text; others have none."""
-    words = Tokenizer(WordLevel({"<pad>": 0, "no": 1}))
-    words.pre_tokenizer = Whitespace()
-    processor = copy.deepcopy(vlm.processor)
-    processor.tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>")
-    other = replace(vlm, processor=processor)
     empty = replace(samples[0], id="mute", instruction=" ")
-    with pytest.raises(ValueError, match="sample 'mute': got an instruction without a token"):
-        router_features(other, (samples[3], empty))
+    with pytest.raises(ValueError, match="samples 's3' to 'mute': instruction: got a text without a token"):
+        router_features(vlm, (samples[3], empty))
+
+
+def test_a_sample_without_images_has_zeros_for_the_vision_tower(
+    vlm: VisionLanguageModel, samples: tuple[Sample, ...]
+) -> None:
+    z = router_features(vlm, (replace(samples[0], images=()), samples[1]))
+    assert not z[0, :32].any() and z[0, 32:].any() and z[1, :32].any()
 
 
 # Autoencoders and thresholds

@@ -300,7 +300,10 @@ def test_everything_wrong_is_found_before_training(toy_config: Configure) -> Non
         (("candidates=nothing",), r"candidates is 'nothing', which matches no linear of the vision tower"),
         (("orders='colours,letters'",), r"orders has 'colours,letters'; expected 'default'"),
         (("training.epochs_of={maps: 2}",), r"training.epochs_of has 'maps'; expected a task of colours"),
-        (("evaluation.max_new_tokens=250",), r"takes \d+ tokens with its answer; the model has 256 positions"),
+        (
+            ("evaluation.max_new_tokens=250",),
+            r"length: got \d+ tokens with 1 images and the answer; expected at most the model's 256",
+        ),
         (("test_samples=1",), r"cider, which needs at least"),
         (("model=nowhere",), r"nowhere"),
     ]

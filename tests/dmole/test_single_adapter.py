@@ -27,7 +27,7 @@ def logits(method: Method, stream: Stream, *, training: bool = False) -> Tensor:
     gates = method.training_gates(batch) if training else method.evaluation_gates(batch)
     with torch.no_grad(), gates:
         out: Tensor = method.vlm.model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, pixel_values=batch.pixel_values
+            **batch.encoded.inputs,
         ).logits
     return out
 

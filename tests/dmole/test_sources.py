@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from dmole.config import RunConfig
 from dmole.config_error import ConfigError
 from dmole.sources import open_model, open_stream, registered
 from mini_cmit.model.tiny import write_tiny_model
@@ -41,7 +42,7 @@ def test_this_project_s_own_names_are_registered_like_anybody_s() -> None:
 
 def test_a_name_that_nobody_registers_is_refused_with_those_that_are(screen: Console) -> None:
     with pytest.raises(ConfigError, match="model: got 'mimi', which is no folder; expected .*, or one of mini, tiny"):
-        open_model("mimi")
+        open_model(RunConfig(model="mimi"))
     with pytest.raises(ConfigError, match="stream: got 'mimi', which is no folder; expected .*stream.yaml, or one of"):
         open_stream("mimi", screen)
 
@@ -49,14 +50,15 @@ def test_a_name_that_nobody_registers_is_refused_with_those_that_are(screen: Con
 def test_without_any_registered_name_it_says_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dmole.sources.entry_points", lambda group: importlib.metadata.EntryPoints())
     with pytest.raises(ConfigError, match="or a registered name, of which there is none: install dmole with pip"):
-        open_model("mini")
+        open_model(RunConfig(model="mini"))
 
 
 def test_a_folder_beside_the_names_is_read(tmp_path: Path, toy_folder: Path, screen: Console) -> None:
     folder = write_tiny_model(tmp_path / "own", seed=4)
-    assert open_model(str(folder)).image_tokens == 4
+    own = open_model(RunConfig(model=str(folder)))
+    assert own.declaration.rows == "images" and own.source == str(folder)
     assert open_stream(str(toy_folder), screen).name == "toy"
-    assert open_model("tiny").image_tokens == 4
+    assert set(open_model(RunConfig(model="tiny")).candidates) == {"vision", "language"}
 
 
 def test_a_stream_of_another_package_is_found_by_its_name(

@@ -68,7 +68,7 @@ def test_a_task_that_ends_below_the_pretrained_model() -> None:
 
 def test_a_run_that_cannot_learn_says_so_and_keeps_it(toy_config: Callable[..., RunConfig]) -> None:
     screen = io.StringIO()
-    slow = ("methods=seq_ft", "training={learning_rate: 1.0e-9, epochs: 10, batch_size: 4}")
+    slow = ("methods=seq_ft", "training={learning_rate: 1.0e-9, num_train_epochs: 10, per_device_train_batch_size: 4}")
     output = run(toy_config(*slow), console=Console(file=screen, width=400))
     result = json.loads((output / "runs" / "seq_ft-seed0-default" / "result.json").read_text())
     shown = [line for line in screen.getvalue().splitlines() if line.startswith("warning: seq_ft-seed0-default: ")]

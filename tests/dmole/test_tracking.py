@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 from accelerate.tracking import GeneralTracker, get_available_trackers
-from dmole.models.architecture import build_tiny_model
 from rich.console import Console
 
 from dmole.acceleration import make_accelerator, tracking
@@ -21,6 +20,7 @@ from dmole.methods import method_class
 from dmole.runner import run
 from dmole.training import Profile, StageTraining
 from dmole.training_settings import TrainingSettings
+from mini_cmit.model.tiny import build_tiny_model
 
 INSTALLED = {str(name) for name in get_available_trackers()}
 

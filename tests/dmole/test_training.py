@@ -144,12 +144,12 @@ def test_loss_equals_cross_entropy_over_all_positions(toy_stream: Stream, tiny_m
     samples = [sample for task in toy_stream.tasks for sample in task.train[:2]]
     batch = collate(tiny_model, samples, with_answers=True)
     whole = tiny_model.model(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, pixel_values=batch.pixel_values
+        **batch.encoded.inputs,
     ).logits
     expected = torch.nn.functional.cross_entropy(
         whole[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=-100
     )
-    torch.testing.assert_close(answer_loss(tiny_model.model, batch), expected)
+    torch.testing.assert_close(answer_loss(tiny_model, batch), expected)
 
 
 def test_bf16_autocast_keeps_weights_and_loss_in_fp32(toy_stream: Stream) -> None:

@@ -8,7 +8,6 @@ import math
 
 import pytest
 import torch
-from dmole.models.architecture import build_tiny_model
 from torch import Tensor
 
 from dmole.allocation import layer_scores
@@ -22,6 +21,7 @@ from dmole.methods import method_class
 from dmole.methods.base import Method, answer_loss
 from dmole.training import Profile, StageTraining
 from dmole.training_settings import TrainingSettings
+from mini_cmit.model.tiny import build_tiny_model
 
 SETTINGS = TrainingSettings(num_train_epochs=1.0, per_device_train_batch_size=4, warmup_steps=0.0)
 
@@ -72,7 +72,7 @@ def first_gradients(stream: Stream, settings: TrainingSettings, *, method: str =
 def test_an_accumulation_window_is_one_big_batch(toy_stream: Stream, method: str) -> None:
     """Answers of different lengths: a mean of the batches' means would weigh short answers more."""
     captions = toy_stream.reorder(["captions", "colours", "letters"])
-    tokens = {len(build_tiny_model(0).answer_ids(sample.answers[0])) for sample in captions.tasks[0].train}
+    tokens = {len(build_tiny_model(0).tokenizer.tokenize(sample.answers[0])) for sample in captions.tasks[0].train}
     mixed = dataclasses.replace(
         captions.tasks[0],
         train=tuple(
@@ -176,7 +176,7 @@ def test_a_stage_leaves_the_model_as_it_was(toy_stream: Stream, checkpointing: b
     )
     method = begun(toy_stream)
     model = method.vlm.model
-    answer_loss(model, collate(method.vlm, toy_stream.tasks[0].train[:2], with_answers=True))
+    answer_loss(method.vlm, collate(method.vlm, toy_stream.tasks[0].train[:2], with_answers=True))
     before = hooks(model)  # transformers' own, of the first call
     StageTraining(method, method.stages(toy_stream)[0], settings, seed=3, profile=Profile()).run(lambda running: None)
     assert "forward" not in vars(model) and not hasattr(model, "_is_accelerate_prepared")

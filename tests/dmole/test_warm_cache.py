@@ -12,6 +12,7 @@ from rich.console import Console
 
 from dmole.checkpoint import CheckpointError
 from dmole.config import RunConfig, load_config
+from dmole.data.collate import open_image
 from dmole.runner import run
 from dmole_kernels import MultiLoRALinear
 from mini_cmit.model.shipped import load_mini_model
@@ -62,7 +63,7 @@ def configure(mini_stream: Path, tmp_path: Path) -> Configure:
                 f"output={tmp_path / output}",
                 "methods=[seq_ft, dmole]",
                 "training={num_train_epochs: 1, per_device_train_batch_size: 10, bf16: true}",
-                "evaluation={per_device_eval_batch_size: 12, max_new_tokens: 14, bf16: true}",
+                "evaluation={per_device_eval_batch_size: 12, max_new_tokens: 14}",
                 "lora={rank: 4, dropout: 0.1}",
                 "dmole={proxy_min_samples: 4, router: {epochs: 3, margin: 50.0}}",
                 *overrides,
@@ -110,7 +111,8 @@ def test_a_cache_that_another_run_made_changes_no_byte(
     model = load_mini_model()
     images = sorted(Path(configure("first").stream).rglob("t*-*.png"), reverse=True)
     for start in range(0, len(images), 20):
-        model.pixel_values(images[start : start + 20])
+        opened = [open_image(image) for image in images[start : start + 20]]
+        model.processor.image_processor(opened, return_tensors="pt")
     before = held(warm)
     # Threads around the run are not the run's.
     assert written(run(configure("second"), console=quiet())) == expected

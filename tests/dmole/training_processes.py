@@ -72,7 +72,9 @@ def numbers(folder: Path, method_name: str, *, sharded: bool = False, **changes:
         if stage.index == 2:
             found["before"] = [p.detach().clone() for p in method.trainable_parameters().values()]
             queue = generation_queue(model, stream.tasks, 4)
-            found["row"] = evaluate(method, stream.tasks, queue, EVALUATION, profile=Profile())
+            found["row"] = evaluate(
+                method, stream.tasks, queue, EVALUATION, make_accelerator(TrainingSettings()), profile=Profile()
+            )
             running = StageTraining(method, stage, chosen, seed=3, profile=Profile())
             gradients = keep_first_gradients(running)
             running.run(lambda running: None)
@@ -103,7 +105,7 @@ def sums_where_processes_use_different_parameters(accelerator: Any) -> list[floa
     return [None if p.grad is None else float(p.grad[0]) for p in parameters]
 
 
-EVALUATION = load_config(overrides=["evaluation={batch_size: 4, max_new_tokens: 3}"]).evaluation
+EVALUATION = load_config(overrides=["evaluation={per_device_eval_batch_size: 4, max_new_tokens: 3}"]).evaluation
 
 
 class Stopped(KeyboardInterrupt):
@@ -116,7 +118,7 @@ def configuration(folder: Path, output: Path, processes: int) -> Any:
             f"stream={folder}", "model=tiny", f"output={output}", "threads=1", "methods=[dmole, seq_ft]",
             f"training={{num_train_epochs: 1, per_device_train_batch_size: {GLOBAL_BATCH // processes}}}",
             "training.save_steps=1",
-            "evaluation={batch_size: 8, max_new_tokens: 3}", "lora={rank: 4, dropout: 0.2}",
+            "evaluation={per_device_eval_batch_size: 8, max_new_tokens: 3}", "lora={rank: 4, dropout: 0.2}",
             "dmole={proxy_min_samples: 4, router: {epochs: 3}}",
         ]
     )  # fmt: skip

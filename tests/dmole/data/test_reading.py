@@ -74,7 +74,7 @@ def test_a_valid_stream_is_read_whole(stream: Path) -> None:
     assert questions.validation == () and questions.metric == "option_letter"
     assert captions.train[2] == Sample(
         id="s2",
-        image=stream / "captions" / "images" / "photo.jpg",
+        images=(stream / "captions" / "images" / "photo.jpg",),
         instruction="Describe the image.",
         answers=("a red square number 2", "a square"),
         entities=("e/1",),
@@ -208,8 +208,8 @@ CASES: dict[str, tuple[Damage, str]] = {
     "nested too deeply": (captions_line("[" * 200_000), AT + "is not "),
     "unknown key": (
         captions_row(answer="cat"),
-        AT
-        + "unknown key 'answer'; expected id, image, instruction, answers, options, entities (did you mean 'answers'?)",
+        AT + "unknown key 'answer'; expected id, image, images, instruction, answers, options, entities "
+        "(did you mean 'answers'?)",
     ),
     "missing key": (captions_row(instruction=None), AT + "key 'instruction' is missing"),
     "key twice": (

@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 
 from dmole.models.adapters import Adapters, add_experts, attach, detach
+from dmole.models.drawn import drawn_conversation, drawn_image
 from dmole.models.vision_language import VisionLanguageModel
 from dmole_kernels import ExpertGates, save_experts
 from mini_cmit.model.tiny import build_tiny_model
@@ -28,10 +29,9 @@ def adapted() -> tuple[VisionLanguageModel, Adapters, dict[str, ExpertGates]]:
 
 
 def logits(vlm: VisionLanguageModel, model: torch.nn.Module) -> torch.Tensor:
-    ids = torch.tensor([vlm.prompt_ids("Answer briefly.")])
-    pixels = torch.linspace(-1, 1, 3 * 16 * 16).view(1, 3, 16, 16)
+    encoded = vlm.encode([drawn_conversation([drawn_image(16, 16)])], with_answers=False)
     with torch.inference_mode():
-        result: torch.Tensor = model(input_ids=ids, pixel_values=pixels).logits
+        result: torch.Tensor = model(**encoded.inputs).logits
     return result
 
 
