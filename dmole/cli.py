@@ -16,6 +16,7 @@ Imports happen inside the commands: torch takes seconds, and `dmole --help` shou
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shlex
 import sys
@@ -54,6 +55,9 @@ USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit. `DMOLE_TRACEBACK=1` shows where an error came from."""
+    # What libraries log about their own builds, which nobody who runs dmole can act on.
+    for library in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     sys.exit(status(arguments))
 
 
@@ -128,7 +132,7 @@ def run(
         list[str] | None,
         typer.Option(help="Task order: default, reversed, shuffled<k> or all names with commas. May be repeated."),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="A saved model's folder, or 'mini'.")] = None,
+    model: Annotated[str | None, typer.Option(help="A folder or hub id of a vision-language model, or 'mini'.")] = None,
     recipe: Annotated[str | None, typer.Option(help="Start from a recipe's configuration.")] = None,
     config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML file of settings.")] = None,
     settings: Annotated[
@@ -401,12 +405,13 @@ def inspect(
 ) -> None:
     """Show the towers, candidates, rows and budget of a model, and how many weights each method would train on it."""
     from dmole import inspect_model
+    from dmole.config import build_config
     from dmole.models.contract import check as contract
     from dmole.models.contract import drawn_probes
-    from dmole.models.loading import load
+    from dmole.sources import open_model
 
-    declared = inspect_model.declaration_from(declaration)
-    vlm = load(model, dtype=dtype, device_map=device_map, quantization=quantization, declaration=declared).ready()
+    chosen = {"model": model, "dtype": dtype, "device_map": device_map, "quantization": quantization}
+    vlm = open_model(build_config(chosen).replace(declaration=inspect_model.declaration_from(declaration)))
     console = Console()
     inspect_model.show(console, inspect_model.inspect(vlm, full=full))
     if check and not inspect_model.show_findings(console, contract(vlm, drawn_probes(vlm))):

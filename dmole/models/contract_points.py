@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dmole.models.identity import weight_bytes
+from dmole.models.progress_bars import no_progress_bars
 from dmole.models.prompts import Encoded
 from dmole.models.towers import LANGUAGE, VISION, Calls
 from dmole.models.vision_language import VisionLanguageModel
@@ -66,7 +67,7 @@ def saved(vlm: VisionLanguageModel, batch: Encoded, save: bool | None) -> Iterat
     if save is False or (save is None and size > SAVED_BYTES):
         yield finding(1, "save and load", "", True, f"not tried: {size / 2**30:.1f} GiB of weights")
         return
-    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+    with torch.no_grad(), no_progress_bars(), tempfile.TemporaryDirectory() as folder:
         own = float(vlm.loss(batch))
         vlm.model.save_pretrained(folder)
         again = type(vlm.model).from_pretrained(
