@@ -82,6 +82,14 @@ def test_a_valid_stream_is_read_whole(stream: Path) -> None:
     assert questions.test[0].options == ("cat", "dog")
 
 
+def test_a_sample_may_have_several_images_or_none(stream: Path) -> None:
+    images = ["images/photo.jpg", "images/1.png"]
+    lines = [json.dumps(row(0, image=None, images=images)), json.dumps(row(1, image=None, images=[]))]
+    (stream / "captions" / "train.jsonl").write_text("\n".join(lines) + "\n")
+    several, none = read_stream(stream).tasks[0].train
+    assert [image.name for image in several.images] == ["photo.jpg", "1.png"] and none.images == ()
+
+
 def test_blank_lines_a_bom_and_line_separators_inside_strings_are_fine(stream: Path) -> None:
     lines = [json.dumps(row(i, instruction="one\u2028two"), ensure_ascii=False) for i in range(2)]
     (stream / "captions" / "train.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n\n".join(lines).encode() + b"\n\n")
@@ -210,6 +218,13 @@ CASES: dict[str, tuple[Damage, str]] = {
         captions_row(answer="cat"),
         AT + "unknown key 'answer'; expected id, image, images, instruction, answers, options, entities "
         "(did you mean 'answers'?)",
+    ),
+    "no image": (captions_row(image=None), AT + "key 'image' is missing; expected a path, or images: a list of paths"),
+    "image and images": (captions_row(images=["images/1.png"]), AT + "has both keys image and images; expected one"),
+    "images is no list": (captions_row(image=None, images="images/1.png"), AT + "images is the string 'images/1.png'"),
+    "a missing image of several": (
+        captions_row(image=None, images=["images/1.png", "images/none.png"]),
+        AT + "image images/none.png is missing; paths are relative to the .jsonl file",
     ),
     "missing key": (captions_row(instruction=None), AT + "key 'instruction' is missing"),
     "key twice": (
