@@ -42,9 +42,11 @@ setup: $(READY)
 # torch comes first and by itself: the plain index would bring a CUDA build of several GB as somebody's dependency. The
 # compiled kernels come last and in place; ninja compiles again only what changed. A CUDA build of torch pins the Triton
 # that it needs, and that one is kept; beside a CPU build, constraints.txt says which. The checkout itself is registered
-# anew each time: its packages and entry points may be others than when it was installed.
+# anew each time: its packages and entry points may be others than when it was installed, and an old dmole.egg-info in
+# the checkout would be found before the new one.
 $(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*.cpp csrc/cpu/*.* csrc/cpu/per_isa/* csrc/cuda/*)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "make: 'python -m venv' failed; install Python 3.10 or newer with its venv module." >&2; exit 1; }
+	@rm -rf dmole.egg-info
 	@if $(BIN)/python scripts/check_installed.py; then echo "setup: every pinned package is already installed; nothing is downloaded"; \
 	  DMOLE_KERNELS_BUILD=skip $(PIP) install -q --no-index --no-deps --no-build-isolation -e .; else \
 	  grep -v '^triton==' constraints.txt > $(PINS) && $(PIP) install -q -c $(PINS) torch && \
