@@ -18,7 +18,7 @@ demo: setup
 	$(BIN)/dmole run mini --recipe demo --output results/demo --resume
 
 test: setup lint aot
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 test-long: setup
 	DMOLE_DRAWS=2000 $(BIN)/python -m pytest -m hypothesis tests/kernels
