@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,8 @@ from dmole_kernels._multi_lora import MULTI_LORA, DropoutMode, check_dropout, ru
 from dmole_kernels._plain_names import use_plain_names
 from dmole_kernels._registration import refuse_transforms
 
+# Newer than the oldest torch of the range, in which an export is a compilation like any other.
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 _LINEAR_FORWARD = nn.Linear.forward
 
 
@@ -117,7 +119,7 @@ class MultiLoRALinear(nn.Module):
         """
         x = input
         # Not is_compiling(): it is true for every thread while one of them compiles.
-        if torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
+        if torch.compiler.is_dynamo_compiling() or _is_exporting():
             return self._traced(x, gate, experts)
         if gate is not None:
             block: GateBlock | None = self._explicit_block(gate, experts)
@@ -258,7 +260,7 @@ class MultiLoRALinear(nn.Module):
             block = None if self.gates is None else ambient_blocks.innermost(self.gates.identity)
             if block is None:
                 return self.base(x)  # type: ignore[no-any-return]
-            if torch.compiler.is_exporting():
+            if _is_exporting():
                 raise ValueError(
                     "the layer is exported inside a `gates.use` block, which would make the gates constants of the "
                     "exported program; expected gates as inputs. Pass forward a gate, or export without a block."
