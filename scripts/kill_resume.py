@@ -34,6 +34,9 @@ from dmole.recipes import RECIPES
 COMPARED = ("matrix.csv", "predictions.jsonl.gz", "references.jsonl.gz", "losses.csv")
 
 
+# Of a whole run: how late a kill may come after a start.
+SPAN = 0.7
+
 FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
 
 
@@ -117,9 +120,9 @@ def kill_and_resume(
     while len(record) < len(plan):
         disturbed = config.replace(output=str(outputs[-1]))
         inside = plan[len(record)]
-        # So early that the kills are spread over the run: each one loses what came after the last checkpoint.
-        event = chance.randint(1, max(1, 2 * events // (len(plan) + 1))) if inside else 0
-        wait = chance.uniform(0.0, 2.0 * seconds / (len(plan) + 1))
+        # Anywhere in most of a whole run: a process that always ended sooner would never get to its first checkpoint.
+        event = chance.randint(1, max(1, round(SPAN * events))) if inside else 0
+        wait = chance.uniform(0.0, SPAN * seconds)
         process = start(disturbed, event)
         process.join(None if inside else wait)
         if process.exitcode is None:
