@@ -36,7 +36,7 @@ def base_identity(model: nn.Module, source: str, *, full: bool | None = None) ->
     """
     config: Any = getattr(model, "config", None)
     if not source:
-        return {"source": "", "kind": "tensors", "commit": None, "sha256": _of_tensors(model)}
+        return {"source": "", "kind": "tensors", "commit": None, "sha256": tensors_digest(model)}
     files, index = weight_files(source)
     if full is None:
         full = sum(file.stat().st_size for file in files) <= SMALL
@@ -89,7 +89,8 @@ def _chunks(file: Path) -> Iterator[bytes]:
             yield chunk
 
 
-def _of_tensors(model: nn.Module) -> str:
+def tensors_digest(model: nn.Module) -> str:
+    """The sha256 over every tensor of the model's state, by name: type, shape and values."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

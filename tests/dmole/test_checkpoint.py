@@ -13,6 +13,7 @@ import torch
 
 from dmole import checkpoint
 from dmole.checkpoint import CheckpointError
+from dmole.models.identity import tensors_digest
 from mini_cmit.model.tiny import build_tiny_model
 
 
@@ -92,14 +93,14 @@ def test_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         checkpoint.load(folder)
 
 
-def test_weights_digest_sees_every_weight() -> None:
+def test_the_digest_of_the_tensors_sees_every_weight() -> None:
     model = build_tiny_model(0).model
-    before = checkpoint.weights_digest(model)
-    assert before == checkpoint.weights_digest(build_tiny_model(0).model)
-    assert before != checkpoint.weights_digest(build_tiny_model(1).model)
+    before = tensors_digest(model)
+    assert before == tensors_digest(build_tiny_model(0).model)
+    assert before != tensors_digest(build_tiny_model(1).model)
     with torch.no_grad():
         model.model.multi_modal_projector.linear_1.weight[0, 0] += 1e-3
-    assert before != checkpoint.weights_digest(model)
+    assert before != tensors_digest(model)
 
 
 KILLED_IN_A_SAVE = """

@@ -11,10 +11,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from dmole.checkpoint import weights_digest
 from dmole.config import RunConfig
 from dmole.data.sample import Stream
 from dmole.estimate import EXPERTS, GIB, Estimate, Rates, estimate, measure, trained_weights
+from dmole.models.identity import tensors_digest
 from dmole.models.vision_language import VisionLanguageModel
 from dmole.plan import check_plan, plan_runs
 from dmole.runner import run
@@ -73,11 +73,11 @@ def test_what_there_is_too_little_of_is_named(tmp_path: Path) -> None:
 def test_measuring_changes_nothing(
     toy_config: Callable[..., RunConfig], toy_stream: Stream, tiny_model: VisionLanguageModel
 ) -> None:
-    digest, state = weights_digest(tiny_model.model), torch.get_rng_state()
+    digest, state = tensors_digest(tiny_model.model), torch.get_rng_state()
     rates = measure(tiny_model, toy_stream, toy_config())
     assert rates.trained_sample > 0 and rates.answer > 0 and rates.peak_bytes > 0
     assert rates.costs.measured and rates.costs.trained_sample == pytest.approx(rates.trained_sample * EXPERTS)
-    assert weights_digest(tiny_model.model) == digest and torch.equal(torch.get_rng_state(), state)
+    assert tensors_digest(tiny_model.model) == digest and torch.equal(torch.get_rng_state(), state)
     assert not tiny_model.model.training
     assert all(p.grad is None and not p.requires_grad for p in tiny_model.model.parameters())
     assert not tiny_model.model.get_input_embeddings()(torch.tensor([[1]])).requires_grad
