@@ -10,46 +10,27 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.checkout_process import CheckoutProcess
 from benchmarks.machine import this_machine
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-class Worker:
+class Worker(CheckoutProcess):
     """A process with one checkout's code."""
 
     def __init__(self, checkout: Path) -> None:
-        command = [sys.executable, str(Path(__file__).with_name("commit_worker.py"))]
-        environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            command, cwd=checkout, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self.rows: list[str] = json.loads(self._answer())
+        super().__init__(checkout, "commit_worker.py")
+        self.rows: list[str] = json.loads(self.greeting)
 
     def seconds(self, row: str, calls: int) -> float:
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{row} {calls}\n")
-        self.process.stdin.flush()
-        return float(self._answer())
-
-    def _answer(self) -> str:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"a worker ended with code {self.process.wait()}; its error is above.")
-        return line
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+        return float(self.ask(f"{row} {calls}"))
 
 
 def compare(old: Worker, new: Worker, *, batch_seconds: float, rounds: int) -> dict[str, dict[str, float]]:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m benchmarks.training_step OLD_CHECKOUT`: a training step of this checkout / of another, on the mini demo.
 
-    git worktree add /tmp/old COMMIT && cp dmole_kernels/*.so /tmp/old/dmole_kernels/
+    git worktree add OLD_CHECKOUT COMMIT && cp dmole_kernels/*.so OLD_CHECKOUT/dmole_kernels/
 
 Two processes, one per checkout, take turns of a few steps each on one thread, and the order of each pair alternates. A
 row is the median over the rounds of new / old, with the quartiles. Both use the compiled kernels that they find.
@@ -11,45 +11,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
+from benchmarks.checkout_process import CheckoutProcess
 from benchmarks.machine import this_machine
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-class Side:
+class Side(CheckoutProcess):
     """A process with one checkout's code."""
 
     def __init__(self, checkout: Path, method: str, precision: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("step_worker.py")), method, precision],
-            cwd=checkout, env={**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        self._answer()
+        super().__init__(checkout, "step_worker.py", method, precision)
 
     def seconds(self, steps: int) -> float:
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{steps}\n")
-        self.process.stdin.flush()
-        return float(self._answer())
-
-    def _answer(self) -> str:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"a worker ended with code {self.process.wait()}; its error is above.")
-        return line
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+        return float(self.ask(str(steps)))
 
 
 def compare(old: Side, new: Side, *, rounds: int, steps: int) -> dict[str, float]:
