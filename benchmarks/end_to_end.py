@@ -23,15 +23,15 @@ from benchmarks.lora_providers import cpu_backends
 from benchmarks.machine import Machine
 from benchmarks.records import Row
 from benchmarks.timing import percentiles_ms
-from dmole.acceleration import make_accelerator
 from dmole.config import RunConfig
 from dmole.data.sample import Sample, Stream
-from dmole.evaluation import generation_queue, predict
 from dmole.methods import method_class
 from dmole.methods.base import Stage
 from dmole.models.vision_language import VisionLanguageModel
-from dmole.plan import fresh_copy
-from dmole.training import Profile, StageTraining, stage_steps
+from dmole.runs.evaluation import generation_queue, predict
+from dmole.runs.plan import fresh_copy
+from dmole.training.acceleration import make_accelerator
+from dmole.training.stage_training import Profile, StageTraining, stage_steps
 from dmole_kernels.testing import threads as with_threads
 
 LOSS_TOLERANCE = 0.02

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.records import Row
-from dmole.environment import describe_environment
+from dmole.runs.environment import describe_environment
 from dmole_kernels import BACKENDS, cpu
 from dmole_kernels.testing import threads as with_threads
 

@@ -30,7 +30,7 @@ def training(method_name: str, *, bf16: bool) -> Any:
     from dmole.methods import method_class
     from dmole.recipes import mini_small
     from dmole.sources import open_model, open_stream
-    from dmole.training import Profile, StageTraining
+    from dmole.training.stage_training import Profile, StageTraining
 
     config = load_config(base=mini_small(), overrides=[f"training.bf16={str(bf16).lower()}"])
     console = Console(file=io.StringIO())

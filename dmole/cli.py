@@ -29,7 +29,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from dmole.interruption import Interrupted
+from dmole.runs.interruption import Interrupted
 
 if TYPE_CHECKING:
     from dmole.config import RunConfig
@@ -169,12 +169,12 @@ def run(
             f"{chosen.output} already holds {', '.join(earlier)}; expected no run of that name. Pass --resume to go on "
             "with it, --fresh to delete it, or another --output."
         )
-    from dmole.runner import run as run_all
+    from dmole.runs.runner import run as run_all
 
     console = Console()
     folder = run_all(chosen, console=console, fresh=fresh)
-    from dmole.processes import leave
     from dmole.reports.stored import read_runs
+    from dmole.training.processes import leave
 
     leave()
     if not first:
@@ -271,7 +271,7 @@ def _integer(option: str, text: str) -> int:
 
 def planned_runs(config: RunConfig) -> list[str]:
     """The names of the run folders that a configuration makes."""
-    from dmole.plan import order_label
+    from dmole.runs.plan import order_label
 
     return [
         f"{method}-seed{seed}-{order_label(order)}"

@@ -15,10 +15,10 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from dmole.allocation import capacities, total_budget
 from dmole.config import RunConfig
 from dmole.config_error import ConfigError
 from dmole.methods import method_class, method_names
+from dmole.methods.dmole.allocation import capacities, total_budget
 from dmole.models.contract import Finding
 from dmole.models.declaration import Declaration, read_declaration
 from dmole.models.identity import weight_bytes

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from dmole.config import EvaluationSettings, LoraSettings, RunConfig
-from dmole.method_settings import DMoLESettings, RouterSettings
-from dmole.training_settings import TrainingSettings
+from dmole.config import EvaluationSettings, RunConfig
+from dmole.methods.dmole.settings import DMoLESettings, RouterSettings
+from dmole.methods.settings import LoraSettings
+from dmole.training.settings import TrainingSettings
 
 # Attention projections of both towers, under the names that transformers' model families give them.
 ATTENTION = r"\.(q_proj|k_proj|v_proj|o_proj|out_proj|qkv|qkv_proj|proj|projection_layer)$"

@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from dmole.config import RunConfig, build_config, load_config
-from dmole.environment import describe_environment
 from dmole.recipes import RECIPES
+from dmole.runs.environment import describe_environment
 
 COMPARED = ("matrix.csv", "predictions.jsonl.gz", "references.jsonl.gz", "losses.csv")
 
@@ -61,7 +61,7 @@ def kill_at(folder: Path, number: int, *, counter: Path | None = None) -> None:
 
 def worker(plain: dict[str, Any], event: int = 0, counter: Path | None = None) -> None:
     """The process that is killed: a run, as `dmole run` makes it."""
-    from dmole.runner import run
+    from dmole.runs.runner import run
 
     kill_at(Path(plain["output"]), event, counter=counter)
     run(build_config(plain))
@@ -73,7 +73,7 @@ def _nothing() -> None:
 
 def _context() -> Any:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dmole.runner", "dmole.methods.dmole", "matplotlib.backends.backend_agg"])
+    context.set_forkserver_preload(["dmole.runs.runner", "dmole.methods.dmole", "matplotlib.backends.backend_agg"])
     return context
 
 

@@ -19,7 +19,7 @@ __all__ = ["Method", "method_class", "method_names"]
 def method_names() -> tuple[str, ...]:
     """The names that `methods:` in a configuration takes, in alphabetical order."""
     found = (module.name for module in pkgutil.iter_modules(__path__))
-    return tuple(sorted(name for name in found if name != "base" and not name.startswith("_")))
+    return tuple(sorted(name for name in found if name not in ("base", "settings") and not name.startswith("_")))
 
 
 @cache
@@ -31,7 +31,7 @@ def method_class(name: str) -> type[Method]:
     classes = [
         value
         for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, Method) and value.__module__ == module.__name__
+        if isinstance(value, type) and issubclass(value, Method) and value.__module__.startswith(module.__name__)
     ]
     named = [value for value in classes if getattr(value, "name", None) == name]
     if len(named) != 1:

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from dmole.allocation import capacities, check_budget, total_budget
-from dmole.config import MethodSettings
-from dmole.method_settings import DMoLESettings
 from dmole.methods.base import JSON, Method, RoutingRecord, Sizes
+from dmole.methods.dmole.allocation import capacities, check_budget, total_budget
+from dmole.methods.dmole.settings import DMoLESettings
+from dmole.methods.settings import MethodSettings
 from dmole.models.adapters import (
     adapter_state,
     add_experts,

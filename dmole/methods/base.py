@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
-from dmole.config import MethodSettings
 from dmole.data.collate import Batch
+from dmole.methods.settings import MethodSettings
 
 if TYPE_CHECKING:
     from dmole.data.sample import Stream, Task

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
-from dmole.config import MethodSettings
 from dmole.methods.base import JSON, Method, RoutingRecord, Sizes, Stage
+from dmole.methods.settings import MethodSettings
 
 if TYPE_CHECKING:
     from dmole.data.collate import Batch

@@ -123,8 +123,8 @@ class Aggregates:
 def aggregates(matrix: Array, final_rows: Sequence[int] | None = None) -> Aggregates:
     """AVG, Last, BWT of any run; None where a cell that the number needs was not measured.
 
-    With `final_rows` [N], the row of each task's final score in the method's protocol (`dmole.evaluation.final_rows`):
-    Last is the mean of `A[final_rows[i]][i]`, AVG and BWT are Eq. 16 and 18.
+    With `final_rows` [N], the row of each task's final score in the method's protocol
+    (`dmole.runs.evaluation.final_rows`): Last is the mean of `A[final_rows[i]][i]`, AVG and BWT are Eq. 16 and 18.
 
     Without it, for runs that did not store it, the cells that were measured decide:
 

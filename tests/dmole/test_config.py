@@ -20,8 +20,8 @@ from dmole.config import (
     load_config,
 )
 from dmole.config_error import ConfigError
-from dmole.method_settings import DMoLESettings
-from dmole.training_settings import OWN_NAMES, REFUSED, RENAMED, WITHOUT_EFFECT, Schedule
+from dmole.methods.dmole.settings import DMoLESettings
+from dmole.training.settings import OWN_NAMES, REFUSED, RENAMED, WITHOUT_EFFECT, Schedule
 
 
 def test_plain_form_round_trips() -> None:

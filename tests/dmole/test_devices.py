@@ -11,13 +11,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from dmole.config import EvaluationSettings, LoraSettings, MethodSettings
+from dmole.config import EvaluationSettings
 from dmole.data.sample import Stream
-from dmole.evaluation import evaluate, generation_queue
-from dmole.method_settings import DMoLESettings, RouterSettings
 from dmole.methods import method_class
-from dmole.training import Profile, StageTraining
-from dmole.training_settings import TrainingSettings
+from dmole.methods.dmole.settings import DMoLESettings, RouterSettings
+from dmole.methods.settings import LoraSettings, MethodSettings
+from dmole.runs.evaluation import evaluate, generation_queue
+from dmole.training.settings import TrainingSettings
+from dmole.training.stage_training import Profile, StageTraining
 from mini_cmit.model.tiny import build_tiny_model
 
 SETTINGS = TrainingSettings(

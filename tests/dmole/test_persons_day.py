@@ -86,7 +86,7 @@ def test_inspect_train_resume_and_verify(family: str, tmp_path: Path, capsys: py
 def test_a_stopped_run_of_a_foreign_model_resumes_to_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dmole.single_run import SingleRun
+    from dmole.runs.single_run import SingleRun
 
     folder, stream = write_folder("gemma3", tmp_path / "model"), write_stream(tmp_path / "stream")
 

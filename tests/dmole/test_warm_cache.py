@@ -10,10 +10,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from dmole.checkpoint import CheckpointError
 from dmole.config import RunConfig, load_config
 from dmole.data.collate import open_image
-from dmole.runner import run
+from dmole.runs.checkpoint import CheckpointError
+from dmole.runs.runner import run
 from dmole_kernels import MultiLoRALinear
 from mini_cmit.model.shipped import load_mini_model
 from mini_cmit.tasks.build import task_rows
@@ -124,16 +124,16 @@ def test_a_cache_that_another_run_made_changes_no_byte(
 def test_row_zero_is_measured_on_the_pretrained_model_whichever_run_is_first(
     toy_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    import dmole.rows
+    import dmole.runs.rows
 
     measured: list[bool] = []
-    evaluate = dmole.rows.evaluate
+    evaluate = dmole.runs.rows.evaluate
 
     def spied(method, *arguments, **options):  # type: ignore[no-untyped-def]
         measured.append(any(isinstance(module, MultiLoRALinear) for module in method.vlm.model.modules()))
         return evaluate(method, *arguments, **options)
 
-    monkeypatch.setattr(dmole.rows, "evaluate", spied)
+    monkeypatch.setattr(dmole.runs.rows, "evaluate", spied)
     rows = []
     for first in ("dmole", "seq_ft", "zero_shot"):
         output = run(toy_config(f"methods=[{first}]").replace(output=str(tmp_path / first)), console=quiet())
@@ -149,7 +149,7 @@ def test_row_zero_of_other_threads_or_another_machine_is_another_file(
     shared = run(config, console=quiet()) / "zero_shot"
     run(toy_config("methods=[zero_shot]", "threads=2", "seeds=[1]"), console=quiet())
     assert len(list(shared.iterdir())) == 2
-    monkeypatch.setattr("dmole.rows.arithmetic", lambda: "another CPU")
+    monkeypatch.setattr("dmole.runs.rows.arithmetic", lambda: "another CPU")
     run(config.replace(seeds=(2,)), console=quiet())
     assert len(list(shared.iterdir())) == 3
 
@@ -168,7 +168,7 @@ def test_a_row_zero_that_was_edited_and_is_still_json_is_refused(toy_config: Cal
 def test_a_run_says_when_it_leaves_cores_unused(
     toy_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dmole.runner.usable_cores", lambda: 8)
+    monkeypatch.setattr("dmole.runs.runner.usable_cores", lambda: 8)
     screen = io.StringIO()
     run(toy_config("methods=[zero_shot]"), console=Console(file=screen, width=200))
     assert "threads=1 on 8 cores; more may be faster, and the numbers depend on it" in screen.getvalue()

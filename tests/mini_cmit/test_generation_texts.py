@@ -12,8 +12,8 @@ import pytest
 from dmole.config import EvaluationSettings
 from dmole.data.collate import collate
 from dmole.data.reading import read_stream
-from dmole.evaluation import generation_queue
-from dmole.generation import generate
+from dmole.runs.evaluation import generation_queue
+from dmole.runs.generation import generate
 from mini_cmit.model.shipped import load_mini_model
 from mini_cmit.tasks.build import build_mini
 

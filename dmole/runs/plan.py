@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which runs a configuration asks for, and every check that can be made before the first of them trains.
+
+A plan is one (method, seed, order of tasks). Its `identity` holds whatever decides its numbers; equal fingerprints mean
+equal numbers, so a folder with another fingerprint is somebody else's and is never written to.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from dmole.config import ORDER_HELP, RunConfig, fingerprint
+from dmole.config_error import ConfigError
+from dmole.data.collate import conversation
+from dmole.data.sample import Stream
+from dmole.methods import method_class
+from dmole.methods.base import JSON, Stage
+from dmole.models.chat_template import Conversation
+from dmole.models.prompt_checks import check_conversations
+from dmole.models.vision_language import VisionLanguageModel
+from dmole.runs import checkpoint
+from dmole.runs.evaluation import evaluated_stages
+from dmole.runs.progress import Costs
+from dmole.seeding import derived_generator
+from dmole.training.batches import samples_per_step
+from dmole.training.settings import WITHOUT_EFFECT
+from dmole.training.stage_training import check_validation, stage_steps
+
+# What decides the numbers of every method's runs. Where results go and how often state is saved changes none.
+SHARED_SETTINGS = (
+    "training",
+    "evaluation",
+    "lora",
+    "candidates",
+    "threads",
+    "declaration",
+    "dtype",
+    "quantization",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """One method with one seed on one order of the tasks."""
+
+    method: str
+    seed: int
+    order: str
+    stream: Stream
+    folder: Path
+    identity: dict[str, JSON]
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for runs whose numbers must be equal."""
+        return fingerprint(self.identity)
+
+
+def plan_runs(config: RunConfig, stream: Stream, model: VisionLanguageModel, *, processes: int = 1) -> list[RunPlan]:
+    """Every (order, seed, method) of the configuration, in the order in which they run.
+
+    processes: how many train together; a step sees so many times the samples of one.
+    """
+    for name in config.training.epochs_of:
+        if name not in stream.task_names:
+            raise ConfigError(f"training.epochs_of has {name!r}; expected a task of {', '.join(stream.task_names)}.")
+    base, data, inputs = _base_digest(model, config), stream_digest(stream), model.inputs_digest()
+    plain = config.to_dict()
+    shared = {key: plain[key] for key in SHARED_SETTINGS}
+    shared["training"] = {key: value for key, value in plain["training"].items() if key not in WITHOUT_EFFECT}
+    plans: list[RunPlan] = []
+    for order in config.orders:
+        ordered = stream.reorder(order_names(order, stream.task_names))
+        for seed in config.seeds:
+            for method in config.methods:
+                identity = {
+                    "method": method,
+                    "seed": seed,
+                    "tasks": list(ordered.task_names),
+                    "stream": data,
+                    "base_weights": base,
+                    "inputs": inputs,
+                    "options": plain.get(method, {}),
+                    "dmole": plain["dmole"],
+                    "processes": processes,
+                    **shared,
+                }
+                folder = Path(config.output) / "runs" / f"{method}-seed{seed}-{order_label(order)}"
+                plans.append(
+                    RunPlan(
+                        method=method,
+                        seed=seed,
+                        order=order_label(order),
+                        stream=ordered,
+                        folder=folder,
+                        identity=identity,
+                    )
+                )
+    return plans
+
+
+def order_names(order: str, names: Sequence[str]) -> list[str]:
+    """The task names in the order that `order` asks for."""
+    if order == "default":
+        return list(names)
+    if order == "reversed":
+        return list(reversed(names))
+    number = order.removeprefix("shuffled")
+    if number != order and number.isdecimal():
+        places = torch.randperm(
+            len(names), generator=derived_generator("task order", int(number)), device="cpu"
+        ).tolist()
+        return [names[place] for place in places]
+    listed = [name.strip() for name in order.split(",")]
+    if sorted(listed) != sorted(names):
+        raise ConfigError(f"orders has {order!r}; expected {ORDER_HELP} ({', '.join(names)}).")
+    return listed
+
+
+def order_label(order: str) -> str:
+    """A short name for folders and tables."""
+    return f"order-{hashlib.sha256(order.encode()).hexdigest()[:8]}" if "," in order else order
+
+
+def stream_digest(stream: Stream) -> str:
+    """Which data a run used: the sha256 over all samples and their images' bytes, whatever the order of the tasks."""
+    digest = hashlib.sha256()
+    images: dict[Path, str] = {}
+    for task in sorted(stream.tasks, key=lambda task: task.name):
+        for split in ("train", "validation", "test"):
+            for sample in getattr(task, split):
+                for image in sample.images:
+                    if image not in images:
+                        # Its bytes and not its name: a picture drawn anew under the old name is other data.
+                        images[image] = checkpoint.file_digest(image)
+                shown = [images[image] for image in sample.images]
+                parts = (task.name, task.metric, split, sample.id, shown, sample.instruction)
+                digest.update(json.dumps([*parts, sample.answers, sample.options]).encode())
+    return digest.hexdigest()
+
+
+def fresh_copy(vlm: VisionLanguageModel) -> VisionLanguageModel:
+    """The same base with modules of its own and shared weights: methods exchange modules of the network that they are
+    given, and write to no weight that they have not replaced."""
+    shared = {id(tensor): tensor for tensor in (*vlm.model.parameters(), *vlm.model.buffers())}
+    return dataclasses.replace(vlm, model=copy.deepcopy(vlm.model, shared))
+
+
+def _base_digest(vlm: VisionLanguageModel, config: RunConfig) -> str:
+    identity = vlm.base_identity(full=True if config.hash_weights else None)
+    return str(identity["sha256"] if identity["commit"] is None else f"{identity['sha256']}@{identity['commit']}")
+
+
+def check_plan(plan: RunPlan, config: RunConfig, model: VisionLanguageModel) -> list[Stage]:
+    """The stages of a run; raises ValueError for whatever would fail hours into it."""
+    method = method_class(plan.method)(fresh_copy(model), config.method_settings(plan.method), seed=plan.seed)
+    method.check(plan.stream)
+    stages = method.stages(plan.stream)
+    for stage in stages:
+        check_validation(config.training, stage)
+    if not stages and not config.evaluation.zero_shot:
+        raise ConfigError(
+            f"evaluation.zero_shot is False; expected True for the method {plan.method}, which has no stage and "
+            "measures the pretrained model alone. Set it to true, or leave the method out."
+        )
+    return evaluated_stages(stages, config.evaluation.stages)
+
+
+def check_samples(stream: Stream, vlm: VisionLanguageModel, max_new_tokens: int) -> None:
+    """Raise `ConfigError` for a sample that cannot be trained on or answered: longer than the model's positions, with a
+    special token in its text, or with a reference that takes more than `max_new_tokens` tokens.
+
+    Of images the sizes alone are read.
+    """
+
+    def conversations(split: str) -> Iterator[tuple[str, Conversation]]:
+        for task in stream.tasks:
+            for sample in getattr(task, split):
+                shown = [_Unread(path) for path in sample.images]
+                for answer in sample.answers[:1] if split == "train" else sample.answers:
+                    yield f"{task.name}/{split} sample {sample.id!r}", conversation(sample, answer, images=shown)
+
+    for split, limit in (("train", None), ("validation", None), ("test", max_new_tokens)):
+        check_conversations(
+            vlm.processor, conversations(split), vlm.model.config, declaration=vlm.declaration, max_new_tokens=limit
+        )
+
+
+class _Unread(Image.Image):
+    """An image file of which only the header is read."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        with Image.open(path) as image:
+            self._size = image.size
+
+
+def check_folder(plan: RunPlan) -> None:
+    path = plan.folder / "config.json"
+    if not path.exists():
+        return
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ConfigError(
+            f"{path} is not JSON: it was truncated or edited. Restore it, or pass --fresh to delete that run."
+        ) from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} holds no settings of a run. Restore it, or pass --fresh to delete that run.")
+    if found.get("fingerprint") == plan.fingerprint:
+        return
+    old = found.get("identity", {})
+    changed = sorted(key for key in {*old, *plan.identity} if old.get(key) != plan.identity.get(key))
+    raise ConfigError(
+        f"{plan.folder} holds a run with other settings (different: {', '.join(changed)}); expected the same ones. "
+        "Choose another output folder, or pass --fresh to delete that run."
+    )
+
+
+def work_units(
+    stages: Sequence[Stage], stream: Stream, config: RunConfig, costs: Costs, *, processes: int = 1
+) -> float:
+    """The work of a run in the units of `costs`."""
+    tests = {task.name: len(task.test) for task in stream.tasks}
+    steps = sum(stage_steps(config.training, stage, processes=processes) for stage in stages)
+    trained = steps * samples_per_step(config.training, processes)
+    tested = sum(tests[name] for stage in stages for name in stage.evaluates)
+    if config.evaluation.zero_shot:
+        tested += sum(tests.values())
+    return costs.trained_sample * trained + costs.answer * tested

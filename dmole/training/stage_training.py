@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The optimizer steps of one stage, which can stop between any two of them and go on with the same numbers.
+
+    for step in 0 .. total - 1:
+        for batch in window(step):                        gradient_accumulation_steps batches in each process
+            with gates(batch):                            around forward AND backward
+                backward(loss(batch) * tokens(batch) / tokens(window))
+        sum the gradients over the processes, clip, optimizer step, schedule step
+
+loss(batch) is a mean over the batch's answer tokens, so the window's gradient is that of the one big batch, however its
+answers are spread. Gates stay open during backward, because activation checkpointing runs the layers again there.
+
+Device, precision, loss scaling and trackers are accelerate's (`acceleration`), schedules are transformers', optimizers
+torch's (`optimization`). window(step) follows from (seed, stage, epoch) alone (`batches`). What a resume needs besides
+the method's own state is in `StageTraining.state`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from torch import Tensor
+
+from dmole.config_error import ConfigError
+from dmole.methods.base import JSON, Method, Stage
+from dmole.seeding import derived_seed
+from dmole.training.acceleration import (
+    activation_checkpointing,
+    make_accelerator,
+    random_state,
+    set_random_state,
+    sum_gradients,
+    summed,
+)
+from dmole.training.batches import Piece, answer_tokens, load, steps_per_epoch, windows
+from dmole.training.optimization import (
+    load_optimizer_tensors,
+    load_schedule,
+    make_optimizer,
+    make_schedule,
+    optimizer_tensors,
+)
+from dmole.training.settings import TrainingSettings
+from dmole.training.validation import Validation, validation_loss
+
+if TYPE_CHECKING:
+    from dmole.data.collate import Batch
+
+
+@dataclass
+class Profile:
+    """Seconds by part of the work: data, forward, backward, optimizer, generation, scoring, checkpoint."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to `name`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def stage_steps(settings: TrainingSettings, stage: Stage, *, processes: int = 1) -> int:
+    """How many optimizer steps the stage takes, unless it stops early."""
+    per_epoch = steps_per_epoch(settings, len(stage.task.train), processes)
+    return math.ceil(settings.epochs(stage.task.name) * per_epoch)
+
+
+class StageTraining:
+    """One stage between `method.begin_stage` and `method.end_stage`.
+
+    Args:
+        log: called as `log(values, step=...)` every `logging_steps` steps and after each validation, such as
+            `Accelerator.log`; None logs nothing.
+        first_step: steps of the stages before this one, for the axis of `log`.
+
+    The model must be on the accelerator's device (`dmole.training.acceleration.place`).
+
+    Raises ValueError for a method that trains nothing here or whose parameters are not float32; ConfigError for
+    settings that the stage's data or the device cannot satisfy.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        stage: Stage,
+        settings: TrainingSettings,
+        *,
+        seed: int,
+        profile: Profile,
+        log: Callable[..., object] | None = None,
+        first_step: int = 0,
+    ) -> None:
+        self.method = method
+        self.stage = stage
+        self.settings = settings
+        self.seed = seed
+        self.profile = profile
+        self.log = log
+        # One a stage: an accelerator keeps every optimizer that it has prepared, moments and all.
+        self.accelerator: Accelerator = make_accelerator(settings)
+        self.first_step = first_step
+        self.step = 0
+        self.total = stage_steps(settings, stage, processes=self.accelerator.num_processes)
+        self.losses: list[float] = []
+        self.parameters = method.trainable_parameters()
+        if not self.parameters:
+            raise ValueError(f"{method.name} trains no parameter in stage {stage.index} ({stage.task.name}).")
+        for name, parameter in self.parameters.items():
+            # bf16 weights swallow the small late updates of AdamW.
+            if parameter.dtype != torch.float32 or not parameter.requires_grad:
+                raise ValueError(
+                    f"{name} is {parameter.dtype}, requires_grad={parameter.requires_grad}; "
+                    "expected a float32 parameter that requires a gradient."
+                )
+        check_validation(settings, stage)
+        optimizer = make_optimizer(settings, self.parameters)
+        self.optimizer, self.schedule = self.accelerator.prepare(
+            optimizer, make_schedule(settings, optimizer, self.total)
+        )
+        self.validation = Validation(settings, self.parameters)
+        # From here on dropout draws from torch's global state; `load_state` overwrites it on resume.
+        process = self.accelerator.process_index
+        torch.manual_seed(derived_seed(seed, "dropout", stage.index, *([process] if process else [])))
+
+    @property
+    def trainable_count(self) -> int:
+        """How many weights this stage trains."""
+        return sum(parameter.numel() for parameter in self.parameters.values())
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step is done, or validation has not become better for too long."""
+        return self.step >= self.total or self.validation.exhausted
+
+    def run(self, after_step: Callable[[StageTraining], None]) -> None:
+        """Train from `self.step` to the end, calling `after_step(self)` after each optimizer step."""
+        model = self.method.vlm.model
+        model.train()
+        try:
+            with activation_checkpointing(model, self.settings), contextlib.closing(self._windows()) as coming:
+                while not self.finished:
+                    with self.profile.part("data"):
+                        window = next(coming)
+                    self._one_step(window)
+                    self._after_step()
+                    after_step(self)
+        finally:
+            model.train(False)
+        self.validation.load_best()
+
+    def _windows(self) -> Generator[list[tuple[Piece, Batch]], None, None]:
+        """The batches of each coming step, those of this process, on the CPU."""
+        pieces = windows(
+            self.settings,
+            len(self.stage.task.train),
+            seed=self.seed,
+            stage=self.stage.index,
+            first=self.step,
+            total=self.total,
+            process=self.accelerator.process_index,
+            processes=self.accelerator.num_processes,
+        )
+        workers = self.settings.dataloader_num_workers
+        steps = pieces if workers == 0 else list(pieces)
+        every = [piece.places for step in steps for piece in step] if isinstance(steps, list) else []
+        ahead = load(self.method.vlm, self.stage.task.train, every, workers=workers)
+        for step in steps:
+            if workers:
+                yield [(piece, next(ahead)) for piece in step]
+            else:
+                made = load(self.method.vlm, self.stage.task.train, [piece.places for piece in step], workers=0)
+                yield list(zip(step, made, strict=True))
+
+    def _one_step(self, window: list[tuple[Piece, Batch]]) -> None:
+        accelerator, profile = self.accelerator, self.profile
+        tokens = [answer_tokens(batch) * piece.counts for piece, batch in window]
+        (count,) = summed(accelerator, sum(tokens))
+        losses: list[Tensor] = []
+        for (_, batch), own in zip(window, tokens, strict=True):
+            with contextlib.ExitStack() as gates:
+                with profile.part("forward"):
+                    batch = send_to_device(batch, accelerator.device)
+                    gates.enter_context(self.method.training_gates(batch))
+                    with accelerator.autocast():
+                        loss = self.method.loss(batch)
+                    if own != count:
+                        loss = loss * (own / count)
+                    losses.append(loss.detach())
+                with profile.part("backward"):
+                    accelerator.backward(loss)
+        with profile.part("optimizer"):
+            sum_gradients(accelerator, list(self.parameters.values()))
+            (value,) = summed(accelerator, sum(float(loss) for loss in losses))
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"the loss is {value} at step {self.step + 1} of {self.total} of stage {self.stage.index} "
+                    f"({self.stage.task.name}); expected a finite number. "
+                    f"Lower training.learning_rate (now {self.settings.learning_rate:g})."
+                )
+            self._norm: Tensor | None = None
+            if self.settings.max_grad_norm > 0:
+                self._norm = accelerator.clip_grad_norm_(self.parameters.values(), self.settings.max_grad_norm)
+            self._rate = float(self.schedule.get_last_lr()[0])
+            self.optimizer.step()
+            self.schedule.step()
+            self.optimizer.zero_grad()
+        self.losses.append(value)
+        self.step += 1
+
+    def _after_step(self) -> None:
+        """What is due after a step: an entry of the trackers, a validation."""
+        settings, place = self.settings, self.first_step + self.step
+        every = settings.count("logging_steps", self.total)
+        if self.log is not None and (self.step % every == 0 or self.step == self.total):
+            recent = self.losses[-(self.step % every or every) :]
+            values = {"train/loss": math.fsum(recent) / len(recent), "train/learning_rate": self._rate}
+            if self._norm is not None:
+                values["train/grad_norm"] = float(self._norm)
+            self.log({**values, "train/stage": self.stage.index}, step=place)
+        if self.due("eval"):
+            with self.profile.part("validation"):
+                loss = validation_loss(self.method, self.stage.task.validation, settings, self.accelerator)
+            if not math.isfinite(loss):
+                raise ValueError(
+                    f"the validation loss is {loss} at step {self.step} of {self.total} of stage {self.stage.index} "
+                    f"({self.stage.task.name}); expected a finite number. Lower training.learning_rate "
+                    f"(now {settings.learning_rate:g})."
+                )
+            self.validation.add(self.step, loss)
+            if self.log is not None:
+                self.log({"eval/loss": loss}, step=place)
+
+    def due(self, what: str) -> bool:
+        """Whether `what` ("eval" or "save") happens after the step that was just taken.
+
+        A stage is validated after its last step too, whatever `eval_steps` is, so that its last weights take part in
+        the choice of the best. A checkpoint there is the runner's own.
+        """
+        strategy = getattr(self.settings, f"{what}_strategy")
+        if strategy == "no":
+            return False
+        if self.finished:
+            return what == "eval"
+        if strategy == "steps":
+            return self.step % self.settings.count(f"{what}_steps", self.total) == 0
+        per_epoch = steps_per_epoch(self.settings, len(self.stage.task.train), self.accelerator.num_processes)
+        return self.step % per_epoch == 0
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, JSON]]:
+        """The optimizer's tensors by parameter name, the random state of every process, schedule, step and losses.
+
+        Every process calls this, because it gathers.
+        """
+        best, validation = self.validation.state()
+        tensors = optimizer_tensors(self.optimizer.optimizer, self.parameters)
+        tensors |= {f"best/{name}": value for name, value in best.items()}
+        tensors["rng"] = random_state(self.accelerator)
+        scaler = self.accelerator.scaler
+        return tensors, {
+            "step": self.step,
+            "losses": self.losses,
+            "schedule": self.schedule.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "validation": validation,
+        }
+
+    def load_state(self, tensors: Mapping[str, Tensor], meta: Mapping[str, JSON]) -> None:
+        """Restore `state()`'s answer; the method's own state must have been restored before this object was made."""
+        best = {name.removeprefix("best/"): value for name, value in tensors.items() if name.startswith("best/")}
+        own = {name: value for name, value in tensors.items() if name != "rng" and not name.startswith("best/")}
+        load_optimizer_tensors(self.settings.optim, self.optimizer.optimizer, self.parameters, own)
+        load_schedule(self.schedule.scheduler, meta["schedule"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(meta["scaler"])
+        self.validation.load_state(best, meta["validation"])
+        self.step = int(meta["step"])
+        self.losses = [float(loss) for loss in meta["losses"]]
+        set_random_state(self.accelerator, tensors["rng"])
+
+
+def check_validation(settings: TrainingSettings, stage: Stage) -> None:
+    """Raise ConfigError where settings ask for a validation loss and the stage's task has nothing to measure it on."""
+    if settings.eval_strategy != "no" and not stage.task.validation:
+        raise ConfigError(
+            f"training.eval_strategy is {settings.eval_strategy!r}, and task {stage.task.name!r} has no validation "
+            "samples; expected some in every task. Add them, or use 'no'."
+        )
