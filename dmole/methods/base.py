@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from dmole.data.collate import Batch
+from dmole.files import JSON
 from dmole.methods.settings import MethodSettings
 
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from dmole.models.vision_language import VisionLanguageModel
 
 Sizes = Mapping[str, Mapping[str, int]]
-JSON = Any  # what json.dumps takes: dict, list, str, int, float, bool, None
 
 
 @dataclass(frozen=True, kw_only=True)

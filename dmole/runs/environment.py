@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from dmole.arithmetic import arithmetic, usable_cores
-from dmole.methods.base import JSON
+from dmole.files import JSON
 
 PACKAGES = (
     "dmole", "torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy", "scipy", "pillow",

@@ -22,8 +22,9 @@ from dmole.config import ORDER_HELP, RunConfig, fingerprint
 from dmole.config_error import ConfigError
 from dmole.data.collate import conversation
 from dmole.data.sample import Stream
+from dmole.files import JSON
 from dmole.methods import method_class
-from dmole.methods.base import JSON, Stage
+from dmole.methods.base import Stage
 from dmole.models.chat_template import Conversation
 from dmole.models.prompt_checks import check_conversations
 from dmole.models.vision_language import VisionLanguageModel

@@ -21,9 +21,8 @@ from accelerate import PartialState
 
 from dmole.arithmetic import arithmetic
 from dmole.config import RunConfig, fingerprint
-from dmole.files import write_atomically
+from dmole.files import JSON, write_atomically
 from dmole.methods import method_class
-from dmole.methods.base import JSON
 from dmole.models.vision_language import VisionLanguageModel
 from dmole.runs.checkpoint import CheckpointError
 from dmole.runs.environment import package_versions

@@ -30,7 +30,8 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 
 from dmole.config_error import ConfigError
-from dmole.methods.base import JSON, Method, Stage
+from dmole.files import JSON
+from dmole.methods.base import Method, Stage
 from dmole.seeding import derived_seed
 from dmole.training.acceleration import (
     activation_checkpointing,

@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from dmole.methods.base import JSON, Method, RoutingRecord, Sizes, answer_loss
+from dmole.files import JSON
+from dmole.methods.base import Method, RoutingRecord, Sizes, answer_loss
 from dmole.methods.dmole.allocation import (
     allocate,
     allocate_uniformly,
