@@ -71,14 +71,6 @@ class Stream:
             )
         return replace(self, tasks=tuple(self.task(name) for name in names))
 
-    def select(self, names: Sequence[str]) -> "Stream":
-        """Only the tasks named, in the order given."""
-        if not names or len(set(names)) != len(names):
-            raise ValueError(
-                f"tasks is {', '.join(names) or 'empty'}; expected at least one task, each once. Fix the list."
-            )
-        return replace(self, tasks=tuple(self.task(name) for name in names))
-
     def limit(self, *, train: int | None = None, test: int | None = None, validation: int | None = None) -> "Stream":
         """At most so many samples of each split of every task; None keeps all.
 

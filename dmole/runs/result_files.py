@@ -12,10 +12,11 @@ from accelerate import Accelerator
 
 from dmole.config import RunConfig
 from dmole.files import JSON, write_json
+from dmole.machine import peak_memory_gib
 from dmole.methods.base import Method, Stage
 from dmole.reports.matrix import save_matrix_picture
 from dmole.reports.routing_statistics import routing_statistics
-from dmole.runs.environment import describe_environment, peak_memory_gib
+from dmole.runs.environment import describe_environment
 from dmole.runs.evaluation import Evaluation, final_rows
 from dmole.runs.plan import RunPlan
 from dmole.runs.position import Position

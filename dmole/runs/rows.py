@@ -24,12 +24,12 @@ from dmole.config import RunConfig, fingerprint
 from dmole.files import JSON, write_atomically
 from dmole.methods import method_class
 from dmole.models.vision_language import VisionLanguageModel
+from dmole.profile import Profile
 from dmole.runs.checkpoint import CheckpointError
 from dmole.runs.environment import package_versions
 from dmole.runs.evaluation import Evaluation, Prediction, evaluate, generation_queue
 from dmole.runs.plan import RunPlan, fresh_copy
 from dmole.training.acceleration import make_accelerator
-from dmole.training.stage_training import Profile
 
 ZERO_SHOT = "zero_shot"
 

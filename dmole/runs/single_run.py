@@ -17,6 +17,7 @@ from dmole.files import write_atomically
 from dmole.methods import method_class
 from dmole.methods.base import Method, Stage
 from dmole.models.vision_language import VisionLanguageModel
+from dmole.profile import Profile
 from dmole.runs.evaluation import Evaluation, evaluate, evaluated_stages, generation_queue
 from dmole.runs.interruption import StopSignals
 from dmole.runs.plan import RunPlan, fresh_copy
@@ -28,7 +29,7 @@ from dmole.seeding import derived_seed
 from dmole.training.acceleration import make_accelerator, tracking
 from dmole.training.batches import samples_per_step
 from dmole.training.processes import shard
-from dmole.training.stage_training import Profile, StageTraining
+from dmole.training.stage_training import StageTraining
 from dmole.training.symptoms import flat_loss, malformed_answers
 
 STAGES = "stages"
@@ -262,7 +263,7 @@ class SingleRun:
             return None
         self.position, loaded = found
         self.profile.seconds = dict(self.position.profile)
-        self.method.seconds.update(self.position.method_seconds)
+        self.method.profile.seconds.update(self.position.method_seconds)
         for row, digest in self.position.rows.items():
             read_row(self._row_path(row), digest)
         self.method.load_state(loaded.tensors["method"], loaded.documents["method"])

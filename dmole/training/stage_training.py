@@ -19,9 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
-from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,6 +30,7 @@ from torch import Tensor
 from dmole.config_error import ConfigError
 from dmole.files import JSON
 from dmole.methods.base import Method, Stage
+from dmole.profile import Profile
 from dmole.seeding import derived_seed
 from dmole.training.acceleration import (
     activation_checkpointing,
@@ -54,22 +53,6 @@ from dmole.training.validation import Validation, validation_loss
 
 if TYPE_CHECKING:
     from dmole.data.collate import Batch
-
-
-@dataclass
-class Profile:
-    """Seconds by part of the work: data, forward, backward, optimizer, generation, scoring, checkpoint."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextlib.contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Add the time spent inside to `name`."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 def stage_steps(settings: TrainingSettings, stage: Stage, *, processes: int = 1) -> int:

@@ -19,13 +19,14 @@ from dmole.methods.base import answer_loss
 from dmole.methods.dmole.allocation import layer_scores
 from dmole.methods.dmole.settings import DMoLESettings, RouterSettings
 from dmole.methods.settings import LoraSettings, MethodSettings
+from dmole.profile import Profile
 from dmole.runs.evaluation import evaluate, generation_queue
 from dmole.runs.runner import run
 from dmole.runs.single_run import SingleRun
 from dmole.training.acceleration import make_accelerator, set_random_state, sum_gradients
 from dmole.training.processes import process, shard
 from dmole.training.settings import TrainingSettings
-from dmole.training.stage_training import Profile, StageTraining
+from dmole.training.stage_training import StageTraining
 from mini_cmit.model.tiny import build_tiny_model
 
 GLOBAL_BATCH = 4
