@@ -33,7 +33,6 @@ from dmole.runs.interruption import Interrupted
 
 if TYPE_CHECKING:
     from dmole.config import RunConfig
-    from dmole.reports.stored import StoredRun
 
 FAILED = 1
 WRONG_INPUT = 2
@@ -173,6 +172,7 @@ def run(
 
     console = Console()
     folder = run_all(chosen, console=console, fresh=fresh)
+    from dmole.reports.shown import show
     from dmole.reports.stored import read_runs
     from dmole.training.processes import leave
 
@@ -181,7 +181,7 @@ def run(
         return
 
     names = set(planned_runs(chosen))
-    _show_tables(console, [result for result in read_runs(folder) if result.folder.name in names])
+    show(console, [result for result in read_runs(folder) if result.folder.name in names])
     console.print(f"results: {escape(str(folder))} (pictures: runs/*/matrix.png)", highlight=False, soft_wrap=True)
 
 
@@ -311,51 +311,13 @@ def report(
     matrices: Annotated[bool, typer.Option("--matrices", help="Show the matrix of every run too.")] = False,
 ) -> None:
     """Show the tables of a results folder again, and paired differences between two methods."""
+    from dmole.reports.shown import show
     from dmole.reports.stored import read_runs
 
-    _show_tables(Console(), read_runs(results), everything=True, compare=compare, markdown=markdown, matrices=matrices)
-
-
-def _show_tables(
-    console: Console,
-    runs: Sequence[StoredRun],
-    *,
-    everything: bool = False,
-    compare: str | None = None,
-    markdown: Path | None = None,
-    matrices: bool = False,
-) -> None:
-    from dmole.files import write_atomically
-    from dmole.reports import tables
-    from dmole.reports.comparison import compare as compared
-    from dmole.reports.comparison import comparison_table
-
-    if len({run.tasks for run in runs}) > 1:
-        shown = [tables.summary_table(runs)]
-    else:
-        cut = tables.cut_table(runs)
-        shown = [tables.last_table(runs), tables.well_formed_table(runs), *([cut] if cut.rows else [])]
-        shown.append(tables.summary_table(runs))
-    routing = tables.routing_table(runs)
-    shown += [routing] if routing.rows else []
-    shown.append(tables.time_table(runs))
-    if everything:
-        conventions = tables.conventions_table(runs)
-        shown += [conventions] if conventions.rows else []
-    if compare is not None:
-        pair = _split("--compare", [compare])
-        if len(pair) != 2:
-            raise ValueError(
-                f"--compare is {compare!r}; expected two methods. Give for example --compare dmole,seq_ft."
-            )
-        shown.append(comparison_table(compared(runs, *pair)))
-    # A matrix that is measured in part has its numbers there and nowhere else: the diagonal is in no aggregate.
-    shown += [tables.matrix_table(run) for run in runs if matrices or run.not_measured]
-    for table in shown:
-        console.print(table.rich())
-    if markdown is not None:
-        text = "\n".join(f"## {table.title}\n\n{table.markdown()}" for table in shown)
-        write_atomically(markdown, text.encode())
+    pair = None if compare is None else _split("--compare", [compare])
+    if pair is not None and len(pair) != 2:
+        raise ValueError(f"--compare is {compare!r}; expected two methods. Give for example --compare dmole,seq_ft.")
+    show(Console(), read_runs(results), everything=True, compare=pair, markdown=markdown, matrices=matrices)
 
 
 @app.command()
