@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+import dmole
 from dmole.arithmetic import arithmetic, usable_cores
 from dmole.methods.base import JSON
 
@@ -69,7 +70,7 @@ def _cpu_name() -> str:
 
 def _commit() -> str | None:
     """The commit of the source tree this package runs from, with "+" for local changes; None outside a tree."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(dmole.__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None
     try:

@@ -37,6 +37,7 @@ from dmole.runs.results import (
     SUMMARY_COLUMNS,
     aggregate_columns,
     matrix_of,
+    method_columns,
     prediction_line,
     routing_statistics,
     write_csv,
@@ -445,12 +446,11 @@ class SingleRun:
             **aggregate_columns(matrix, [final[task] for task in tasks]),
             "trainable_parameters": round(statistics.fmean(counts)) if counts else 0,
             "train_seconds": round(train_seconds, 3),
-            "proxy_seconds": round(timings.get("proxy_seconds", 0.0), 3),
-            "router_seconds": round(timings.get("router_seconds", 0.0), 3),
             "routing_accuracy": last.get("routing_accuracy"),
             "base_model_share": last.get("base_model_share"),
         }
         assert tuple(summary) == SUMMARY_COLUMNS
+        summary |= method_columns(timings, self.method.columns(), plan.method)
         total = train_seconds + evaluation_seconds
         shares = {name: value / total for name, value in sorted(timings.items())} if total else {}
         return {
@@ -461,6 +461,7 @@ class SingleRun:
                 "method_seconds": {name: round(value, 3) for name, value in sorted(timings.items())},
                 "method_share_of_run": shares,
                 "evaluation_seconds": round(evaluation_seconds, 3),
+                "time_baseline": self.method.time_baseline,
                 "steps": steps,
                 "step_ms": sum(by_part.values()) if steps else None,
                 "step_ms_by_part": by_part,
