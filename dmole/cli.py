@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command `dmole`. Every error is one clear line on stderr and exit status 2; a failed check exits with 1.
 
-    dmole run mini --method dmole,seq_ft      learn the stream's tasks one after another, test after each
-    dmole verify results/mini                 recompute every stored number
-    dmole report results/mini                 the tables again
-    dmole readme README.md --check            tables inside Markdown files against committed results
-    dmole tasks check my_stream               find everything wrong with a data set
-    dmole inspect MODEL --check               towers, candidates and budget of a model; does the contract hold for it?
-    dmole config                              every setting with its comment
-    dmole doctor                              what is installed, what is missing, what to type
+    dmole run STREAM --model M --method NAMES  learn the stream's tasks one after another, test after each
+    dmole verify RESULTS                       recompute every stored number
+    dmole report RESULTS                       the tables again
+    dmole readme README.md --check             tables inside Markdown files against committed results
+    dmole tasks check my_stream                find everything wrong with a data set
+    dmole inspect MODEL --check                towers, candidates and budget of a model; does the contract hold for it?
+    dmole config                               every setting with its comment
+    dmole doctor                               what is installed, what is missing, what to type
 
 Imports happen inside the commands: torch takes seconds, and `dmole --help` should not.
 """
@@ -124,14 +124,16 @@ def top(
 
 @app.command()
 def run(
-    stream: Annotated[str | None, typer.Argument(help="A folder with stream.yaml, or 'mini'.")] = None,
+    stream: Annotated[str | None, typer.Argument(help="A folder with stream.yaml, or a registered name.")] = None,
     method: Annotated[list[str] | None, typer.Option("--method", "-m", help="Methods, comma-separated.")] = None,
     seed: Annotated[list[str] | None, typer.Option("--seed", help="Seeds, comma-separated.")] = None,
     order: Annotated[
         list[str] | None,
         typer.Option(help="Task order: default, reversed, shuffled<k> or all names with commas. May be repeated."),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="A folder or hub id of a vision-language model, or 'mini'.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A folder or hub id of a vision-language model, or a registered name.")
+    ] = None,
     recipe: Annotated[str | None, typer.Option(help="Start from a recipe's configuration.")] = None,
     config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML file of settings.")] = None,
     settings: Annotated[
@@ -144,8 +146,8 @@ def run(
 ) -> None:
     """Learn the tasks of a stream one after another with each method, testing all tasks after every stage.
 
-    Settings come from the recipe, then --config, then the options, then --set; the last one wins. Without a
-    recipe or a file, the stream `mini` starts from the recipe `mini` with one seed.
+    Settings come from the recipe, then --config, then the options, then --set; the last one wins. The stream, the model
+    and the methods have no default: they are given, or a recipe sets them.
     """
     if resume and fresh:
         raise ValueError("--resume and --fresh were both given; expected at most one of them. Drop one.")
@@ -232,8 +234,7 @@ def run_config(
     output: str | None,
 ) -> RunConfig:
     """The configuration that the options of `dmole run` ask for."""
-    from dmole.config import RunConfig, load_config
-    from dmole.recipes import RECIPES
+    from dmole.config import load_config
 
     overrides = []
     for key, text in (("stream", stream), ("model", model), ("output", output)):
@@ -245,12 +246,7 @@ def run_config(
         overrides.append(f"seeds={json.dumps([_integer('--seed', item) for item in _split('--seed', seeds)])}")
     if orders is not None:
         overrides.append(f"orders={json.dumps(orders)}")
-    base = None
-    if recipe is None and config is None and stream in (None, "mini"):
-        # The benchmark by its name is the benchmark as published: its training, but one seed and another folder.
-        plain = RunConfig()
-        base = RECIPES["mini"]().replace(methods=plain.methods, seeds=plain.seeds, output=plain.output)
-    return load_config(config, base=recipe_config(recipe) or base, overrides=[*overrides, *settings])
+    return load_config(config, base=recipe_config(recipe), overrides=[*overrides, *settings])
 
 
 def _split(option: str, values: Sequence[str]) -> list[str]:
@@ -306,7 +302,7 @@ def verify(
 @app.command()
 def report(
     results: Annotated[Path, typer.Argument(help="A folder that `dmole run` has written.")],
-    compare: Annotated[str | None, typer.Option(help="Two methods, such as dmole,seq_ft.")] = None,
+    compare: Annotated[str | None, typer.Option(help="Two methods, with a comma.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Also write the tables to this Markdown file.")] = None,
     matrices: Annotated[bool, typer.Option("--matrices", help="Show the matrix of every run too.")] = False,
 ) -> None:
@@ -316,7 +312,9 @@ def report(
 
     pair = None if compare is None else _split("--compare", [compare])
     if pair is not None and len(pair) != 2:
-        raise ValueError(f"--compare is {compare!r}; expected two methods. Give for example --compare dmole,seq_ft.")
+        raise ValueError(
+            f"--compare is {compare!r}; expected two methods with a comma between them. Name two of the runs."
+        )
     show(Console(), read_runs(results), everything=True, compare=pair, markdown=markdown, matrices=matrices)
 
 

@@ -19,6 +19,8 @@ from dmole.machine import memory_gib, usable_cores
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
+from dmole import registry
+
 MINIMUM_PYTHON = (3, 10)
 MINIMUM_MEMORY_GIB = 6.0
 SHOWN_PACKAGES = ("torch", "transformers", "peft")
@@ -127,18 +129,26 @@ def _machine() -> list[Finding]:
 
 
 def _of_packages() -> list[Finding]:
-    """What installed packages add to the report: functions without arguments under the entry points `dmole.doctor`."""
+    """What installed packages add to the report, and which of the names that they register cannot be used."""
     findings: list[Finding] = []
-    for point in sorted(importlib.metadata.entry_points(group="dmole.doctor"), key=lambda point: point.name):
+    for group in registry.GROUPS:
         try:
-            findings += point.load()()
-        except Exception as error:  # said as a finding: a library that fails to import raises whatever it likes
-            findings.append(
-                Finding(
-                    what=point.name,
-                    found=f"fails with {type(error).__name__}: {error}",
-                    ok=False,
-                    fix="install what is missing above, then run dmole doctor again",
+            points = registry.registered(group)
+        except ValueError as error:
+            findings.append(Finding(what=group, found=str(error), ok=False, fix="pip uninstall one of them"))
+            continue
+        for point in points.values():
+            try:
+                value = registry.load(point)
+                if group == "dmole.doctor":
+                    findings += registry.called(point, value)()  # type: ignore[arg-type]
+            except Exception as error:  # said as a finding: a library that fails to import raises whatever it likes
+                findings.append(
+                    Finding(
+                        what=point.name,
+                        found=f"fails with {type(error).__name__}: {error}",
+                        ok=False,
+                        fix="install what is missing above, then run dmole doctor again",
+                    )
                 )
-            )
     return findings

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -29,14 +29,13 @@ from torch import Tensor, nn
 
 from dmole.data.collate import Batch
 from dmole.files import JSON
+from dmole.methods.budget import Sizes
 from dmole.methods.settings import MethodSettings
 from dmole.profile import Profile
 
 if TYPE_CHECKING:
     from dmole.data.sample import Stream, Task
     from dmole.models.vision_language import VisionLanguageModel
-
-Sizes = Mapping[str, Mapping[str, int]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +69,8 @@ class Method(ABC):
     name: ClassVar[str]
     # A frozen keyword-only dataclass: what a configuration may set under the method's name.
     Options: ClassVar[type[Any]] = NoOptions
+    # Whether the tables divide the other methods' step times by this one's.
+    time_baseline: ClassVar[bool] = False
 
     def __init__(self, vlm: VisionLanguageModel, settings: MethodSettings, *, seed: int) -> None:
         self.vlm = vlm
@@ -84,9 +85,11 @@ class Method(ABC):
 
     @classmethod
     def trained_weights(cls, settings: MethodSettings, sizes: Sizes) -> int | None:
-        """How many weights a stage trains, for `dmole inspect`; None where that is not known before training.
+        """How many weights a stage trains, for `dmole inspect` and the estimate; None where only data decide.
 
-        sizes[tower][linear] is in + out, the weights of an expert of rank 1 there.
+        sizes[tower][linear] is in + out, the weights of an expert of rank 1 there. What all methods are to train is
+        `settings.budget.weights(settings.lora.rank, sizes)`; `dmole.methods.budget.parity_rank` is the rank with which
+        an adapter on all candidates does.
         """
         return None
 
@@ -145,8 +148,45 @@ class Method(ABC):
         return {}
 
     def timings(self) -> dict[str, float]:
-        """Seconds spent in the method's own work (`proxy_seconds`, `router_seconds`), summed over the run."""
+        """Seconds spent in the method's own work by name ("proxy_seconds"), summed over the run.
+
+        They are columns of summary.csv, and the table of times shows each as a share of the run.
+        """
         return dict(self.profile.seconds)
+
+    def columns(self) -> dict[str, float | int | str | None]:
+        """Further columns of summary.csv. Called once, after the last evaluation."""
+        return {}
+
+
+class Pretrained(Method):
+    """The pretrained model as it is, with nothing trained and nothing added: row 0 of every matrix."""
+
+    @classmethod
+    def trained_weights(cls, settings: MethodSettings, sizes: Sizes) -> int:
+        return 0
+
+    def stages(self, stream: Stream) -> list[Stage]:
+        return []
+
+    def begin_stage(self, stage: int, task: Task) -> None:
+        raise ValueError(f"stage: got {stage} ({task.name}); expected none, the pretrained model has no stages.")
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        return {}
+
+    def training_gates(self, batch: Batch) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def evaluation_gates(self, batch: Batch) -> AbstractContextManager[RoutingRecord | None]:
+        return nullcontext()
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, JSON]]:
+        return {}, {}
+
+    def load_state(self, tensors: Mapping[str, Tensor], meta: Mapping[str, JSON]) -> None:
+        if tensors or meta:
+            raise ValueError(f"state: got {sorted(tensors) + sorted(meta)}; expected none of the pretrained model.")
 
 
 def answer_loss(vlm: VisionLanguageModel, batch: Batch) -> Tensor:

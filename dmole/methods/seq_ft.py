@@ -37,6 +37,7 @@ class SeqFt(SingleAdapter):
 
     name: ClassVar[str] = "seq_ft"
     Options: ClassVar[type[Any]] = SeqFtOptions
+    time_baseline: ClassVar[bool] = True
 
     def __init__(self, vlm: VisionLanguageModel, settings: MethodSettings, *, seed: int) -> None:
         super().__init__(vlm, settings, seed=seed)

@@ -11,6 +11,7 @@ import gzip
 import json
 import math
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -142,6 +143,11 @@ def read_csv(path: Path) -> tuple[list[str], list[list[str]]]:
         if len(row) != len(rows[0]):
             raise ResultsError(f"{path}:{number}: has {len(row)} cells; expected {len(rows[0])}. Run it again.")
     return rows[0], rows[1:]
+
+
+def ratio_columns(header: Iterable[str]) -> dict[str, str]:
+    """{column: method} of the columns of profile.csv that divide by the step time of a method's run."""
+    return {name: name.removeprefix("times_") for name in header if name.startswith("times_")}
 
 
 def read_matrix(path: Path) -> tuple[tuple[str, ...], Array]:

@@ -25,6 +25,7 @@ from dmole.runs.results import (
     SUMMARY_COLUMNS,
     aggregate_columns,
     matrix_of,
+    method_columns,
     prediction_line,
     write_csv,
     write_lines,
@@ -100,6 +101,7 @@ def write_run_results(
     last = (routing.get(str(len(tasks))) or {}) if whole else {}
     counts = [stage["trainable_parameters"] for stage in position.stages]
     profile, train_seconds = _profile(position)
+    profile["time_baseline"] = method.time_baseline
     summary = {
         "method": plan.method,
         "seed": plan.seed,
@@ -107,12 +109,11 @@ def write_run_results(
         **aggregate_columns(matrix, [final[task] for task in tasks]),
         "trainable_parameters": round(statistics.fmean(counts)) if counts else 0,
         "train_seconds": round(train_seconds, 3),
-        "proxy_seconds": round(position.method_seconds.get("proxy_seconds", 0.0), 3),
-        "router_seconds": round(position.method_seconds.get("router_seconds", 0.0), 3),
         "routing_accuracy": last.get("routing_accuracy"),
         "base_model_share": last.get("base_model_share"),
     }
     assert tuple(summary) == SUMMARY_COLUMNS
+    summary |= method_columns(position.method_seconds, method.columns(), plan.method)
     result = {
         "summary": summary,
         "trainable_parameters_by_stage": counts,

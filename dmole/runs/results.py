@@ -29,6 +29,7 @@ from dmole.files import JSON, write_atomically
 from dmole.metrics.continual import aggregates
 from dmole.runs.evaluation import Prediction
 
+# Columns of every method; what a method's `timings` and `columns` name comes after them.
 SUMMARY_COLUMNS = (
     "method",
     "seed",
@@ -38,8 +39,6 @@ SUMMARY_COLUMNS = (
     "BWT",
     "trainable_parameters",
     "train_seconds",
-    "proxy_seconds",
-    "router_seconds",
     "routing_accuracy",
     "base_model_share",
 )
@@ -112,9 +111,14 @@ def prediction_line(stage: int, prediction: Prediction) -> dict[str, JSON]:
     }
 
 
-def summary_row(result: Mapping[str, JSON]) -> list[object]:
-    """The run's row of summary.csv from its result.json; see `dmole.metrics.continual` for the three aggregates."""
-    return [result["summary"][column] for column in SUMMARY_COLUMNS]
+def method_columns(timings: Mapping[str, float], columns: Mapping[str, JSON], method: str) -> dict[str, JSON]:
+    """A method's own columns of summary.csv; ValueError for one that is taken or cannot stand in a cell."""
+    for name, value in columns.items():
+        if name in SUMMARY_COLUMNS or name in timings:
+            raise ValueError(f"columns: got {name!r} from {method}, which is another column; expected a new name.")
+        if not isinstance(value, int | float | str | None):
+            raise ValueError(f"columns: got {value!r} for {name!r} from {method}; expected a number, text or None.")
+    return {**{name: round(seconds, 3) for name, seconds in timings.items()}, **columns}
 
 
 def aggregate_columns(matrix: np.ndarray, final_rows: Sequence[int]) -> dict[str, float | None]:
@@ -124,17 +128,26 @@ def aggregate_columns(matrix: np.ndarray, final_rows: Sequence[int]) -> dict[str
 
 
 def write_summary(output: Path) -> None:
-    """`<output>/summary.csv` and `<output>/profile.csv` from every finished run below `<output>/runs`."""
+    """`<output>/summary.csv` and `<output>/profile.csv` from every finished run below `<output>/runs`.
+
+    A column times_<method> is the step time over that of the method's run with the same seed and order, for every
+    method that is a `time_baseline`.
+    """
     results = [json.loads(path.read_bytes()) for path in sorted((output / "runs").glob("*/result.json"))]
-    write_csv(output / "summary.csv", SUMMARY_COLUMNS, (summary_row(result) for result in results))
+    columns = list(dict.fromkeys([*SUMMARY_COLUMNS, *(name for result in results for name in result["summary"])]))
+    write_csv(
+        output / "summary.csv", columns, ([result["summary"].get(name) for name in columns] for result in results)
+    )
     steps = {(r["summary"]["seed"], r["summary"]["order"], r["summary"]["method"]): r["profile"] for r in results}
-    rows: list[list[object]] = []
+    baselines = sorted({method for (_, _, method), profile in steps.items() if profile.get("time_baseline")})
+    rows = []
     for (seed, order, method), profile in steps.items():
-        if profile["step_ms"] is None:
+        own = profile["step_ms"]
+        if own is None:
             continue
-        rival = steps.get((seed, order, "seq_ft"))
+        times = [(steps.get((seed, order, baseline)) or {}).get("step_ms") for baseline in baselines]
         parts = [profile["step_ms_by_part"].get(part, 0.0) for part in PROFILE_PARTS]
-        ratio = None if rival is None or rival["step_ms"] is None else profile["step_ms"] / rival["step_ms"]
-        rows.append([method, seed, order, *parts, profile["step_ms"], ratio, profile["evaluation_seconds"]])
-    header = ("method", "seed", "order", *(f"{part}_ms" for part in PROFILE_PARTS), "step_ms", "times_seq_ft")
-    write_csv(output / "profile.csv", (*header, "evaluation_seconds"), rows)
+        ratios = [None if time is None else own / time for time in times]
+        rows.append([method, seed, order, *parts, own, *ratios, profile["evaluation_seconds"]])
+    header = ("method", "seed", "order", *(f"{part}_ms" for part in PROFILE_PARTS), "step_ms")
+    write_csv(output / "profile.csv", (*header, *(f"times_{name}" for name in baselines), "evaluation_seconds"), rows)

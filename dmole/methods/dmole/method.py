@@ -28,15 +28,14 @@ import torch
 from torch import Tensor, nn
 
 from dmole.files import JSON
-from dmole.methods.base import Method, RoutingRecord, Sizes, answer_loss
+from dmole.methods.base import Method, RoutingRecord, answer_loss
+from dmole.methods.budget import Sizes, capacities, check_budget
 from dmole.methods.dmole.allocation import (
     allocate,
     allocate_uniformly,
-    capacities,
-    check_budget,
+    check_vision_floor,
     layer_scores,
     proxy_subset,
-    total_budget,
 )
 from dmole.methods.dmole.curriculum import even_split, module_scores, proportional_split, split_budget, update_ratios
 from dmole.methods.dmole.expert_pool import ExpertPool, Placement, expert_name
@@ -109,20 +108,17 @@ class DMoLE(Method):
         return self.options.routing != "none"
 
     def _checked_budget(self) -> int:
-        unit = self.options.unit
-        budget = total_budget(self.candidates, fraction=self.options.budget_fraction, unit=unit)
-        check_budget(self.candidates, budget=budget, unit=unit, vision_floor=self.options.vision_floor)
+        unit, budget = self.settings.budget.unit, self.settings.budget.of(self.candidates)
+        check_budget(self.candidates, budget=budget, unit=unit)
+        check_vision_floor(self.candidates, budget=budget, unit=unit, vision_floor=self.options.vision_floor)
         return budget
 
     @classmethod
     def trained_weights(cls, settings: MethodSettings, sizes: Sizes) -> int:
         """The budget times the mean linear of the towers: which linears a task gets is decided by its data."""
-        options = settings.options_as(DMoLESettings)
-        used = {tower: linears for tower, linears in sizes.items() if options.towers in ("both", tower)}
-        names = {tower: tuple(linears) for tower, linears in used.items()}
-        budget = total_budget(names, fraction=options.budget_fraction, unit=options.unit)
-        share = budget / sum(capacities(names, options.unit).values())
-        return round(settings.lora.rank * share * sum(sum(linears.values()) for linears in used.values()))
+        towers = settings.options_as(DMoLESettings).towers
+        used = {tower: linears for tower, linears in sizes.items() if towers in ("both", tower)}
+        return round(settings.budget.weights(settings.lora.rank, used))
 
     def check(self, stream: Stream) -> None:
         self._checked_budget()
@@ -155,13 +151,13 @@ class DMoLE(Method):
 
     def _place(self, stage: int, task: Task) -> Placement:
         """Scores, budgets and linears of a new task (Eq. 3-5, 13-15)."""
-        options = self.options
-        room = capacities(self.candidates, options.unit)
+        options, unit = self.options, self.settings.budget.unit
+        room = capacities(self.candidates, unit)
         scores: dict[str, dict[str, float]] = {}
         towers: dict[str, float] = {}
         if options.allocator == "uniform":
             budgets = proportional_split(room, self.budget)
-            linears = allocate_uniformly(self.candidates, budgets, unit=options.unit)
+            linears = allocate_uniformly(self.candidates, budgets, unit=unit)
         else:
             subset = proxy_subset(
                 task.train,
@@ -183,7 +179,7 @@ class DMoLE(Method):
                 budgets = split_budget(ratios, room, self.budget, vision_floor=options.vision_floor)
             else:
                 budgets = even_split(room, self.budget)
-            linears = allocate(scores, budgets, unit=options.unit)
+            linears = allocate(scores, budgets, unit=unit)
         return Placement(
             task=task.name,
             expert=expert_name(len(self.pool) + 1, task.name),
@@ -335,7 +331,7 @@ class DMoLE(Method):
         }
         return {
             "budget": self.budget,
-            "budget_unit": self.options.unit,
+            "budget_unit": self.settings.budget.unit,
             "candidates": {tower: len(names) for tower, names in self.candidates.items()},
             "experts": self.pool.to_json(),
             "expert_parameters": counts,

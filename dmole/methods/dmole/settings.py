@@ -10,9 +10,11 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from dmole.config_error import require
+from dmole.config_error import ConfigError, require
 
 Ablation = Literal["v1", "v2", "v3", "v4"]
+# Settings that are no longer D-MoLE's own.
+RENAMED = {"budget_fraction": "budget.fraction", "unit": "budget.unit"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +73,6 @@ class RouterSettings:
 class DMoLESettings:
     """D-MoLE: allocator (Eq. 3-5), inter-modal curriculum (Eq. 13-15), router (Eq. 9-12)."""
 
-    # B_total as a share of the candidates: half in the paper (48 of 96 linears).
-    budget_fraction: float = 0.5
-    # What the budget counts: linears (public code) or whole layers (appendix A: 24 of 48).
-    unit: Literal["linear", "layer"] = "linear"
     # "norm" is Eq. 13; "sum" over the layers' norms is what the public code does.
     score_aggregation: Literal["norm", "sum"] = "norm"
     # Smallest share of the budget that the vision tower gets: 0 in the paper, 0.25 in the public code.
@@ -105,14 +103,11 @@ class DMoLESettings:
     router: RouterSettings = field(default_factory=RouterSettings)
 
     def __post_init__(self) -> None:
-        # Shares above 1 are not refused here: allocation.check_budget names the candidates as well.
-        require(self.budget_fraction > 0, "dmole.budget_fraction", self.budget_fraction, "a number in (0, 1]")
         require(0 <= self.vision_floor < 1, "dmole.vision_floor", self.vision_floor, "a number in [0, 1)")
         require(0 < self.proxy_fraction <= 1, "dmole.proxy_fraction", self.proxy_fraction, "a number in (0, 1]")
         require(self.proxy_min_samples >= 1, "dmole.proxy_min_samples", self.proxy_min_samples, "at least 1")
         require(self.proxy_batch_size >= 1, "dmole.proxy_batch_size", self.proxy_batch_size, "an integer of at least 1")
         for name, allowed in (
-            ("unit", ("linear", "layer")),
             ("score_aggregation", ("norm", "sum")),
             ("proxy_method", ("exact", "sketch")),
             ("routing", ("per_sample", "batch_vote", "none")),
@@ -122,6 +117,13 @@ class DMoLESettings:
         ):
             value = getattr(self, name)
             require(value in allowed, f"dmole.{name}", value, "one of " + ", ".join(repr(choice) for choice in allowed))
+
+    @classmethod
+    def unknown(cls, key: str, path: str) -> ConfigError | None:
+        """The error for a key that has moved; None for any other."""
+        if key not in RENAMED:
+            return None
+        return ConfigError(f"unknown key {path!r}: it is now called {RENAMED[key]}, for every method. Rename it.")
 
 
 def ablated(settings: DMoLESettings, ablation: Ablation) -> DMoLESettings:

@@ -294,9 +294,9 @@ def test_the_shared_row_is_refused_when_damaged_and_measured_again_when_fresh(to
 
 def test_everything_wrong_is_found_before_training(toy_config: Configure) -> None:
     cases = [
-        (("dmole.budget_fraction=1.5",), r"budget: got \d+ linears, more than the \d+ candidates"),
-        (("dmole.budget_fraction=0.01",), r"budget: got 0 linears, smaller than one linear per tower"),
-        (("dmole.budget_fraction=1.5", "methods=seq_ft"), r"more than the \d+ candidates"),
+        (("budget.fraction=1.5",), r"budget: got \d+ linears, more than the \d+ candidates"),
+        (("budget.fraction=0.01",), r"budget: got 0 linears, smaller than one linear per tower"),
+        (("budget.fraction=1.5", "methods=seq_ft"), r"more than the \d+ candidates"),
         (("candidates=nothing",), r"candidates is 'nothing', which matches no linear of the vision tower"),
         (("orders='colours,letters'",), r"orders has 'colours,letters'; expected 'default'"),
         (("training.epochs_of={maps: 2}",), r"training.epochs_of has 'maps'; expected a task of colours"),
