@@ -21,6 +21,8 @@ import torch
 from dmole.arithmetic import arithmetic
 from dmole.config import RunConfig
 from dmole.files import write_atomically
+from dmole.grown.saved import Base
+from dmole.grown.saved import write as write_model
 from dmole.methods import method_class
 from dmole.methods.base import JSON, Method, Stage
 from dmole.models.vision_language import VisionLanguageModel
@@ -402,8 +404,30 @@ class SingleRun:
                 for step, loss in enumerate(stage["losses"], start=1)
             ),
         )
+        saved_model = self._save_model()
         save_matrix_picture(folder / "matrix.png", matrix, tasks, title=folder.name)
-        write_json(folder / "result.json", self._result(matrix, rows))
+        write_json(folder / "result.json", {**self._result(matrix, rows), "model": saved_model})
+
+    def _save_model(self) -> str:
+        """Writes `model/`; returns the digest of its document."""
+        config, training = self.config, self.config.training
+        base = Base(
+            # A folder by its whole path: the model may be loaded from another place.
+            model=str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model,
+            identity=self.model.base_identity(full=True if config.hash_weights else None),
+            inputs=self.model.inputs_digest(),
+            dtype=config.dtype,
+            quantization=config.quantization,
+            declaration=dataclasses.asdict(config.declaration),
+        )
+        return write_model(
+            self.plan.folder / "model",
+            self.method,
+            base=base,
+            tasks=[{"name": task.name, "metric": task.metric} for task in self.plan.stream.tasks],
+            generation=dataclasses.asdict(config.evaluation),
+            precision="bf16" if training.bf16 else "fp16" if training.fp16 else "no",
+        )
 
     def _not_measured(self, matrix: np.ndarray) -> list[list[JSON]]:
         """[row, task] of each cell that the method's protocol measures and `evaluation` leaves out."""
