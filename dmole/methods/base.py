@@ -56,7 +56,7 @@ class RoutingRecord:
     """
 
     chosen: tuple[tuple[str, ...], ...]
-    errors_NT: Tensor | None = None
+    errors_NT: Tensor | None = dataclasses.field(default=None, compare=False)
     thresholds: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 

@@ -78,7 +78,7 @@ def test_each_method_fills_the_cells_of_its_protocol(all_methods: Path) -> None:
 
 def test_a_run_records_what_it_was_made_with(all_methods: Path) -> None:
     folder = all_methods / "runs" / "dmole-seed5-reversed"
-    names = {"config.json", "environment.json", "result.json", "matrix.png", *COMPARED}
+    names = {"config.json", "environment.json", "result.json", "matrix.png", "model", *COMPARED}
     assert {path.name for path in folder.iterdir()} == names
     config = json.loads((folder / "config.json").read_text())
     assert (config["method"], config["seed"], config["order"]) == ("dmole", 5, "reversed")
