@@ -66,6 +66,9 @@ class SavedModel:
         generation: the `evaluation:` settings of the run, with which it answers.
         precision: "no", "bf16" or "fp16": the autocast of the run.
         experts: the names of the experts, each a folder below `experts/`.
+        task_experts: the expert of each task that has one of its own.
+        towers: the qualified names of the base's towers.
+        plain_lora: whether the experts, with the routing, are everything that was learned.
         tensors, state: `Method.state()` without the experts' weights, and the prefix that those had in it.
     """
 
@@ -78,6 +81,9 @@ class SavedModel:
     generation: Mapping[str, Any]
     precision: str
     experts: tuple[str, ...]
+    task_experts: Mapping[str, str]
+    towers: Mapping[str, str]
+    plain_lora: bool
     tensors: Mapping[str, Tensor]
     state: JSON
     prefix: str
@@ -120,6 +126,9 @@ def write(
         "generation": dict(generation),
         "precision": precision,
         "experts": experts,
+        "task_experts": method.task_experts(),
+        "towers": method.vlm.towers,
+        "plain_lora": method.plain_lora,
         "report": method.report(),
         "state": {"prefix": prefixes.pop(), "method": state},
         "files": {path.relative_to(partial).as_posix(): _synced_digest(path) for path in files},
@@ -160,6 +169,9 @@ def read(folder: Path) -> SavedModel:
         generation=body["generation"],
         precision=body["precision"],
         experts=tuple(body["experts"]),
+        task_experts=body["task_experts"],
+        towers=body["towers"],
+        plain_lora=body["plain_lora"],
         tensors=load_file(folder / TENSORS) if TENSORS in body["files"] else {},
         state=body["state"]["method"],
         prefix=body["state"]["prefix"],

@@ -91,6 +91,8 @@ class Method(ABC):
         self.seconds: dict[str, float] = {}
         # True where the model answers requests of users: batches do not repeat, so nothing is kept for the next one.
         self.serving = False
+        # Whether LoRA experts are all that is learned of the model's weights: False where base weights change too.
+        self.plain_lora = True
 
     def check(self, stream: Stream) -> None:  # noqa: B027 - an optional hook
         """Raise `ValueError` for settings that this stream and model cannot satisfy. Called before any training."""
