@@ -205,6 +205,11 @@ def build_config(plain: Mapping[str, Any]) -> RunConfig:
     return typing.cast(RunConfig, _build(RunConfig, rest, "", options=options))
 
 
+def build_section(kind: type[T], plain: object, **given: Any) -> T:
+    """The dataclass `kind` from plain JSON, such as one section of a configuration; fields in `given` as they are."""
+    return typing.cast(T, _build(kind, plain, kind.__name__, **given))
+
+
 def load_config(path: Path | None = None, *, base: RunConfig | None = None, overrides: Sequence[str] = ()) -> RunConfig:
     """A configuration from `base`, then the YAML file at `path`, then `overrides` of the form `a.b=c`."""
     plain = (base or RunConfig()).to_dict()

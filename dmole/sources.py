@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -14,6 +15,7 @@ from dmole.config_error import ConfigError
 from dmole.data.reading import read_stream
 from dmole.data.sample import Stream
 from dmole.methods import method_names
+from dmole.models.declaration import Declaration
 from dmole.models.loading import load
 from dmole.models.vision_language import VisionLanguageModel
 from dmole.recipes import RECIPES
@@ -54,8 +56,21 @@ def open_model(config: RunConfig) -> VisionLanguageModel:
     Raises ConfigError for a name that is none of these, and for what `dmole.models.loading.load` and
     `VisionLanguageModel.ready` refuse.
     """
+    return open_base(
+        config.model,
+        dtype=config.dtype,
+        device_map=config.device_map,
+        quantization=config.quantization,
+        declaration=config.declaration,
+    )
+
+
+def open_base(
+    model: str, *, dtype: Any = None, device_map: Any = None, quantization: Any = None, declaration: Declaration
+) -> VisionLanguageModel:
+    """The same by single arguments, which are those of `dmole.models.loading.load`."""
     known = registered("dmole.models")
-    name = config.model
+    name = model
     if name in known:
         name = str(_folder(known[name]))
     else:
@@ -65,16 +80,11 @@ def open_model(config: RunConfig) -> VisionLanguageModel:
         for point in known.values():
             load_entry_point(point)
     try:
-        return load(
-            name,
-            dtype=config.dtype,
-            device_map=config.device_map,
-            quantization=config.quantization,
-            declaration=config.declaration,
-        ).ready()
+        loaded = load(name, dtype=dtype, device_map=device_map, quantization=quantization, declaration=declaration)
+        return loaded.ready()
     except OSError as error:
         raise ConfigError(
-            f"model: {config.model!r} cannot be read ({' '.join(str(error).split())[:300]}); expected a folder of "
+            f"model: {model!r} cannot be read ({' '.join(str(error).split())[:300]}); expected a folder of "
             f"save_pretrained or a hub id. Check the name and the connection."
         ) from error
 

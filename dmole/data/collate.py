@@ -73,7 +73,9 @@ def conversation(sample: Sample, answer: str | None, *, images: Sequence[Image.I
     return messages
 
 
-def open_image(path: Path) -> Image.Image:
+def open_image(path: str | Path | Image.Image) -> Image.Image:
     """The picture in RGB."""
+    if isinstance(path, Image.Image):
+        return path.convert("RGB")
     with Image.open(path) as image:
         return image.convert("RGB")

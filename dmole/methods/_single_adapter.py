@@ -46,6 +46,7 @@ class SingleAdapter(Method):
 
     def __init__(self, vlm: VisionLanguageModel, settings: MethodSettings, *, seed: int) -> None:
         super().__init__(vlm, settings, seed=seed)
+        self.adapter = ADAPTER  # the name of the expert that is trained and tested
         self.gates = {tower: ExpertGates() for tower in self.candidates}
         self.layers = attach(
             vlm.model,
@@ -68,16 +69,16 @@ class SingleAdapter(Method):
         check_budget(self.candidates, budget=budget.of(self.candidates), unit=budget.unit)
 
     def place_adapter(self, stage: int) -> None:
-        """A fresh adapter everywhere (B = 0), replacing the one that is there."""
+        """A fresh adapter everywhere (B = 0), replacing the one of that name that is there."""
         generator = derived_generator(self.seed, "adapter", stage)
-        remove_expert(self.layers, ADAPTER)
-        add_experts(self.layers, self.layers, ADAPTER, rank=self.rank, alpha=self.alpha, generator=generator)
+        remove_expert(self.layers, self.adapter)
+        add_experts(self.layers, self.layers, self.adapter, rank=self.rank, alpha=self.alpha, generator=generator)
 
     def begin_stage(self, stage: int, task: Task) -> None:
         self.place_adapter(stage)
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
-        return expert_parameters(self.layers, ADAPTER)
+        return expert_parameters(self.layers, self.adapter)
 
     def training_gates(self, batch: Batch) -> AbstractContextManager[None]:
         return self._always_on(batch)
@@ -87,7 +88,7 @@ class SingleAdapter(Method):
 
     def _always_on(self, batch: Batch) -> AbstractContextManager[None]:
         gate_S1 = torch.ones(len(batch.samples), 1, device="cpu")
-        return experts_on(self.gates, gate_S1, (ADAPTER,), units=batch.units)
+        return experts_on(self.gates, gate_S1, (self.adapter,), units=batch.units)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, JSON]]:
         tensors, description = adapter_state(self.layers)

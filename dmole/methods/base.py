@@ -19,11 +19,12 @@ stage is taken after `begin_stage`, so `load_state` must restore what `begin_sta
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -45,9 +46,16 @@ class NoOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RoutingRecord:
-    """Which tasks' experts served each sample of a batch: best first, () for the base model alone."""
+    """Which tasks' experts are active for each sample of a batch: best first, () for the base model alone.
+
+    Attributes:
+        errors_NT: what the choice was made by, [samples, tasks], lower fits better; columns as in `thresholds`.
+        thresholds: by task, the largest error that still fits.
+    """
 
     chosen: tuple[tuple[str, ...], ...]
+    errors_NT: Tensor | None = dataclasses.field(default=None, compare=False)
+    thresholds: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +79,9 @@ class Method(ABC):
     Options: ClassVar[type[Any]] = NoOptions
     # Whether the tables divide the other methods' step times by this one's.
     time_baseline: ClassVar[bool] = False
+    # How a trained model knows which experts a sample uses: "all" samples use the same, a "router" looks at the sample,
+    # or the "caller" has to name a task.
+    routed_by: ClassVar[Literal["all", "router", "caller"]] = "all"
 
     def __init__(self, vlm: VisionLanguageModel, settings: MethodSettings, *, seed: int) -> None:
         self.vlm = vlm
@@ -79,6 +90,10 @@ class Method(ABC):
         self.candidates = settings.select_candidates(vlm.candidates)
         # Seconds of the method's own work; the runner keeps them across a resume.
         self.profile = Profile()
+        # True where the model answers requests of users: batches do not repeat, so nothing is kept for the next one.
+        self.serving = False
+        # Whether LoRA experts are all that is learned of the model's weights: False where base weights change too.
+        self.plain_lora = True
 
     def check(self, stream: Stream) -> None:  # noqa: B027 - an optional hook
         """Raise `ValueError` for settings that this stream and model cannot satisfy. Called before any training."""
@@ -123,6 +138,20 @@ class Method(ABC):
     def validation_gates(self, batch: Batch) -> AbstractContextManager[None]:
         """The same for validation samples of the task that is being trained, before its stage ends."""
         return self.training_gates(batch)
+
+    def task_gates(self, batch: Batch, tasks: Sequence[Sequence[str]]) -> AbstractContextManager[None]:
+        """A context in which sample s uses the experts of the tasks `tasks[s]`; () is the base model alone.
+
+        Raises ValueError for a task without an expert, and for a method whose samples all use the same experts.
+        """
+        raise ValueError(
+            f"tasks: got {[list(names) for names in tasks[:3]]} for a model of {self.name}, whose samples all use the "
+            f"same experts; expected none. Leave it out."
+        )
+
+    def task_experts(self) -> dict[str, str]:
+        """The expert of each task, by the name that its weights have; {} where tasks have no experts of their own."""
+        return {}
 
     def loss(self, batch: Batch) -> Tensor:
         """The scalar to minimise: the model's own cross-entropy on the answer tokens, mean over the batch's tokens.

@@ -3,15 +3,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
 
 from dmole.config import RunConfig
 from dmole.files import JSON, write_json
+from dmole.grown.saved import Base
+from dmole.grown.saved import write as write_model
 from dmole.machine import peak_memory_gib
 from dmole.methods.base import Method, Stage
 from dmole.reports.matrix import save_matrix_picture
@@ -32,7 +36,6 @@ from dmole.runs.results import (
     write_matrix,
     write_references,
 )
-from dmole.training.settings import TrainingSettings
 from dmole.training.symptoms import below_zero_shot, flat_loss, malformed_answers
 
 
@@ -59,7 +62,7 @@ def write_run_settings(plan: RunPlan, config: RunConfig, accelerator: Accelerato
 
 def write_run_results(
     plan: RunPlan,
-    settings: TrainingSettings,
+    config: RunConfig,
     method: Method,
     protocol: Sequence[Stage],
     position: Position,
@@ -89,11 +92,12 @@ def write_run_results(
             for step, loss in enumerate(stage["losses"], start=1)
         ),
     )
+    saved_model = _save_model(plan, config, method)
     save_matrix_picture(folder / "matrix.png", matrix, tasks, title=folder.name)
     final = final_rows(protocol, tasks)
     points = {row: result.points for row, result in rows.items()}
     worse = below_zero_shot(points.get(0, {}), final, points)
-    flat = [flat_loss(stage["stage"], stage["task"], stage["losses"], settings) for stage in position.stages]
+    flat = [flat_loss(stage["stage"], stage["task"], stage["losses"], config.training) for stage in position.stages]
     malformed = [sentence for row in rows if row > 0 for sentence in malformed_answers(row, rows[row], tasks[:row])]
     routing = _routing(tasks, rows)
     # Shares over a part of the tasks would pass for those over all of them.
@@ -128,10 +132,33 @@ def write_run_results(
         "method": method.report(),
         "peak_memory_gib": round(peak_memory_gib(), 3),
         "resumes": position.resumes,
+        "model": saved_model,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     write_json(folder / "result.json", result)
     return worse
+
+
+def _save_model(plan: RunPlan, config: RunConfig, method: Method) -> str:
+    """Writes `model/`; returns the digest of its document."""
+    training = config.training
+    base = Base(
+        # A folder by its whole path: the model may be loaded from another place.
+        model=str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model,
+        identity=method.vlm.base_identity(full=True if config.hash_weights else None),
+        inputs=method.vlm.inputs_digest(),
+        dtype=config.dtype,
+        quantization=config.quantization,
+        declaration=dataclasses.asdict(config.declaration),
+    )
+    return write_model(
+        plan.folder / "model",
+        method,
+        base=base,
+        tasks=[{"name": task.name, "metric": task.metric} for task in plan.stream.tasks],
+        generation=dataclasses.asdict(config.evaluation),
+        precision="bf16" if training.bf16 else "fp16" if training.fp16 else "no",
+    )
 
 
 def _routing(tasks: Sequence[str], rows: Mapping[int, Evaluation]) -> dict[str, dict[str, float]]:

@@ -8,6 +8,7 @@ predictions.jsonl.gz {"stage", "task", "id", "prediction", "route", "cut"}; rout
                      true where generation stopped at evaluation.max_new_tokens
 references.jsonl.gz  {"task", "id", "metric", "answers", "options"}
 losses.csv           stage, task, step, loss
+model/               what the run has learned, see `dmole.grown.saved`
 result.json          aggregates, seconds, parameters, routing, well-formed shares, counts of cut answers, the cells that
                      `evaluation` left out, the row of each task's final score, the method's own report
 """

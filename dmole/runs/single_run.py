@@ -71,7 +71,7 @@ class SingleRun:
             self._warn(
                 *write_run_results(
                     self.plan,
-                    self.config.training,
+                    self.config,
                     self.method,
                     self.protocol,
                     self.position,

@@ -6,7 +6,6 @@ Plain data, JSON in and out. The weights are in the model's `ExpertBank`s, under
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -31,11 +30,6 @@ class Placement:
     def all_linears(self) -> tuple[str, ...]:
         """The linears of all towers."""
         return tuple(name for names in self.linears.values() for name in names)
-
-
-def expert_name(position: int, task: str) -> str:
-    """A name that a module may have ("." may not be in it): ``expert_name(3, "VQA 2.0") == "t03_VQA_2_0"``."""
-    return f"t{position:02d}_" + re.sub(r"[^0-9A-Za-z_]", "_", task)
 
 
 class ExpertPool:

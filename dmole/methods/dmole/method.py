@@ -38,19 +38,21 @@ from dmole.methods.dmole.allocation import (
     proxy_subset,
 )
 from dmole.methods.dmole.curriculum import even_split, module_scores, proportional_split, split_budget, update_ratios
-from dmole.methods.dmole.expert_pool import ExpertPool, Placement, expert_name
-from dmole.methods.dmole.routing import FeatureStore, Router, router_features
+from dmole.methods.dmole.expert_pool import ExpertPool, Placement
+from dmole.methods.dmole.routing import FeatureStore, Router, encoded_features, router_features
 from dmole.methods.dmole.settings import DMoLESettings
 from dmole.methods.settings import MethodSettings
 from dmole.models.adapters import (
     adapter_state,
     add_experts,
     attach,
+    expert_name,
     expert_parameters,
     experts_on,
     freeze_expert,
     load_adapter_state,
 )
+from dmole.models.towers import VISION
 from dmole.seeding import derived_generator, derived_seed
 from dmole.training.processes import process, shared
 from dmole_kernels import ExpertGates
@@ -81,6 +83,7 @@ class DMoLE(Method):
 
     name: ClassVar[str] = "dmole"
     Options: ClassVar[type[Any]] = DMoLESettings
+    routed_by = "router"
 
     def __init__(self, vlm: VisionLanguageModel, settings: MethodSettings, *, seed: int) -> None:
         super().__init__(vlm, settings, seed=seed)
@@ -292,11 +295,27 @@ class DMoLE(Method):
                 yield None
             return
         with self.profile.part("router_seconds"):
-            features_ND = self._features.features(batch.samples)
+            features_ND = self._test_features(batch)
             routes = self.router.select(features_ND, mode=self.options.routing)
         # During a stage the pool is one task ahead of the router, which is trained at its end.
         with experts_on(self.gates, routes.gate_NT, experts[: len(self.router.tasks)], units=batch.units):
-            yield RoutingRecord(chosen=routes.chosen)
+            yield RoutingRecord(chosen=routes.chosen, errors_NT=routes.error_NT, thresholds=self.router.thresholds)
+
+    def _test_features(self, batch: Batch) -> Tensor:
+        if not self.serving:
+            return self._features.features(batch.samples)
+        encoded = batch.encoded if VISION in self.vlm.towers else None
+        return encoded_features(self.vlm, encoded, [sample.instruction for sample in batch.samples])
+
+    def task_gates(self, batch: Batch, tasks: Sequence[Sequence[str]]) -> AbstractContextManager[None]:
+        experts = [self.pool[name].expert for name in self.pool.tasks]
+        for name in {name for names in tasks for name in names}:
+            self.pool[name]  # refuses a task without experts
+        gate_SE = torch.tensor([[float(task in names) for task in self.pool.tasks] for names in tasks], device="cpu")
+        return experts_on(self.gates, gate_SE.reshape(len(tasks), len(experts)), experts, units=batch.units)
+
+    def task_experts(self) -> dict[str, str]:
+        return {placement.task: placement.expert for placement in self.pool}
 
     # Resume and report
 

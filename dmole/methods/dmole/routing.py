@@ -35,6 +35,7 @@ from dmole_kernels import router_score, router_select
 
 if TYPE_CHECKING:
     from dmole.data.sample import Sample
+    from dmole.models.prompts import Encoded
     from dmole.models.vision_language import VisionLanguageModel
 
 # The public code lets a second expert in when it has this share of the batch's votes.
@@ -48,20 +49,23 @@ def router_features(vlm: VisionLanguageModel, samples: Sequence[Sample], *, batc
     a model without one has the text alone. Call it outside any gates: experts have to be off.
     """
     chunks: list[Tensor] = []
-    with torch.no_grad(), as_pretrained(vlm.model):
-        for start in range(0, len(samples), batch_size):
-            chunk = samples[start : start + batch_size]
-            parts_BD = []
-            if VISION in vlm.towers:
-                batch = collate(vlm, chunk, with_answers=False)
-                parts_BD.append(vlm.vision_features(batch.encoded)[0])
-            try:
-                parts_BD.append(vlm.text_features([sample.instruction for sample in chunk]))
-            except ValueError as error:
-                raise ValueError(f"samples {chunk[0].id!r} to {chunk[-1].id!r}: {error}") from error
-            device = parts_BD[0].device
-            chunks.append(F.normalize(torch.cat([part_BD.to(device) for part_BD in parts_BD], dim=1), dim=1))
+    for start in range(0, len(samples), batch_size):
+        chunk = samples[start : start + batch_size]
+        encoded = collate(vlm, chunk, with_answers=False).encoded if VISION in vlm.towers else None
+        try:
+            chunks.append(encoded_features(vlm, encoded, [sample.instruction for sample in chunk]))
+        except ValueError as error:
+            raise ValueError(f"samples {chunk[0].id!r} to {chunk[-1].id!r}: {error}") from error
     return torch.cat(chunks) if chunks else torch.empty(0, 0, device="cpu")
+
+
+def encoded_features(vlm: VisionLanguageModel, encoded: Encoded | None, instructions: Sequence[str]) -> Tensor:
+    """z_BD of a batch that is encoded already; `encoded` is None for a model without a vision tower."""
+    with torch.no_grad(), as_pretrained(vlm.model):
+        parts_BD = [] if encoded is None else [vlm.vision_features(encoded)[0]]
+        parts_BD.append(vlm.text_features(instructions))
+        device = parts_BD[0].device
+        return F.normalize(torch.cat([part_BD.to(device) for part_BD in parts_BD], dim=1), dim=1)
 
 
 class FeatureStore:
@@ -168,6 +172,7 @@ class Routes:
 
     gate_NT: Tensor
     chosen: tuple[tuple[str, ...], ...]
+    error_NT: Tensor
 
 
 class Router:
@@ -236,7 +241,7 @@ class Router:
         """
         error_NT = self.errors(features_ND)
         if not self.tasks:
-            return Routes(gate_NT=error_NT, chosen=((),) * len(features_ND))
+            return Routes(gate_NT=error_NT, chosen=((),) * len(features_ND), error_NT=error_NT)
         if mode == "per_sample":
             gate_NT = router_select(error_NT, self._thresholds_T, top_k=self.settings.top_k)
             order = [sorted(range(len(row)), key=row.__getitem__) for row in error_NT.tolist()]
@@ -244,7 +249,7 @@ class Router:
                 tuple(self.tasks[t] for t in best_first if gate[t])
                 for best_first, gate in zip(order, gate_NT.tolist(), strict=True)
             )
-            return Routes(gate_NT=gate_NT, chosen=chosen)
+            return Routes(gate_NT=gate_NT, chosen=chosen, error_NT=error_NT)
         if mode != "batch_vote":
             raise ValueError(f"mode: got {mode!r}; expected 'per_sample' or 'batch_vote'.")
         votes = router_select(error_NT, self._thresholds_T, top_k=1).sum(dim=0).tolist()
@@ -252,7 +257,8 @@ class Router:
         elected = [t for i, t in enumerate(ranked[:2]) if i == 0 or votes[t] >= SECOND_VOTE_SHARE * sum(votes)]
         gate_NT = torch.zeros_like(error_NT)
         gate_NT[:, elected] = 1.0
-        return Routes(gate_NT=gate_NT, chosen=(tuple(self.tasks[t] for t in elected),) * len(features_ND))
+        chosen = (tuple(self.tasks[t] for t in elected),) * len(features_ND)
+        return Routes(gate_NT=gate_NT, chosen=chosen, error_NT=error_NT)
 
     def nearest(
         self,
