@@ -15,6 +15,7 @@ from importlib.metadata import EntryPoint
 from dmole.config import RunConfig
 from dmole.methods.budget import BudgetSettings
 from dmole.methods.dmole.settings import DMoLESettings, RouterSettings
+from dmole.methods.seq_ft import SeqFtOptions
 from dmole.methods.settings import LoraSettings
 from dmole.registry import Registry, called, wrong
 from dmole.training.settings import TrainingSettings
@@ -46,6 +47,26 @@ def paper() -> RunConfig:
         budget=BudgetSettings(fraction=0.5),
         options={"dmole": DMoLESettings(router=RouterSettings(epochs=100, learning_rate=1e-3))},
         output="results/paper",
+    )
+
+
+def released_code() -> RunConfig:
+    """`paper` with what D-MoLE's public code does where it differs from the text.
+
+    Sums of the layers' norms, a quarter of the budget for the vision tower, a batch that votes for its experts in
+    training and at test, longer and earlier stopped autoencoders, and a Seq-FT that adds its adapter to the base after
+    each task. The public code computes no thresholds; ours are kept.
+    """
+    router = RouterSettings(epochs=1000, learning_rate=5e-3, final_learning_rate=1e-3, batch_size=1024, patience=10)
+    dmole = DMoLESettings(
+        score_aggregation="sum",
+        vision_floor=0.25,
+        routing="batch_vote",
+        training_neighbour="batch_vote",
+        router=router,
+    )
+    return paper().replace(
+        options={"dmole": dmole, "seq_ft": SeqFtOptions(mode="merge_and_restart")}, output="results/released_code"
     )
 
 

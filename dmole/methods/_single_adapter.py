@@ -24,7 +24,6 @@ from dmole.methods.settings import MethodSettings
 from dmole.models.adapters import (
     adapter_state,
     add_experts,
-    attach,
     expert_parameters,
     experts_on,
     load_adapter_state,
@@ -48,14 +47,7 @@ class SingleAdapter(Method):
         super().__init__(vlm, settings, seed=seed)
         self.adapter = ADAPTER  # the name of the expert that is trained and tested
         self.gates = {tower: ExpertGates() for tower in self.candidates}
-        self.layers = attach(
-            vlm.model,
-            self.candidates,
-            gates=self.gates,
-            dropout=settings.lora.dropout,
-            dropout_mode=settings.lora.dropout_mode,
-            rows=vlm.rows,
-        )
+        self.layers = self.attached(self.gates)
         self.rank = parity_rank(settings.lora.rank, settings.budget, linear_sizes(vlm.model, self.candidates))
         self.alpha = settings.lora.alpha * self.rank / settings.lora.rank
 

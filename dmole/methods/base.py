@@ -32,7 +32,9 @@ from dmole.data.collate import Batch
 from dmole.files import JSON
 from dmole.methods.budget import Sizes
 from dmole.methods.settings import MethodSettings
+from dmole.models.adapters import Adapters, attach
 from dmole.profile import Profile
+from dmole_kernels import ExpertGates
 
 if TYPE_CHECKING:
     from dmole.data.sample import Stream, Task
@@ -94,6 +96,18 @@ class Method(ABC):
         self.serving = False
         # Whether LoRA experts are all that is learned of the model's weights: False where base weights change too.
         self.plain_lora = True
+
+    def attached(self, gates: Mapping[str, ExpertGates]) -> Adapters:
+        """The candidates of the model, wrapped to carry experts with the dropout of the settings."""
+        lora = self.settings.lora
+        return attach(
+            self.vlm.model,
+            self.candidates,
+            gates=gates,
+            dropout=lora.dropout,
+            dropout_mode=lora.dropout_mode,
+            rows=self.vlm.rows,
+        )
 
     def check(self, stream: Stream) -> None:  # noqa: B027 - an optional hook
         """Raise `ValueError` for settings that this stream and model cannot satisfy. Called before any training."""

@@ -35,3 +35,20 @@ def test_papers_candidates_are_the_attention_projections(tiny_model: VisionLangu
     assert re.search(ATTENTION, "vision_tower.encoder.layer.3.attention.qkv")
     assert not re.search(ATTENTION, "language_model.layers.0.mlp.gate_proj")
     assert config.training.epochs_of == {"sk_vg": 5, "vizwiz_vqa": 5, "iconqa": 5}
+
+
+def test_the_released_code_sets_every_switch_that_reproduces_it_and_the_paper_none() -> None:
+    released, published = RECIPES["released_code"](), paper()
+    changed = {
+        "score_aggregation": "sum",
+        "vision_floor": 0.25,
+        "routing": "batch_vote",
+        "training_neighbour": "batch_vote",
+    }
+    own = released.to_dict()["dmole"]
+    assert {name: own[name] for name in changed} == changed
+    assert own["router"] == published.to_dict()["dmole"]["router"] | {
+        "epochs": 1000, "learning_rate": 5e-3, "final_learning_rate": 1e-3, "batch_size": 1024, "patience": 10
+    }  # fmt: skip
+    assert released.to_dict()["seq_ft"] == {"mode": "merge_and_restart"}
+    assert released.lora == published.lora and released.training == published.training

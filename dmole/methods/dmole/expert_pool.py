@@ -57,6 +57,11 @@ class ExpertPool:
         """The tasks that have experts, oldest first."""
         return tuple(self._placements)
 
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """Their names, in the same order."""
+        return tuple(placement.expert for placement in self)
+
     def add(self, placement: Placement) -> None:
         """Registers a task's experts; its task and its expert name must be new."""
         if placement.task in self._placements:

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dmole.config_error import ConfigError, require
+
+if TYPE_CHECKING:
+    from dmole.data.sample import Stream
 
 Ablation = Literal["v1", "v2", "v3", "v4"]
 # Settings that are no longer D-MoLE's own.
@@ -68,6 +71,15 @@ class RouterSettings:
         require(self.top_k >= 1, "router.top_k", self.top_k, "an integer of at least 1")
         require(self.feature_batch_size >= 1, "router.feature_batch_size", self.feature_batch_size, "at least 1")
 
+    def check(self, stream: Stream) -> None:
+        """Raise ConfigError for a task without the samples whose errors set its threshold."""
+        for task in stream.tasks:
+            if self.threshold_from == "validation" and not task.validation:
+                raise ConfigError(
+                    f"router.threshold_from: got 'validation' and task {task.name!r} has no validation samples; "
+                    f"expected some in every task. Add them or use 'train'."
+                )
+
 
 @dataclass(frozen=True, kw_only=True)
 class DMoLESettings:
@@ -88,9 +100,9 @@ class DMoLESettings:
     # "per_sample" is Eq. 10-12. "batch_vote" is the public code's (one expert list per batch): parity only.
     # "none" keeps every expert active, in training and at test.
     routing: Literal["per_sample", "batch_vote", "none"] = "per_sample"
-    # The old expert that is active, frozen, while a new one trains: each sample's nearest old task, the old task
-    # nearest to the whole new task, or none. The paper: "the old task with the lowest error", which leaves it open.
-    training_neighbour: Literal["per_sample", "per_task", "none"] = "per_sample"
+    # The old expert that is active, frozen, while a new one trains: each sample's nearest old task (the paper: "the old
+    # task with the lowest error"), the task that the batch votes for (the public code), or none.
+    training_neighbour: Literal["per_sample", "batch_vote", "none"] = "per_sample"
     # True leaves out a neighbour whose error is above its threshold, so that training meets the combinations that the
     # test meets; the paper takes the lowest error whatever its size.
     neighbour_within_threshold: bool = False
@@ -111,7 +123,7 @@ class DMoLESettings:
             ("score_aggregation", ("norm", "sum")),
             ("proxy_method", ("exact", "sketch")),
             ("routing", ("per_sample", "batch_vote", "none")),
-            ("training_neighbour", ("per_sample", "per_task", "none")),
+            ("training_neighbour", ("per_sample", "batch_vote", "none")),
             ("towers", ("both", "vision", "language")),
             ("allocator", ("gradient", "uniform")),
         ):

@@ -174,7 +174,7 @@ def test_old_experts_are_active_frozen_beside_the_new_one(stream: Stream) -> Non
     ("changes", "columns"),
     [
         ({"training_neighbour": "none"}, [0.0]),
-        ({"training_neighbour": "per_task"}, [1.0]),
+        ({"training_neighbour": "batch_vote"}, [0.0]),
         ({"neighbour_within_threshold": True}, [0.0]),
         ({"routing": "none"}, [1.0]),
     ],
