@@ -153,7 +153,7 @@ ERRORS: dict[str, tuple[list[str], str]] = {
     "no stream given": (
         ["run", "--method", "dmole", "--model", "tiny"],
         "error: stream: got none; expected a folder with stream.yaml, or one of mini. Give it with dmole run STREAM, "
-        "or a recipe that sets it with --recipe (registered: demo, mini, paper).",
+        "or a recipe that sets it with --recipe (registered: demo, mini, paper, released_code).",
     ),
     "no model given": (
         ["run", "mini", "--method", "dmole"],
