@@ -48,6 +48,12 @@ app = typer.Typer(
 tasks_app = typer.Typer(help="Your own tasks.")
 app.add_typer(tasks_app, name="tasks")
 
+RecipeOption = Annotated[str | None, typer.Option(help="Start from a recipe's configuration.")]
+ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file of settings.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="One setting, such as lora.rank=4. May be repeated.")
+]
+
 # Click's UsageError, wherever this typer has it from: newer releases carry a copy of click.
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 
@@ -134,12 +140,9 @@ def run(
     model: Annotated[
         str | None, typer.Option(help="A folder or hub id of a vision-language model, or a registered name.")
     ] = None,
-    recipe: Annotated[str | None, typer.Option(help="Start from a recipe's configuration.")] = None,
-    config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML file of settings.")] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="One setting, such as lora.rank=4. May be repeated."),
-    ] = None,
+    recipe: RecipeOption = None,
+    config: ConfigOption = None,
+    settings: SetOption = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Where results go.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what is in the output folder.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete earlier runs of the same names first.")] = False,
@@ -189,26 +192,17 @@ def run(
 
 @app.command("config")
 def show_config(
-    recipe: Annotated[str | None, typer.Option(help="Start from a recipe's configuration.")] = None,
-    config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML file of settings.")] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="One setting, such as lora.rank=4. May be repeated."),
-    ] = None,
-    markdown: Annotated[bool, typer.Option("--markdown", help="The page docs/settings.md, with the defaults.")] = False,
+    recipe: RecipeOption = None,
+    config: ConfigOption = None,
+    settings: SetOption = None,
 ) -> None:
     """Print every setting with its comment, as YAML that `dmole run --config` reads back.
 
     Values are the defaults, then those of the recipe, then --config, then --set.
     """
     from dmole.config import load_config
-    from dmole.settings_text import markdown_page, yaml_text
+    from dmole.settings_text import yaml_text
 
-    if markdown:
-        if recipe or config or settings:
-            raise ValueError("--markdown: got other options beside it; expected it alone. It shows the defaults.")
-        print(markdown_page(), end="")
-        return
     print(yaml_text(load_config(config, base=recipe_config(recipe), overrides=settings or [])), end="")
 
 

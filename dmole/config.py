@@ -13,7 +13,6 @@ in the method's file (`Method.Options`); in a configuration they stand under the
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import math
@@ -27,7 +26,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from dmole.config_error import ConfigError, require
+from dmole.config_error import ConfigError, did_you_mean, require
 from dmole.methods import method_class, method_names
 from dmole.methods.budget import BudgetSettings
 from dmole.methods.settings import LoraSettings, MethodSettings
@@ -248,9 +247,7 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _nearest(key: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{hint}Known: {', '.join(known)}."
+    return f"{did_you_mean(key, known)} Known: {', '.join(known)}.".lstrip()
 
 
 def _build(kind: type[Any], plain: object, where: str, **given: Any) -> Any:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Task metrics by name, and the aggregates of continual learning (`dmole.metrics.continual`).
+"""Task metrics by name, and the aggregates of continual learning (`dmole.reports.continual`).
 
 A metric is a class of a file here with a name of its own: a new file is a new metric, nothing is registered by hand.
 Packages add theirs by entry points (`dmole.registry`).

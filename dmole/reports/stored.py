@@ -2,8 +2,8 @@
 """Results as they lie on disk, read strictly: a file that is missing or malformed is an error that names it.
 
 A results folder holds `summary.csv` and `runs/<method>-seed<k>-<order>/`; the files of a run are listed in
-`dmole/runs/results.py`. Reading is kept apart from writing, so that `verify` finds what writing did wrong; the metrics
-are the same code.
+`dmole/reports/run_files.py`. Reading is kept apart from writing, so that `verify` finds what writing did wrong; the
+metrics are the same code.
 """
 
 import csv
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from dmole.files import JSON
-from dmole.metrics.continual import Array
+from dmole.reports.continual import Array
 
 FINISHED = "result.json"
 

@@ -17,7 +17,7 @@ import numpy as np
 import rich.table
 from rich.markup import escape
 
-from dmole.metrics.continual import other_conventions
+from dmole.reports.continual import other_conventions
 from dmole.reports.stored import StoredRun, ratio_columns, read_csv, read_predictions
 
 CONVENTION = (

@@ -19,7 +19,7 @@ from typing import Any
 
 from dmole.config import fingerprint
 from dmole.metrics import METRICS
-from dmole.metrics.continual import aggregates
+from dmole.reports.continual import aggregates
 from dmole.reports.routing_statistics import routing_statistics
 from dmole.reports.stored import (
     ResultsError,

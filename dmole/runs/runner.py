@@ -9,7 +9,7 @@
             steps                 checkpoint every `training.save_steps`
             end_stage             checkpoint       phase "evaluate"
             evaluation            stages/<row>.json, checkpoint       phase "begin" of the next stage
-        results                   see `dmole.runs.results`
+        results                   see `dmole.reports.run_files`
 
 A process killed anywhere goes on from the last checkpoint and meets the same numbers, because everything random is
 seeded by name (`dmole.seeding`) or saved (the optimizer, dropout's random state). The number of threads is a setting,
@@ -31,11 +31,11 @@ from dmole.config import RunConfig
 from dmole.machine import usable_cores
 from dmole.methods.base import Stage
 from dmole.models.vision_language import VisionLanguageModel
+from dmole.reports.run_files import write_summary
 from dmole.runs.estimate import estimate, measure
 from dmole.runs.interruption import StopSignals
 from dmole.runs.plan import RunPlan, check_folder, check_plan, check_samples, plan_runs, work_units
 from dmole.runs.progress import Costs, RunProgress
-from dmole.runs.results import write_summary
 from dmole.runs.rows import SHARED_ROWS
 from dmole.runs.single_run import SingleRun
 from dmole.sources import check_named, open_model, open_stream

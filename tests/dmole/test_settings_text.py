@@ -10,7 +10,8 @@ from dmole.cli import WRONG_INPUT, status
 from dmole.config import RunConfig, build_config, load_config
 from dmole.methods import method_names
 from dmole.recipes import RECIPES
-from dmole.settings_text import Setting, markdown_page, settings, yaml_text
+from dmole.settings_text import Setting, settings, yaml_text
+from scripts.settings_page import markdown_page
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "settings.md"
 
@@ -75,13 +76,12 @@ def test_a_value_stands_under_its_own_comment() -> None:
 
 
 def test_the_page_is_made_from_the_code() -> None:
-    assert PAGE.read_text() == markdown_page(), "run: dmole config --markdown > docs/settings.md"
+    assert PAGE.read_text() == markdown_page(), "run: python scripts/settings_page.py > docs/settings.md"
 
 
 def test_wrong_options_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, text in (
         (["config", "--recipe", "dmo"], "error: --recipe is 'dmo'; expected one of demo, mini, paper"),
-        (["config", "--markdown", "--recipe", "demo"], "error: --markdown: got other options beside it"),
         (["config", "--set", "training.epoch=3"], "error: unknown key 'training.epoch'"),
     ):
         assert status(arguments) == WRONG_INPUT

@@ -15,9 +15,9 @@ from rich.console import Console
 
 from dmole.config import RunConfig
 from dmole.data.reading import DataError
+from dmole.reports.run_files import SUMMARY_COLUMNS
 from dmole.runs import checkpoint
 from dmole.runs.checkpoint import CheckpointError
-from dmole.runs.results import SUMMARY_COLUMNS
 from dmole.runs.runner import run
 
 Configure = Callable[..., RunConfig]

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from dmole.reports.routing_statistics import routing_statistics
-from dmole.runs.evaluation import Prediction
-from dmole.runs.results import (
+from dmole.reports.run_files import (
     SUMMARY_COLUMNS,
     aggregate_columns,
     matrix_of,
@@ -20,6 +19,7 @@ from dmole.runs.results import (
     write_matrix,
     write_summary,
 )
+from dmole.runs.evaluation import Prediction
 
 
 def said(task: str, route: tuple[str, ...] | None) -> Prediction:
