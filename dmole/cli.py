@@ -15,7 +15,6 @@ Imports happen inside the commands: torch takes seconds, and `dmole --help` shou
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shlex
@@ -23,16 +22,14 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
+from dmole.run_options import earlier_runs, planned_runs, recipe_config, run_config, split_names
 from dmole.runs.interruption import Interrupted
-
-if TYPE_CHECKING:
-    from dmole.config import RunConfig
 
 FAILED = 1
 WRONG_INPUT = 2
@@ -206,77 +203,6 @@ def show_config(
     print(yaml_text(load_config(config, base=recipe_config(recipe), overrides=settings or [])), end="")
 
 
-def recipe_config(recipe: str | None) -> RunConfig | None:
-    """The configuration of a recipe; None for none."""
-    from dmole.recipes import RECIPES
-
-    if recipe is not None and recipe not in RECIPES:
-        raise ValueError(f"--recipe is {recipe!r}; expected one of {', '.join(RECIPES)}. Name one of these.")
-    return None if recipe is None else RECIPES[recipe]()
-
-
-def run_config(
-    *,
-    stream: str | None,
-    methods: list[str] | None,
-    seeds: list[str] | None,
-    orders: list[str] | None,
-    model: str | None,
-    recipe: str | None,
-    config: Path | None,
-    settings: Sequence[str],
-    output: str | None,
-) -> RunConfig:
-    """The configuration that the options of `dmole run` ask for."""
-    from dmole.config import load_config
-
-    overrides = []
-    for key, text in (("stream", stream), ("model", model), ("output", output)):
-        if text is not None:
-            overrides.append(f"{key}={json.dumps(text)}")
-    if methods is not None:
-        overrides.append(f"methods={json.dumps(_split('--method', methods))}")
-    if seeds is not None:
-        overrides.append(f"seeds={json.dumps([_integer('--seed', item) for item in _split('--seed', seeds)])}")
-    if orders is not None:
-        overrides.append(f"orders={json.dumps(orders)}")
-    return load_config(config, base=recipe_config(recipe), overrides=[*overrides, *settings])
-
-
-def _split(option: str, values: Sequence[str]) -> list[str]:
-    items = [item.strip() for value in values for item in value.split(",")]
-    if not all(items):
-        raise ValueError(
-            f"{option} is {','.join(values)!r}; expected names with commas between them. Remove the empty one."
-        )
-    return items
-
-
-def _integer(option: str, text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError(f"{option} is {text!r}; expected a whole number. Give for example {option} 0,1,2.") from None
-
-
-def planned_runs(config: RunConfig) -> list[str]:
-    """The names of the run folders that a configuration makes."""
-    from dmole.runs.plan import order_label
-
-    return [
-        f"{method}-seed{seed}-{order_label(order)}"
-        for order in config.orders
-        for seed in config.seeds
-        for method in config.methods
-    ]
-
-
-def earlier_runs(config: RunConfig) -> list[str]:
-    """Those of them that exist already, finished or not."""
-    folder = Path(config.output) / "runs"
-    return [name for name in planned_runs(config) if (folder / name).exists()]
-
-
 # -- results ---------------------------------------------------------------------------------------------------------
 
 
@@ -304,7 +230,7 @@ def report(
     from dmole.reports.shown import show
     from dmole.reports.stored import read_runs
 
-    pair = None if compare is None else _split("--compare", [compare])
+    pair = None if compare is None else split_names("--compare", [compare])
     if pair is not None and len(pair) != 2:
         raise ValueError(
             f"--compare is {compare!r}; expected two methods with a comma between them. Name two of the runs."
