@@ -13,7 +13,6 @@ folder is written under another name and renamed. Nothing in it is pickled.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -25,9 +24,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dmole.files import JSON
+from dmole.files import JSON, file_digest, sealed_digest, synced_digest
 from dmole.methods.base import Method
-from dmole.runs.checkpoint import file_digest
 from dmole_kernels import save_experts
 
 FORMAT = 1
@@ -132,12 +130,12 @@ def write(
         "plain_lora": method.plain_lora,
         "report": method.report(),
         "state": {"prefix": prefixes.pop(), "method": state},
-        "files": {path.relative_to(partial).as_posix(): _synced_digest(path) for path in files},
+        "files": {path.relative_to(partial).as_posix(): synced_digest(path) for path in files},
     }
     document = partial / DOCUMENT
     digest = sealed_digest(body)
     document.write_text(json.dumps({**body, "sha256": digest}, indent=1), encoding="utf-8")
-    _synced_digest(document)
+    synced_digest(document)
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(partial, folder)
     return digest
@@ -249,17 +247,6 @@ def _readme(method: Method, base: Base, tasks: list[dict[str, str]], experts: li
     if experts:
         lines += [f"Each folder of `{EXPERTS}/` is a LoRA adapter in PEFT's format: {', '.join(experts)}.", ""]
     return "\n".join(lines)
-
-
-def _synced_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return file_digest(path)
-
-
-def sealed_digest(body: JSON) -> str:
-    """The sha256 of a document without its own seal."""
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 def _refusal(path: Path, why: str) -> str:
