@@ -15,6 +15,7 @@ import torch
 import dmole
 from dmole.arithmetic import arithmetic, usable_cores
 from dmole.methods.base import JSON
+from dmole.registry import GROUPS, registered
 
 PACKAGES = (
     "dmole", "torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy", "scipy", "pillow",
@@ -40,8 +41,10 @@ def describe_environment() -> dict[str, JSON]:
 
 
 def package_versions() -> dict[str, str | None]:
-    """The versions of the packages that results depend on."""
-    return {name: _version(name) for name in PACKAGES}
+    """The versions of the packages that results depend on, and of all that add names to dmole."""
+    points = [point for group in GROUPS for point in registered(group).values()]
+    adding = {point.dist.name: point.dist.version for point in points if point.dist is not None}
+    return {**{name: _version(name) for name in PACKAGES}, **dict(sorted(adding.items()))}
 
 
 def peak_memory_gib() -> float:
