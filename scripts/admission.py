@@ -29,11 +29,12 @@ from dmole.config import RunConfig, load_config
 from dmole.data.sample import Sample, Stream, Task
 from dmole.methods import method_class
 from dmole.metrics import METRICS
+from dmole.profile import Profile
 from dmole.recipes import RECIPES
 from dmole.runs.evaluation import evaluate, generation_queue
 from dmole.sources import open_model, open_stream
 from dmole.training.acceleration import make_accelerator
-from dmole.training.stage_training import Profile, StageTraining
+from dmole.training.stage_training import StageTraining
 
 MARGIN = 10.0
 FIGURES = ("finetune", "zero_shot", "text_only", "constant", "margin")

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from dmole.methods.base import JSON, Method, RoutingRecord
+from dmole.files import JSON
+from dmole.methods.base import Method, RoutingRecord
 from dmole.methods.budget import Sizes, check_budget, linear_sizes, parity_rank
 from dmole.methods.settings import MethodSettings
 from dmole.models.adapters import (

@@ -14,13 +14,12 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from dmole.files import JSON
 from dmole.metrics.continual import Array
 
-JSON = Any
 FINISHED = "result.json"
 
 

@@ -23,17 +23,17 @@ from accelerate import PartialState
 import dmole
 from dmole.arithmetic import arithmetic
 from dmole.config import RunConfig, fingerprint
-from dmole.files import write_atomically
-from dmole.methods.base import JSON, Pretrained
+from dmole.files import JSON, write_atomically
+from dmole.methods.base import Pretrained
 from dmole.methods.settings import MethodSettings
 from dmole.metrics import METRICS
 from dmole.models.vision_language import VisionLanguageModel
+from dmole.profile import Profile
 from dmole.runs.checkpoint import CheckpointError, file_digest
 from dmole.runs.environment import package_versions
 from dmole.runs.evaluation import Evaluation, Prediction, evaluate, generation_queue
 from dmole.runs.plan import RunPlan, fresh_copy
 from dmole.training.acceleration import make_accelerator
-from dmole.training.stage_training import Profile
 
 SHARED_ROWS = "zero_shot"
 

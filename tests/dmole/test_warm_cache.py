@@ -12,7 +12,7 @@ from rich.console import Console
 
 import dmole
 from dmole.config import RunConfig, load_config
-from dmole.data.collate import open_image
+from dmole.data.images import open_image
 from dmole.runs import rows
 from dmole.runs.checkpoint import CheckpointError
 from dmole.runs.runner import run
