@@ -117,6 +117,11 @@ def remove_expert(adapters: Mapping[str, MultiLoRALinear], expert: str) -> None:
             adapter.bank.remove(expert)
 
 
+def expert_layers(model: nn.Module) -> Adapters:
+    """What `attach` returned for this model."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MultiLoRALinear)}
+
+
 def linears_of(adapters: Mapping[str, MultiLoRALinear], expert: str) -> tuple[str, ...]:
     """The qualified names of the linears where ``expert`` sits, in depth order."""
     return tuple(name for name, adapter in adapters.items() if expert in adapter.bank)

@@ -39,7 +39,7 @@ from dmole.methods.dmole.allocation import (
 )
 from dmole.methods.dmole.curriculum import even_split, module_scores, proportional_split, split_budget, update_ratios
 from dmole.methods.dmole.expert_pool import ExpertPool, Placement, expert_name
-from dmole.methods.dmole.routing import FeatureStore, Router, encoded_features, router_features
+from dmole.methods.dmole.routing import FeatureStore, Router, Routes, encoded_features, router_features
 from dmole.methods.dmole.settings import DMoLESettings
 from dmole.methods.settings import MethodSettings
 from dmole.models.adapters import (
@@ -50,6 +50,7 @@ from dmole.models.adapters import (
     experts_on,
     freeze_expert,
     load_adapter_state,
+    remove_expert,
 )
 from dmole.models.towers import VISION
 from dmole.seeding import derived_generator, derived_seed
@@ -248,11 +249,13 @@ class DMoLE(Method):
 
     def _learning(self, neighbour_S: Tensor | None, batch: Batch) -> AbstractContextManager[None]:
         """The new expert for everyone, and each sample's neighbour; every expert where there is no router."""
-        experts, samples = tuple(placement.expert for placement in self.pool), len(batch.samples)
+        samples = len(batch.samples)
         if neighbour_S is None:
+            experts = tuple(placement.expert for placement in self.pool)
             gate_SE = torch.ones(samples, len(experts), device="cpu")
         else:
             # Column k is 1 where old task k is the sample's neighbour; the last one is the new expert.
+            experts = (*self._routed_experts, self.pool[self.pool.tasks[-1]].expert)
             old_SE = neighbour_S[:, None] == torch.arange(len(experts) - 1, device="cpu")
             gate_SE = torch.cat([old_SE.float(), torch.ones(samples, 1, device="cpu")], dim=1)
         return experts_on(self.gates, gate_SE, experts, units=batch.units)
@@ -296,12 +299,25 @@ class DMoLE(Method):
             with experts_on(self.gates, gate_SE, experts, units=batch.units):
                 yield None
             return
+        routes = self._select(batch)
+        with experts_on(self.gates, routes.gate_NT, self._routed_experts, units=batch.units):
+            yield self._record(routes)
+
+    @property
+    def _routed_experts(self) -> tuple[str, ...]:
+        """The experts of the router's tasks, which lack the one that is trained and those taken out of the routing."""
+        return tuple(self.pool[task].expert for task in self.router.tasks)
+
+    def _select(self, batch: Batch) -> Routes:
+        assert self.options.routing != "none"
         with self.timed("router_seconds"):
-            features_ND = self._test_features(batch)
-            routes = self.router.select(features_ND, mode=self.options.routing)
-        # During a stage the pool is one task ahead of the router, which is trained at its end.
-        with experts_on(self.gates, routes.gate_NT, experts[: len(self.router.tasks)], units=batch.units):
-            yield RoutingRecord(chosen=routes.chosen, errors_NT=routes.error_NT, thresholds=self.router.thresholds)
+            return self.router.select(self._test_features(batch), mode=self.options.routing)
+
+    def _record(self, routes: Routes) -> RoutingRecord:
+        return RoutingRecord(chosen=routes.chosen, errors_NT=routes.error_NT, thresholds=self.router.thresholds)
+
+    def routes(self, batch: Batch) -> RoutingRecord | None:
+        return self._record(self._select(batch)) if self._routed else None
 
     def _test_features(self, batch: Batch) -> Tensor:
         if not self.serving:
@@ -318,6 +334,17 @@ class DMoLE(Method):
 
     def task_experts(self) -> dict[str, str]:
         return {placement.task: placement.expert for placement in self.pool}
+
+    def trained_beside(self) -> dict[str, dict[str, int]]:
+        return {p.task: {task: count for task, count in p.neighbours.items() if task} for p in self.pool}
+
+    def forget(self, task: str, *, keep_weights: bool = False) -> None:
+        placement = self.pool[task]
+        if task in self.router.tasks:
+            self.router.remove_task(task)
+        if not keep_weights:
+            self.pool.remove(task)
+            remove_expert(self.adapters, placement.expert)
 
     # Resume and report
 
