@@ -23,7 +23,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dmole.config import EvaluationSettings
-from dmole.data.collate import Batch, conversation, open_image
+from dmole.data.collate import Batch, conversation
+from dmole.data.images import open_image
 from dmole.data.sample import Sample
 from dmole.grown.instructions import instructions_in
 from dmole.grown.residency import Residency

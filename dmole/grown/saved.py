@@ -25,7 +25,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dmole.methods.base import JSON, Method
+from dmole.files import JSON
+from dmole.methods.base import Method
 from dmole.runs.checkpoint import file_digest
 from dmole_kernels import save_experts
 

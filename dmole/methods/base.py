@@ -19,11 +19,9 @@ stage is taken after `begin_stage`, so `load_state` must restore what `begin_sta
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -31,14 +29,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from dmole.data.collate import Batch
+from dmole.files import JSON
 from dmole.methods.settings import MethodSettings
+from dmole.profile import Profile
 
 if TYPE_CHECKING:
     from dmole.data.sample import Stream, Task
     from dmole.models.vision_language import VisionLanguageModel
 
 Sizes = Mapping[str, Mapping[str, int]]
-JSON = Any  # what json.dumps takes: dict, list, str, int, float, bool, None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +87,8 @@ class Method(ABC):
         self.settings = settings
         self.seed = seed
         self.candidates = settings.select_candidates(vlm.candidates)
-        self.seconds: dict[str, float] = {}
+        # Seconds of the method's own work; the runner keeps them across a resume.
+        self.profile = Profile()
         # True where the model answers requests of users: batches do not repeat, so nothing is kept for the next one.
         self.serving = False
         # Whether LoRA experts are all that is learned of the model's weights: False where base weights change too.
@@ -194,16 +194,7 @@ class Method(ABC):
 
     def timings(self) -> dict[str, float]:
         """Seconds spent in the method's own work (`proxy_seconds`, `router_seconds`), summed over the run."""
-        return dict(self.seconds)
-
-    @contextlib.contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Add the seconds spent inside to `self.seconds[name]`; the runner keeps them across a resume."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        return dict(self.profile.seconds)
 
 
 def answer_loss(vlm: VisionLanguageModel, batch: Batch) -> Tensor:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from dmole.files import JSON
 from dmole.methods._single_adapter import ADAPTER, SingleAdapter
-from dmole.methods.base import JSON, RoutingRecord, Stage
+from dmole.methods.base import RoutingRecord, Stage
 from dmole.methods.dmole.expert_pool import expert_name
 from dmole.models.adapters import experts_on, freeze_expert, remove_expert
 
