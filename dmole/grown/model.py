@@ -76,6 +76,7 @@ class GrownAnswer:
     text: str
     cut: bool
     route: Route
+    prompt_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +199,7 @@ class GrownModel:
         text: str | Sequence[str] | None = None,
         *,
         messages: Any = None,
-        task: str | Sequence[str] | None = None,
+        task: str | Sequence[str | None] | None = None,
         **changes: Any,
     ) -> Any:
         """Answers one question, or a batch in which each sample is answered by its own experts.
@@ -213,7 +214,8 @@ class GrownModel:
             text: the question, or the questions of a batch.
             messages: in place of images and text, a conversation in transformers' format, or a list of them. The
                 router looks at all its images and at the text of the last user's message.
-            task: the task whose expert answers, in place of the router's choice; one for all or one per sample.
+            task: the task whose expert answers, in place of the router's choice; one for all, or a list with one name
+                per sample, in which None leaves the choice to the router.
             changes: settings of `evaluation:` for this call, such as `max_new_tokens=64` or `num_beams=2`.
 
         Raises:
@@ -228,21 +230,21 @@ class GrownModel:
         with self._routed(batch, tasks) as routes, self._autocast():
             answers = generate_answers(self.vlm, batch, settings, names)
         found = [
-            GrownAnswer(text=answer.text, cut=answer.cut, route=route)
-            for answer, route in zip(answers, routes, strict=True)
+            GrownAnswer(text=answer.text, cut=answer.cut, route=route, prompt_tokens=tokens)
+            for answer, route, tokens in zip(answers, routes, batch.encoded.prompt_lengths, strict=True)
         ]
         return found[0] if single else found
 
     def route(self, images: Any = None, text: str | Sequence[str] | None = None, *, messages: Any = None) -> Any:
         """The `Route` of one question, or of each of a batch; arguments as in `answer`. Nothing is generated."""
         conversations, single = self._conversations(images, text, messages)
-        with self._routed(self._batch(conversations), None, counted=False) as routes:
+        with self._routed(self._batch(conversations), [None] * len(conversations), counted=False) as routes:
             return routes[0] if single else routes
 
     def generate(
         self,
         *,
-        task: str | Sequence[str] | None = None,
+        task: str | Sequence[str | None] | None = None,
         instructions: Sequence[str] | None = None,
         images_per_sample: Sequence[int] | None = None,
         **inputs: Any,
@@ -270,7 +272,7 @@ class GrownModel:
         encoded = Encoded(inputs=tensors, labels=None, images=images, prompt_lengths=(0,) * count)
         tasks = self._named(task, count)
         if instructions is None:
-            needed = tasks is None and self.method.routed_by == "router"
+            needed = None in tasks and self.method.routed_by == "router"
             instructions = instructions_in(self.vlm, tensors) if needed else [""] * count
         if len(instructions) != count:
             raise ValueError(f"instructions: got {len(instructions)} for {count} samples; expected one each.")
@@ -282,17 +284,16 @@ class GrownModel:
     # -- inside ------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _routed(
-        self, batch: Batch, tasks: Sequence[Sequence[str]] | None, *, counted: bool = True
-    ) -> Iterator[list[Route]]:
-        """The gates of a batch, and the route of each sample."""
+    def _routed(self, batch: Batch, tasks: Sequence[str | None], *, counted: bool = True) -> Iterator[list[Route]]:
+        """The gates of a batch, and the route of each sample; `tasks[s]` takes precedence over the router."""
         count = len(batch.samples)
         with contextlib.ExitStack() as stack, torch.inference_mode():
-            record = self.method.routes(batch) if tasks is None else RoutingRecord(chosen=tuple(map(tuple, tasks)))
-            routes = _routes(record, count)
+            named = [None if task is None else Route(tasks=(task,)) for task in tasks]
+            record = self.method.routes(batch) if None in named else RoutingRecord(chosen=((),) * count)
+            routes = [given or found for given, found in zip(named, _routes(record, count), strict=True)]
             chosen = [route.tasks for route in routes]
             stack.enter_context(self._resident({name for names in chosen for name in names}))
-            if record is None:
+            if record is None and not any(named):
                 stack.enter_context(self.method.evaluation_gates(batch))
             else:
                 stack.enter_context(self.method.task_gates(batch, chosen))
@@ -328,13 +329,11 @@ class GrownModel:
             raise ValueError(f"answer: got the setting {unknown[0]!r}; expected one of {', '.join(sorted(known))}.")
         return dataclasses.replace(self.generation, **changes)
 
-    def _named(self, task: str | Sequence[str] | None, count: int) -> list[tuple[str, ...]] | None:
-        if task is None:
-            return None
-        names = [task] * count if isinstance(task, str) else list(task)
+    def _named(self, task: str | Sequence[str | None] | None, count: int) -> list[str | None]:
+        names = [task] * count if task is None or isinstance(task, str) else list(task)
         if len(names) != count:
             raise ValueError(f"task: got {len(names)} for {count} samples; expected one name, or one per sample.")
-        return [(name,) for name in names]
+        return names
 
     def _conversations(self, images: Any, text: Any, messages: Any) -> tuple[list[Conversation], bool]:
         if (text is None) == (messages is None):

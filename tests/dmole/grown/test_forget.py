@@ -28,7 +28,7 @@ def copied(finished: Runs, tmp_path: Path) -> Path:
 def routed_logits(grown: GrownModel, stream: Stream) -> tuple[list[tuple[str, ...]], torch.Tensor]:
     """The routes of a batch of all tasks, and the logits under them."""
     batch = collate(grown.vlm, [sample for task in stream.tasks for sample in task.test], with_answers=False)
-    with grown._routed(batch, None) as routes, torch.no_grad():
+    with grown._routed(batch, [None] * len(batch.samples)) as routes, torch.no_grad():
         return [route.tasks for route in routes], grown.vlm.model(**batch.encoded.inputs).logits
 
 
