@@ -37,6 +37,21 @@ def load(folder: str | Path, *, base: str | None = None, device_map: Any = None,
             another processor than the experts were trained with.
     """
     saved = read(find(Path(folder)))
+    vlm = open_saved(saved, base=base, device_map=device_map, dtype=dtype)
+    method = restore(saved, vlm)
+    return GrownModel(
+        method,
+        tasks=[task["name"] for task in saved.tasks],
+        generation=build_section(EvaluationSettings, saved.generation),
+        precision=saved.precision,
+        folder=saved.folder,
+    )
+
+
+def open_saved(
+    saved: SavedModel, *, base: str | None = None, device_map: Any = None, dtype: Any = None
+) -> VisionLanguageModel:
+    """The base of a saved model, checked to be the right one; arguments as in `load`."""
     declaration = read_declaration(saved.base.declaration)
     vlm = open_base(
         saved.base.model if base is None else base,
@@ -46,14 +61,7 @@ def load(folder: str | Path, *, base: str | None = None, device_map: Any = None,
         declaration=declaration,
     )
     check_base(saved, vlm)
-    method = restore(saved, vlm)
-    return GrownModel(
-        method,
-        tasks=[task["name"] for task in saved.tasks],
-        generation=build_section(EvaluationSettings, saved.generation),
-        precision=saved.precision,
-        folder=saved.folder,
-    )
+    return vlm
 
 
 def check_base(saved: SavedModel, vlm: VisionLanguageModel) -> None:

@@ -12,29 +12,34 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from dmole.config import EvaluationSettings
 from dmole.data.collate import Batch, conversation
 from dmole.data.images import open_image
 from dmole.data.sample import Sample
 from dmole.grown.instructions import instructions_in
+from dmole.grown.residency import Residency
+from dmole.grown.saved import EXPERTS, check_files
 from dmole.methods.base import Method, RoutingRecord
+from dmole.models.adapters import expert_layers, remove_expert
 from dmole.models.chat_template import Conversation
 from dmole.models.prompts import Encoded
 from dmole.models.units import image_tokens
 from dmole.models.vision_language import VisionLanguageModel
 from dmole.runs.generation import generate as generate_answers
+from dmole_kernels import load_experts
 
 Picture = str | Path | Image.Image
+REMEMBERED = 10_000  # samples whose routes `usage` looks back on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +76,7 @@ class GrownAnswer:
     text: str
     cut: bool
     route: Route
+    prompt_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +86,7 @@ class ExpertInfo:
     Attributes:
         linears: where it is, by qualified name, with its rank there.
         parameters, bytes: of its weights.
+        resident: whether it is in memory; an expert that is not is read again when a sample needs it.
         uses: how many samples of this process have used it.
         share: `uses` over all samples that were answered; the load of the expert.
     """
@@ -89,6 +96,7 @@ class ExpertInfo:
     linears: Mapping[str, int]
     parameters: int
     bytes: int
+    resident: bool
     uses: int
     share: float
 
@@ -117,11 +125,15 @@ class GrownModel:
         self.generation = generation
         self.folder = folder
         self._precision = precision
+        self._used: deque[tuple[str, ...]] = deque(maxlen=REMEMBERED)
         self._uses: Counter[str] = Counter()
         self._answered = 0
         self._lock = threading.Lock()
+        self._residency = Residency()
+        self._unloaded: set[str] = set()
         method.serving = True
         self.vlm.model.requires_grad_(False).eval()
+        self._sizes = _sizes(self.vlm.model)
 
     @property
     def processor(self) -> Any:
@@ -131,33 +143,55 @@ class GrownModel:
     @property
     def experts(self) -> tuple[ExpertInfo, ...]:
         """Every expert: task, places, ranks, size and load."""
-        by_expert = {expert: task for task, expert in self.method.task_experts().items()}
-        places: dict[str, dict[str, int]] = {}
-        sizes: Counter[str] = Counter()
-        counts: Counter[str] = Counter()
-        for name, parameter in self.vlm.model.named_parameters():
-            if ".bank.experts." not in name:
-                continue
-            linear, _, rest = name.partition(".bank.experts.")
-            expert, _, matrix = rest.partition(".")
-            if matrix == "lora_a":
-                places.setdefault(expert, {})[linear] = len(parameter)
-            counts[expert] += parameter.numel()
-            sizes[expert] += parameter.numel() * parameter.element_size()
+        tasks = {expert: task for task, expert in self.method.task_experts().items()}
         with self._lock:
             uses, answered = Counter(self._uses), self._answered
-        return tuple(
-            ExpertInfo(
-                name=expert,
-                task=by_expert.get(expert),
-                linears=linears,
-                parameters=counts[expert],
-                bytes=sizes[expert],
-                uses=(used := uses[by_expert[expert]] if expert in by_expert else answered),
-                share=used / answered if answered else 0.0,
-            )
-            for expert, linears in places.items()
-        )
+        found = []
+        for name, (linears, parameters, size) in self._sizes.items():
+            used = uses[tasks[name]] if name in tasks else answered
+            found.append(
+                ExpertInfo(
+                    name=name, task=tasks.get(name), linears=linears, parameters=parameters, bytes=size,
+                    resident=name not in self._unloaded, uses=used, share=used / answered if answered else 0.0,
+                )
+            )  # fmt: skip
+        return tuple(found)
+
+    def usage(self, last: int | None = None) -> dict[str, int]:
+        """How many of the last samples used each task's expert; "" counts those that the base model answered alone.
+
+        Args:
+            last: how many samples to look back; None and more than 10,000 mean the last 10,000.
+        """
+        with self._lock:
+            recent = list(self._used)
+        counts = Counter(name for tasks in recent[-last if last else 0 :] for name in tasks or ("",))
+        return {name: counts[name] for name in (*self.tasks, "")}
+
+    def unload(self, task: str) -> None:
+        """Frees the memory of a task's expert. It is read from the saved folder when a sample needs it again.
+
+        Waits for the requests that run. Raises ValueError for a task without an expert of its own, and for a model that
+        was not loaded from a folder.
+        """
+        experts = self.method.task_experts()
+        if task not in experts:
+            raise ValueError(f"task: got {task!r}; expected one of {', '.join(experts) or 'none: it has no experts'}.")
+        if self.folder is None:
+            raise ValueError("unload: the model was not loaded from a folder, from which the expert could be read.")
+        with self._residency.changing():
+            if experts[task] not in self._unloaded:
+                remove_expert(expert_layers(self.vlm.model), experts[task])
+                self._unloaded.add(experts[task])
+
+    def _reload(self, names: Collection[str]) -> None:
+        assert self.folder is not None
+        with self._residency.changing():
+            for name in sorted(set(names) & self._unloaded):
+                # The file may have been damaged since it was unloaded.
+                check_files(self.folder, f"{EXPERTS}/{name}/")
+                load_experts(self.vlm.model, [self.folder / EXPERTS / name], [name])
+                self._unloaded.remove(name)
 
     def answer(
         self,
@@ -165,7 +199,7 @@ class GrownModel:
         text: str | Sequence[str] | None = None,
         *,
         messages: Any = None,
-        task: str | Sequence[str] | None = None,
+        task: str | Sequence[str | None] | None = None,
         **changes: Any,
     ) -> Any:
         """Answers one question, or a batch in which each sample is answered by its own experts.
@@ -180,7 +214,8 @@ class GrownModel:
             text: the question, or the questions of a batch.
             messages: in place of images and text, a conversation in transformers' format, or a list of them. The
                 router looks at all its images and at the text of the last user's message.
-            task: the task whose expert answers, in place of the router's choice; one for all or one per sample.
+            task: the task whose expert answers, in place of the router's choice; one for all, or a list with one name
+                per sample, in which None leaves the choice to the router.
             changes: settings of `evaluation:` for this call, such as `max_new_tokens=64` or `num_beams=2`.
 
         Raises:
@@ -195,21 +230,21 @@ class GrownModel:
         with self._routed(batch, tasks) as routes, self._autocast():
             answers = generate_answers(self.vlm, batch, settings, names)
         found = [
-            GrownAnswer(text=answer.text, cut=answer.cut, route=route)
-            for answer, route in zip(answers, routes, strict=True)
+            GrownAnswer(text=answer.text, cut=answer.cut, route=route, prompt_tokens=tokens)
+            for answer, route, tokens in zip(answers, routes, batch.encoded.prompt_lengths, strict=True)
         ]
         return found[0] if single else found
 
     def route(self, images: Any = None, text: str | Sequence[str] | None = None, *, messages: Any = None) -> Any:
         """The `Route` of one question, or of each of a batch; arguments as in `answer`. Nothing is generated."""
         conversations, single = self._conversations(images, text, messages)
-        with self._routed(self._batch(conversations), None, counted=False) as routes:
+        with self._routed(self._batch(conversations), [None] * len(conversations), counted=False) as routes:
             return routes[0] if single else routes
 
     def generate(
         self,
         *,
-        task: str | Sequence[str] | None = None,
+        task: str | Sequence[str | None] | None = None,
         instructions: Sequence[str] | None = None,
         images_per_sample: Sequence[int] | None = None,
         **inputs: Any,
@@ -237,7 +272,7 @@ class GrownModel:
         encoded = Encoded(inputs=tensors, labels=None, images=images, prompt_lengths=(0,) * count)
         tasks = self._named(task, count)
         if instructions is None:
-            needed = tasks is None and self.method.routed_by == "router"
+            needed = None in tasks and self.method.routed_by == "router"
             instructions = instructions_in(self.vlm, tensors) if needed else [""] * count
         if len(instructions) != count:
             raise ValueError(f"instructions: got {len(instructions)} for {count} samples; expected one each.")
@@ -249,22 +284,37 @@ class GrownModel:
     # -- inside ------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _routed(
-        self, batch: Batch, tasks: Sequence[Sequence[str]] | None, *, counted: bool = True
-    ) -> Iterator[list[Route]]:
-        """The gates of a batch, and the route of each sample."""
+    def _routed(self, batch: Batch, tasks: Sequence[str | None], *, counted: bool = True) -> Iterator[list[Route]]:
+        """The gates of a batch, and the route of each sample; `tasks[s]` takes precedence over the router."""
         count = len(batch.samples)
         with contextlib.ExitStack() as stack, torch.inference_mode():
-            if tasks is not None:
-                stack.enter_context(self.method.task_gates(batch, tasks))
-                routes = [Route(tasks=tuple(names)) for names in tasks]
+            named = [None if task is None else Route(tasks=(task,)) for task in tasks]
+            record = self.method.routes(batch) if None in named else RoutingRecord(chosen=((),) * count)
+            routes = [given or found for given, found in zip(named, _routes(record, count), strict=True)]
+            chosen = [route.tasks for route in routes]
+            stack.enter_context(self._resident({name for names in chosen for name in names}))
+            if record is None and not any(named):
+                stack.enter_context(self.method.evaluation_gates(batch))
             else:
-                routes = _routes(stack.enter_context(self.method.evaluation_gates(batch)), count)
+                stack.enter_context(self.method.task_gates(batch, chosen))
             if counted:
                 with self._lock:
                     self._answered += count
-                    self._uses.update(name for route in routes for name in route.tasks)
+                    self._used.extend(chosen)
+                    self._uses.update(name for names in chosen for name in names)
             yield routes
+
+    @contextlib.contextmanager
+    def _resident(self, tasks: Collection[str]) -> Iterator[None]:
+        """The experts of these tasks are in memory, and stay there inside."""
+        experts = self.method.task_experts()
+        needed = {experts[task] for task in tasks if task in experts}
+        while True:
+            with self._residency.using():
+                if not needed & self._unloaded:
+                    yield
+                    return
+            self._reload(needed)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self._precision == "no":
@@ -279,13 +329,11 @@ class GrownModel:
             raise ValueError(f"answer: got the setting {unknown[0]!r}; expected one of {', '.join(sorted(known))}.")
         return dataclasses.replace(self.generation, **changes)
 
-    def _named(self, task: str | Sequence[str] | None, count: int) -> list[tuple[str, ...]] | None:
-        if task is None:
-            return None
-        names = [task] * count if isinstance(task, str) else list(task)
+    def _named(self, task: str | Sequence[str | None] | None, count: int) -> list[str | None]:
+        names = [task] * count if task is None or isinstance(task, str) else list(task)
         if len(names) != count:
             raise ValueError(f"task: got {len(names)} for {count} samples; expected one name, or one per sample.")
-        return [(name,) for name in names]
+        return names
 
     def _conversations(self, images: Any, text: Any, messages: Any) -> tuple[list[Conversation], bool]:
         if (text is None) == (messages is None):
@@ -349,6 +397,22 @@ def _routes(record: RoutingRecord | None, count: int) -> list[Route]:
         Route(tasks=tasks, errors=dict(zip(names, errors, strict=True)), thresholds=record.thresholds)
         for tasks, errors in zip(record.chosen, record.errors_NT.tolist(), strict=True)
     ]
+
+
+def _sizes(model: nn.Module) -> dict[str, tuple[dict[str, int], int, int]]:
+    """By expert: its rank at each linear, its parameters and its bytes."""
+    ranks: dict[str, dict[str, int]] = {}
+    parameters: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        linear, inside, rest = name.partition(".bank.experts.")
+        if inside:
+            expert, _, matrix = rest.partition(".")
+            if matrix == "lora_a":
+                ranks.setdefault(expert, {})[linear] = len(parameter)
+            parameters[expert] += parameter.numel()
+            sizes[expert] += parameter.numel() * parameter.element_size()
+    return {expert: (linears, parameters[expert], sizes[expert]) for expert, linears in ranks.items()}
 
 
 def _question(place: int, instruction: str) -> Sample:

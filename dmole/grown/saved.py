@@ -16,7 +16,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,9 @@ class SavedModel:
         experts: the names of the experts, each a folder below `experts/`.
         task_experts: the expert of each task that has one of its own.
         towers: the qualified names of the base's towers.
+        trained_beside: `Method.trained_beside`.
+        origin: the digest of the run's own model, for one that was changed since; None otherwise.
+        changes: what was done to it since, oldest first.
         plain_lora: whether the experts, with the routing, are everything that was learned.
         tensors, state: `Method.state()` without the experts' weights, and the prefix that those had in it.
     """
@@ -83,6 +86,9 @@ class SavedModel:
     task_experts: Mapping[str, str]
     towers: Mapping[str, str]
     plain_lora: bool
+    trained_beside: Mapping[str, Mapping[str, int]]
+    origin: str | None
+    changes: tuple[Mapping[str, Any], ...]
     tensors: Mapping[str, Tensor]
     state: JSON
     prefix: str
@@ -97,8 +103,14 @@ def write(
     tasks: list[dict[str, str]],
     generation: Mapping[str, Any],
     precision: str,
+    origin: str | None = None,
+    changes: Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """Write the model of a run that has ended; an existing folder is replaced. Returns the sha256 of its document."""
+    """Write the model of a run that has ended; an existing folder is replaced. Returns the sha256 of its document.
+
+    Args:
+        origin, changes: of a model that was changed after its run, see `SavedModel`.
+    """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     (partial / EXPERTS).mkdir(parents=True)
@@ -128,7 +140,10 @@ def write(
         "task_experts": method.task_experts(),
         "towers": method.vlm.towers,
         "plain_lora": method.plain_lora,
+        "trained_beside": method.trained_beside(),
         "report": method.report(),
+        "origin": origin,
+        "changes": list(changes),
         "state": {"prefix": prefixes.pop(), "method": state},
         "files": {path.relative_to(partial).as_posix(): synced_digest(path) for path in files},
     }
@@ -136,9 +151,28 @@ def write(
     digest = sealed_digest(body)
     document.write_text(json.dumps({**body, "sha256": digest}, indent=1), encoding="utf-8")
     synced_digest(document)
-    shutil.rmtree(folder, ignore_errors=True)
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        # A folder that is not empty cannot be replaced in one step; in between it has the name `old`.
+        os.rename(folder, old)
     os.rename(partial, folder)
+    shutil.rmtree(old, ignore_errors=True)
     return digest
+
+
+def rewrite(saved: SavedModel, method: Method, *, tasks: Sequence[Mapping[str, str]], change: Mapping[str, Any]) -> str:
+    """Write a saved model anew after `method` was changed, with the change on record."""
+    return write(
+        saved.folder,
+        method,
+        base=saved.base,
+        tasks=[dict(task) for task in tasks],
+        generation=saved.generation,
+        precision=saved.precision,
+        origin=saved.origin or saved.digest,
+        changes=[*saved.changes, change],
+    )
 
 
 def read(folder: Path) -> SavedModel:
@@ -152,12 +186,7 @@ def read(folder: Path) -> SavedModel:
     )
     if extra:
         raise SavedModelError(_refusal(folder / extra[0], "is not in dmole.json"))
-    for name, digest in body["files"].items():
-        path = folder / name
-        if not path.is_file():
-            raise SavedModelError(_refusal(path, "is missing"))
-        if file_digest(path) != digest:
-            raise SavedModelError(_refusal(path, "was truncated or edited: its sha256 is not that in dmole.json"))
+    check_files(folder, "", body["files"])
     return SavedModel(
         folder=folder,
         method=body["method"],
@@ -171,11 +200,26 @@ def read(folder: Path) -> SavedModel:
         task_experts=body["task_experts"],
         towers=body["towers"],
         plain_lora=body["plain_lora"],
+        trained_beside=body["trained_beside"],
+        origin=body["origin"],
+        changes=tuple(body["changes"]),
         tensors=load_file(folder / TENSORS) if TENSORS in body["files"] else {},
         state=body["state"]["method"],
         prefix=body["state"]["prefix"],
         digest=body["sha256"],
     )
+
+
+def check_files(folder: Path, prefix: str, files: Mapping[str, str] | None = None) -> None:
+    """Raise `SavedModelError` for a file below `prefix` that is missing or not as `dmole.json` says."""
+    for name, digest in (read_document(folder)["files"] if files is None else files).items():
+        path = folder / name
+        if not name.startswith(prefix):
+            continue
+        if not path.is_file():
+            raise SavedModelError(_refusal(path, "is missing"))
+        if file_digest(path) != digest:
+            raise SavedModelError(_refusal(path, "was truncated or edited: its sha256 is not that in dmole.json"))
 
 
 def read_document(folder: Path) -> dict[str, Any]:

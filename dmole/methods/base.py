@@ -153,6 +153,25 @@ class Method(ABC):
         """The same for validation samples of the task that is being trained, before its stage ends."""
         return self.training_gates(batch)
 
+    def routes(self, batch: Batch) -> RoutingRecord | None:
+        """Which tasks' experts the samples use at test, where no task is known; None if all use the same experts."""
+        return None
+
+    def forget(self, task: str, *, keep_weights: bool = False) -> None:
+        """Take a task's expert out of the routing, and its weights out of the model unless `keep_weights`.
+
+        Raises ValueError for a task without an expert of its own.
+        """
+        raise ValueError(
+            f"task: got {task!r} for a model of {self.name}, where no task has weights of its own; expected a method "
+            f"with one expert per task. Train again without the task."
+        )
+
+    def trained_beside(self) -> dict[str, dict[str, int]]:
+        """By task, the older tasks whose frozen experts were active when its expert was trained, with how many of its
+        training samples had each; {} where experts are trained alone."""
+        return {}
+
     def task_gates(self, batch: Batch, tasks: Sequence[Sequence[str]]) -> AbstractContextManager[None]:
         """A context in which sample s uses the experts of the tasks `tasks[s]`; () is the base model alone.
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from dmole.files import JSON
-from dmole.methods._single_adapter import SingleAdapter
+from dmole.methods._single_adapter import ADAPTER, SingleAdapter
 from dmole.methods.base import RoutingRecord, Stage
-from dmole.models.adapters import expert_name, experts_on, freeze_expert
+from dmole.models.adapters import expert_name, experts_on, freeze_expert, remove_expert
 
 if TYPE_CHECKING:
     from dmole.data.collate import Batch
@@ -47,13 +47,11 @@ class Finetune(SingleAdapter):
     def end_stage(self, stage: int, task: Task) -> None:
         freeze_expert(self.layers, self.adapter)
 
-    def evaluation_gates(self, batch: Batch) -> AbstractContextManager[RoutingRecord | None]:
-        if self.serving:
-            raise ValueError(
-                f"tasks: got none for a model of {self.name}, which has one adapter per task and no router; expected "
-                f"one of {', '.join(self.experts)}. Pass task=."
-            )
-        return super().evaluation_gates(batch)
+    def routes(self, batch: Batch) -> RoutingRecord | None:
+        raise ValueError(
+            f"task: got none for a model of {self.name}, which has one adapter per task and no router; expected one of "
+            f"{', '.join(self.experts)}. Pass task=."
+        )
 
     def task_gates(self, batch: Batch, tasks: Sequence[Sequence[str]]) -> AbstractContextManager[None]:
         unknown = sorted({name for names in tasks for name in names} - set(self.experts))
@@ -65,6 +63,13 @@ class Finetune(SingleAdapter):
     def task_experts(self) -> dict[str, str]:
         return dict(self.experts)
 
+    def forget(self, task: str, *, keep_weights: bool = False) -> None:
+        if task not in self.experts:
+            raise ValueError(f"task: got {task!r}; expected one of {', '.join(self.experts)}.")
+        expert = self.experts.pop(task)
+        if not keep_weights:
+            remove_expert(self.layers, expert)
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, JSON]]:
         tensors, meta = super().state()
         return tensors, {**meta, "experts": dict(self.experts)}
@@ -72,4 +77,4 @@ class Finetune(SingleAdapter):
     def load_state(self, tensors: Mapping[str, Tensor], meta: Mapping[str, JSON]) -> None:
         super().load_state(tensors, meta)
         self.experts = dict(meta["experts"])
-        self.adapter = list(self.experts.values())[-1]
+        self.adapter = list(self.experts.values())[-1] if self.experts else ADAPTER

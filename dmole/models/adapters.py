@@ -123,6 +123,11 @@ def remove_expert(adapters: Mapping[str, MultiLoRALinear], expert: str) -> None:
             adapter.bank.remove(expert)
 
 
+def expert_layers(model: nn.Module) -> Adapters:
+    """What `attach` returned for this model."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MultiLoRALinear)}
+
+
 def expert_parameters(adapters: Mapping[str, MultiLoRALinear], expert: str | None = None) -> dict[str, nn.Parameter]:
     """Parameters by the name they have in the model: of ``expert``, or of every expert."""
     return {

@@ -44,6 +44,7 @@ from dmole.models.adapters import (
     experts_on,
     freeze_expert,
     load_adapter_state,
+    remove_expert,
 )
 from dmole.models.towers import VISION
 from dmole.seeding import derived_generator, derived_seed
@@ -161,16 +162,15 @@ class DMoLE(Method):
 
     def _learning(self, neighbour_S: Tensor | None, batch: Batch) -> AbstractContextManager[None]:
         """The new expert for everyone, and each sample's neighbour; every expert where there is no router."""
-        experts, samples = self.pool.experts, len(batch.samples)
+        samples = len(batch.samples)
         if neighbour_S is None:
-            gate_SE = torch.ones(samples, len(experts), device="cpu")
-        else:
-            if self.options.training_neighbour == "batch_vote":
-                neighbour_S = voted(neighbour_S)
-            # Column k is 1 where old task k is the sample's neighbour; the last one is the new expert.
-            old_SE = neighbour_S[:, None] == torch.arange(len(experts) - 1, device="cpu")
-            gate_SE = torch.cat([old_SE.float(), torch.ones(samples, 1, device="cpu")], dim=1)
-        return experts_on(self.gates, gate_SE, experts, units=batch.units)
+            return self.task_gates(batch, [self.pool.tasks] * samples)
+        if self.options.training_neighbour == "batch_vote":
+            neighbour_S = voted(neighbour_S)
+        # The router lacks the task that is trained, and tasks that were taken out of the routing.
+        old, new = self.router.tasks, self.pool.tasks[-1]
+        places = neighbour_S.tolist()
+        return self.task_gates(batch, [(new,) if place < 0 else (old[place], new) for place in places])
 
     # After training
 
@@ -191,18 +191,17 @@ class DMoLE(Method):
 
     @contextlib.contextmanager
     def evaluation_gates(self, batch: Batch) -> Iterator[RoutingRecord | None]:
-        experts = self.pool.experts
+        record = self.routes(batch)
+        chosen = [self.pool.tasks] * len(batch.samples) if record is None else record.chosen
+        with self.task_gates(batch, chosen):
+            yield record
+
+    def routes(self, batch: Batch) -> RoutingRecord | None:
         if self.options.routing == "none":
-            gate_SE = torch.ones(len(batch.samples), len(experts), device="cpu")
-            with experts_on(self.gates, gate_SE, experts, units=batch.units):
-                yield None
-            return
+            return None
         with self.profile.part("router_seconds"):
-            features_ND = self._test_features(batch)
-            routes = self.router.select(features_ND, mode=self.options.routing)
-        # During a stage the pool is one task ahead of the router, which is trained at its end.
-        with experts_on(self.gates, routes.gate_NT, experts[: len(self.router.tasks)], units=batch.units):
-            yield RoutingRecord(chosen=routes.chosen, errors_NT=routes.error_NT, thresholds=self.router.thresholds)
+            routes = self.router.select(self._test_features(batch), mode=self.options.routing)
+        return RoutingRecord(chosen=routes.chosen, errors_NT=routes.error_NT, thresholds=self.router.thresholds)
 
     def _test_features(self, batch: Batch) -> Tensor:
         if not self.serving:
@@ -218,6 +217,17 @@ class DMoLE(Method):
 
     def task_experts(self) -> dict[str, str]:
         return {placement.task: placement.expert for placement in self.pool}
+
+    def trained_beside(self) -> dict[str, dict[str, int]]:
+        return {p.task: {task: count for task, count in p.neighbours.items() if task} for p in self.pool}
+
+    def forget(self, task: str, *, keep_weights: bool = False) -> None:
+        placement = self.pool[task]
+        if task in self.router.tasks:
+            self.router.remove_task(task)
+        if not keep_weights:
+            self.pool.remove(task)
+            remove_expert(self.adapters, placement.expert)
 
     # Resume and report
 

@@ -168,6 +168,16 @@ class Router:
         self.training_errors[task] = (losses[0], losses[-1])
         return float(threshold_1)
 
+    def remove_task(self, task: str) -> None:
+        """No sample is routed to `task` any more; the other tasks' errors and thresholds stay as they are."""
+        if task not in self.tasks:
+            raise ValueError(f"task: got {task!r}, which the router does not have; expected one of {self.tasks}.")
+        kept = [place for place, name in enumerate(self.tasks) if name != task]
+        self._weights = {name: tensor[kept] for name, tensor in self._weights.items()} if kept else {}
+        self._thresholds_T = self._thresholds_T[kept]
+        self.tasks = tuple(name for name in self.tasks if name != task)
+        del self.training_errors[task]
+
     def errors(self, features_ND: Tensor) -> Tensor:
         """error_NT: every sample's reconstruction error under every task's autoencoder."""
         if not self.tasks:

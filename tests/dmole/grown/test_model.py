@@ -143,3 +143,42 @@ def test_requests_of_many_threads_get_their_own_answers(grown: GrownModel, toy_s
 def test_wrong_arguments_are_refused(grown: GrownModel, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         grown.answer(**arguments)
+
+
+def test_an_unloaded_expert_is_read_again_when_a_sample_needs_it(finished: Runs, toy_stream: Stream) -> None:
+    grown = dmole.load(finished["dmole"])
+    batch = asked(toy_stream, count=4)
+    before = grown.answer(**batch)
+    for task in toy_stream.task_names:
+        grown.unload(task)
+    assert not any(expert.resident for expert in grown.experts)
+    assert not any(".bank.experts." in name for name, _ in grown.vlm.model.named_parameters())
+    assert grown.answer(**batch) == before
+    used = {task for answer in before for task in answer.route.tasks}
+    assert {expert.task for expert in grown.experts if expert.resident} == used
+    with pytest.raises(ValueError, match="task: got 'maps'; expected one of colours, letters, captions"):
+        grown.unload("maps")
+
+
+def test_experts_come_and_go_while_requests_run(finished: Runs, toy_stream: Stream) -> None:
+    grown = dmole.load(finished["dmole"])
+    batch = asked(toy_stream, count=2)
+    single = [grown.answer(images=i, text=t).text for i, t in zip(batch["images"], batch["text"], strict=True)]
+
+    def request(number: int) -> bool:
+        if number % 4 == 0:
+            grown.unload(toy_stream.task_names[number % 3])
+        place = number % len(single)
+        return bool(grown.answer(images=batch["images"][place], text=batch["text"][place]).text == single[place])
+
+    with ThreadPoolExecutor(6) as pool:
+        assert all(pool.map(request, range(48)))
+
+
+def test_usage_looks_back_on_the_last_samples(finished: Runs, toy_stream: Stream) -> None:
+    grown = dmole.load(finished["dmole"])
+    batch = asked(toy_stream)
+    for task in ("colours", "colours", "letters"):
+        grown.answer(**batch, task=task)
+    assert grown.usage() == {"colours": 12, "letters": 6, "captions": 0, "": 0}
+    assert grown.usage(last=7) == {"colours": 1, "letters": 6, "captions": 0, "": 0}

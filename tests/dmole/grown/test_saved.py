@@ -12,7 +12,7 @@ import pytest
 import dmole
 from dmole.config import EvaluationSettings, build_section
 from dmole.data.sample import Stream
-from dmole.grown import saved as saving
+from dmole.files import sealed_digest
 from dmole.grown.loading import restore
 from dmole.grown.saved import DOCUMENT, FORMAT, SavedModelError, read
 from dmole.methods import method_names
@@ -101,7 +101,7 @@ def resealed(folder: Path, **changes: Any) -> None:
     """dmole.json with other values and a right seal."""
     body = {**json.loads((folder / DOCUMENT).read_text()), **changes}
     body.pop("sha256")
-    (folder / DOCUMENT).write_text(json.dumps({**body, "sha256": saving.sealed_digest(body)}))
+    (folder / DOCUMENT).write_text(json.dumps({**body, "sha256": sealed_digest(body)}))
 
 
 def test_a_newer_format_is_refused_with_the_reason(copied: Path) -> None:
