@@ -4,15 +4,31 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from dmole.metrics.anls import Anls
 from dmole.metrics.base import Metric, Scorable
 from dmole.metrics.cider import Cider, CiderPercent
 from dmole.metrics.exact_match import ExactMatch
 from dmole.metrics.iou import IoU
 from dmole.metrics.option_letter import OptionLetter
+from dmole.metrics.rouge_l import RougeL
+from dmole.metrics.token_f1 import TokenF1
 from dmole.metrics.vqa import VqaAccuracy
 
 METRICS: Mapping[str, Metric] = MappingProxyType(
-    {metric.name: metric for metric in (Cider(), CiderPercent(), ExactMatch(), IoU(), OptionLetter(), VqaAccuracy())}
+    {
+        metric.name: metric
+        for metric in (
+            Anls(),
+            Cider(),
+            CiderPercent(),
+            ExactMatch(),
+            IoU(),
+            OptionLetter(),
+            RougeL(),
+            TokenF1(),
+            VqaAccuracy(),
+        )
+    }
 )
 
 __all__ = ["METRICS", "Cider", "CiderPercent", "ExactMatch", "IoU", "Metric", "OptionLetter", "Scorable", "VqaAccuracy"]
