@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from dmole.metrics.anls import Anls
-from dmole.metrics.base import Metric, Scorable
+from dmole.metrics.base import Metric, SampleMetric, Scorable
 from dmole.metrics.cider import Cider, CiderPercent
 from dmole.metrics.exact_match import ExactMatch
 from dmole.metrics.iou import IoU
@@ -14,21 +14,7 @@ from dmole.metrics.rouge_l import RougeL
 from dmole.metrics.token_f1 import TokenF1
 from dmole.metrics.vqa import VqaAccuracy
 
-METRICS: Mapping[str, Metric] = MappingProxyType(
-    {
-        metric.name: metric
-        for metric in (
-            Anls(),
-            Cider(),
-            CiderPercent(),
-            ExactMatch(),
-            IoU(),
-            OptionLetter(),
-            RougeL(),
-            TokenF1(),
-            VqaAccuracy(),
-        )
-    }
-)
+KINDS = (Anls, Cider, CiderPercent, ExactMatch, IoU, OptionLetter, RougeL, TokenF1, VqaAccuracy)
+METRICS: Mapping[str, Metric] = MappingProxyType({kind.name: kind() for kind in KINDS})
 
-__all__ = ["METRICS", "Cider", "CiderPercent", "ExactMatch", "IoU", "Metric", "OptionLetter", "Scorable", "VqaAccuracy"]
+__all__ = ["METRICS", "Metric", "SampleMetric", "Scorable"]
