@@ -23,6 +23,7 @@ from typing import Any
 import yaml
 from PIL import Image
 
+from dmole.data.images import ImageReport, inspect_image
 from dmole.data.sample import Sample, Stream, Task
 from dmole.metrics import METRICS
 
@@ -56,10 +57,18 @@ class _Problems:
 
     folder: Path
     found: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def add(self, path: Path, line: int | None, text: str) -> None:
+        self.found.append(self._placed(path, line, text))
+
+    def note(self, path: Path, line: int | None, text: str) -> None:
+        """What is used otherwise than somebody may expect, and refuses nothing."""
+        self.notes.append(self._placed(path, line, text))
+
+    def _placed(self, path: Path, line: int | None, text: str) -> str:
         shown = path.relative_to(self.folder) if path.is_relative_to(self.folder) else path
-        self.found.append(f"{shown.as_posix()}{'' if line is None else f':{line}'}: {text}")
+        return f"{shown.as_posix()}{'' if line is None else f':{line}'}: {text}"
 
 
 @dataclass(frozen=True)
@@ -90,10 +99,10 @@ def read_stream(folder: Path | str, *, check_images: bool = True) -> Stream:
         task, task_rows = _read_task(folder, entry, problems)
         tasks.append(task)
         rows.extend(task_rows)
-    _check_images(rows, problems, decode=check_images)
+    sizes = _check_images(rows, problems, decode=check_images)
     if problems.found:
         raise DataError(folder, problems.found)
-    return Stream(name=name, tasks=tuple(tasks))
+    return Stream(name=name, tasks=tuple(tasks), notes=tuple(problems.notes), image_sizes=sizes)
 
 
 @dataclass(frozen=True)
@@ -341,42 +350,35 @@ def _kind(value: object) -> str:
     return "an object" if isinstance(value, _Pairs) else "a list"
 
 
-def _check_images(rows: Sequence[_Row], problems: _Problems, *, decode: bool) -> None:
-    """Report every row whose image is missing or cannot be decoded; each file is opened once."""
+def _check_images(rows: Sequence[_Row], problems: _Problems, *, decode: bool) -> dict[Path, tuple[int, int]]:
+    """Report every row whose image is missing or cannot be decoded; each file is opened once. The sizes of the rest."""
     users: dict[Path, list[_Row]] = {}
     for row in rows:
         for image in dict.fromkeys(row.sample.images):
             users.setdefault(image, []).append(row)
     with warnings.catch_warnings(), ThreadPoolExecutor(max_workers=4) as pool:
-        # Pillow only warns about a suspiciously large picture; for an unattended run that is a defect of the data.
+        # Pillow only warns about a suspiciously large picture; for an unattended run that is a defect of the data. Its
+        # other warnings are about metadata.
+        warnings.simplefilter("ignore", UserWarning)
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        complaints = pool.map(_decode_complaint if decode else _missing_complaint, users)
-        for path, complaint in zip(users, complaints, strict=True):
-            for row in users[path] if complaint is not None else ():
-                problems.add(row.file, row.line, f"image {_shown(path, row.file.parent)} {complaint}")
+        reports = dict(zip(users, pool.map(_decoded if decode else _exists, users), strict=True))
+    for path, report in reports.items():
+        for row in users[path]:
+            shown = f"image {_shown(path, row.file.parent)}"
+            if report.complaint is not None:
+                problems.add(row.file, row.line, f"{shown} {report.complaint}")
+        for note in report.notes:
+            problems.note(users[path][0].file, users[path][0].line, f"{shown} {note}")
+    return {path: report.size for path, report in reports.items() if report.size is not None}
 
 
 def _shown(path: Path, directory: Path) -> str:
     return path.relative_to(directory).as_posix() if path.is_relative_to(directory) else str(path)
 
 
-def _missing_complaint(path: Path) -> str | None:
-    return None if path.is_file() else "is missing; paths are relative to the .jsonl file"
+def _exists(path: Path) -> ImageReport:
+    return ImageReport(complaint=None if path.is_file() else "is missing; paths are relative to the .jsonl file")
 
 
-def _decode_complaint(path: Path) -> str | None:
-    if not path.is_file():
-        return _missing_complaint(path)
-    try:
-        # `verify` reads a PNG's checksums to its last chunk, which decoding does not; a JPEG only fails when decoded.
-        with Image.open(path) as image:
-            image.verify()
-        with Image.open(path) as image:
-            image.load()
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        return f"is too large ({error}); scale it down"
-    # Pillow's decoders report damage as any of these: OSError for truncation and unknown formats, SyntaxError for a
-    # broken PNG chunk, ValueError, IndexError, KeyError or EOFError for headers that contradict themselves.
-    except (OSError, SyntaxError, ValueError, IndexError, KeyError, EOFError, TypeError, OverflowError) as error:
-        return f"cannot be decoded ({type(error).__name__}: {' '.join(str(error).split())}); replace the file"
-    return None
+def _decoded(path: Path) -> ImageReport:
+    return inspect_image(path) if path.is_file() else _exists(path)
