@@ -26,7 +26,7 @@ class Worker(CheckoutProcess):
     """A process with one checkout's code."""
 
     def __init__(self, checkout: Path) -> None:
-        super().__init__(checkout, "commit_worker.py")
+        super().__init__(checkout, Path(__file__).with_name("commit_worker.py"))
         self.rows: list[str] = json.loads(self.greeting)
 
     def seconds(self, row: str, calls: int) -> float:

@@ -10,15 +10,15 @@ from pathlib import Path
 
 
 class CheckoutProcess:
-    """`script` (a file beside this one) on one thread, with `checkout` as its directory and first on its path.
+    """`script` on one thread, with `checkout` as its directory and first on its path.
 
     Attributes:
         greeting: the line that the script prints when it is ready.
     """
 
-    def __init__(self, checkout: Path, script: str, *arguments: str) -> None:
+    def __init__(self, checkout: Path, script: Path, *arguments: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name(script)), *arguments],
+            [sys.executable, str(script), *arguments],
             cwd=checkout, env={**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip

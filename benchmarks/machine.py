@@ -5,16 +5,18 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import os
 import platform
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from benchmarks.records import Row
-from dmole.runs.environment import describe_environment
 from dmole_kernels import BACKENDS, cpu
 from dmole_kernels.testing import dtype_name
 from dmole_kernels.testing import threads as with_threads
@@ -117,24 +119,46 @@ class Machine:
 
 def this_machine() -> Machine:
     """Its name ends with the widest instruction set in use: of the compiled kernels, else of PyTorch's."""
-    environment = describe_environment()
-    commit = environment["commit"] or "unknown"
     parts = [f"python {platform.python_version()}", f"torch {torch.__version__}"]
     try:
         parts.append(f"peft {importlib.metadata.version('peft')}")
     except importlib.metadata.PackageNotFoundError:
         parts.append("no peft")
-    isa = str(environment["cpu_capability"]).lower()
+    isa = torch.backends.cpu.get_cpu_capability().lower()
     if "cpu" in BACKENDS:
         extension = importlib.import_module("dmole_kernels._C")
         isa = extension.isa()
         parts.append(f"compiler {extension.build_info()['compiler']}")
     parts.append(f"backends {'+'.join(BACKENDS)}")
     return Machine(
-        name=f"{environment['cpu']}, {environment['cores']} cores, {isa}",
+        name=f"{_cpu_name()}, {_cores()} cores, {isa}",
         versions="; ".join(parts),
-        commit=commit[:12] + ("+" if commit.endswith("+") else ""),
+        commit=_commit(),
     )
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"
+
+
+def _commit() -> str:
+    """The commit of this checkout, with "+" for local changes."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD")[:12] + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def _linear_rate(dtype: torch.dtype, rows: int, inputs: int, outputs: int, device: str) -> float:

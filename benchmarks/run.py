@@ -26,7 +26,6 @@ SUITES: dict[str, Callable[[str], Iterator[Benchmark]]] = {
     "router": router_suite.benchmarks,
     "proxy": proxy_suite.benchmarks,
 }
-END_TO_END = "end_to_end"
 
 
 def run_benchmarks(
@@ -49,29 +48,13 @@ def run_benchmarks(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
-    parser.add_argument("--suite", required=True, choices=[*SUITES, END_TO_END])
+    parser.add_argument("--suite", required=True, choices=SUITES)
     parser.add_argument("--output", required=True, type=Path, help="the CSV to write")
     parser.add_argument("--only", default="*", help="cases whose name matches, such as 'decode_*'")
     parser.add_argument("--seconds", type=float, default=10.0, help="timing budget of a case; five rounds at least")
-    parser.add_argument("--threads", type=int, default=1, help="end_to_end: threads")
-    parser.add_argument("--stages", type=int, default=3, help="end_to_end: stages of the mini demo")
-    parser.add_argument("--steps", type=int, default=None, help="end_to_end: training steps of a stage (default: all)")
-    parser.add_argument("--batches", type=int, default=None, help="end_to_end: test batches of a stage (default: all)")
-    parser.add_argument("--operators", action="store_true", help="end_to_end: also profile operators")
     options = parser.parse_args(arguments)
     machine = this_machine()
     print(f"{machine.name}\n{machine.versions}\ncommit {machine.commit}", flush=True)
-    if options.suite == END_TO_END:
-        # Imported here because it imports the whole application.
-        from benchmarks.end_to_end import mini_demo
-
-        rows, lines = mini_demo(
-            machine, threads=options.threads, stages=options.stages, steps=options.steps, batches=options.batches,
-            operators=options.operators,
-        )  # fmt: skip
-        write_rows(options.output, rows)
-        print("\n".join(lines))
-        return 0
     right = run_benchmarks(
         SUITES[options.suite](options.only), machine, options.output, seconds=options.seconds,
         say=lambda line: print(line, flush=True),

@@ -18,14 +18,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
 from benchmarks.records import COLUMNS, read_rows
-from dmole.reports import markers
 
+MARKER = re.compile(r"^<!-- (?:benchmarks:.*|/benchmarks) -->$", re.MULTILINE)
+BLOCK = re.compile(
+    r"^(?P<begin><!-- benchmarks: (?P<words>[^\n]*?) -->)\n.*?^(?P<end><!-- /benchmarks -->)$", re.MULTILINE | re.DOTALL
+)
 LINE = ("case", "dtype", "direction", "threads")
 
 
@@ -37,7 +41,13 @@ def filled(path: Path) -> str:
         source = path.parent / file
         return summary_table(source) if source.suffix == ".json" else table(source, filters)
 
-    return markers.filled(path, "benchmarks", "FILE", make)
+    text = path.read_text(encoding="utf-8")
+    found = BLOCK.findall(text)
+    if 2 * len(found) != len(MARKER.findall(text)):
+        raise ValueError(
+            f"{path}: a marker has no partner; expected '<!-- benchmarks: FILE -->', then '<!-- /benchmarks -->'."
+        )
+    return BLOCK.sub(lambda block: f"{block['begin']}\n\n{make(block['words'].split())}\n{block['end']}", text)
 
 
 # The target of each ratio of the summary, on a CPU with AMX: (row, ratio) -> (bound, whether it is a lower bound).

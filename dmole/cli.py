@@ -1,21 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command `dmole`. Every error is one clear line on stderr and exit status 2; a failed check exits with 1.
 
-    dmole run mini --method dmole,seq_ft      learn the stream's tasks one after another, test after each
-    dmole verify results/mini                 recompute every stored number
-    dmole report results/mini                 the tables again
-    dmole readme README.md --check            tables inside Markdown files against committed results
-    dmole tasks check my_stream               find everything wrong with a data set
-    dmole inspect MODEL --check               towers, candidates and budget of a model; does the contract hold for it?
-    dmole config                              every setting with its comment
-    dmole doctor                              what is installed, what is missing, what to type
+    dmole run STREAM --model M --method NAMES  learn the stream's tasks one after another, test after each
+    dmole verify RESULTS                       recompute every stored number
+    dmole report RESULTS                       the tables again
+    dmole readme README.md --check             tables inside Markdown files against committed results
+    dmole tasks check my_stream                find everything wrong with a data set
+    dmole inspect MODEL --check                towers, candidates and budget of a model; does the contract hold for it?
+    dmole config                               every setting with its comment
+    dmole doctor                               what is installed, what is missing, what to type
 
 Imports happen inside the commands: torch takes seconds, and `dmole --help` should not.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shlex
@@ -23,17 +22,14 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
+from dmole.run_options import earlier_runs, planned_runs, recipe_config, run_config, split_names
 from dmole.runs.interruption import Interrupted
-
-if TYPE_CHECKING:
-    from dmole.config import RunConfig
-    from dmole.reports.stored import StoredRun
 
 FAILED = 1
 WRONG_INPUT = 2
@@ -48,6 +44,12 @@ app = typer.Typer(
 )
 tasks_app = typer.Typer(help="Your own tasks.")
 app.add_typer(tasks_app, name="tasks")
+
+RecipeOption = Annotated[str | None, typer.Option(help="Start from a recipe's configuration.")]
+ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file of settings.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="One setting, such as lora.rank=4. May be repeated.")
+]
 
 # Click's UsageError, wherever this typer has it from: newer releases carry a copy of click.
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
@@ -125,28 +127,27 @@ def top(
 
 @app.command()
 def run(
-    stream: Annotated[str | None, typer.Argument(help="A folder with stream.yaml, or 'mini'.")] = None,
+    stream: Annotated[str | None, typer.Argument(help="A folder with stream.yaml, or a registered name.")] = None,
     method: Annotated[list[str] | None, typer.Option("--method", "-m", help="Methods, comma-separated.")] = None,
     seed: Annotated[list[str] | None, typer.Option("--seed", help="Seeds, comma-separated.")] = None,
     order: Annotated[
         list[str] | None,
         typer.Option(help="Task order: default, reversed, shuffled<k> or all names with commas. May be repeated."),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="A folder or hub id of a vision-language model, or 'mini'.")] = None,
-    recipe: Annotated[str | None, typer.Option(help="Start from a recipe's configuration.")] = None,
-    config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML file of settings.")] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="One setting, such as lora.rank=4. May be repeated."),
+    model: Annotated[
+        str | None, typer.Option(help="A folder or hub id of a vision-language model, or a registered name.")
     ] = None,
+    recipe: RecipeOption = None,
+    config: ConfigOption = None,
+    settings: SetOption = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Where results go.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what is in the output folder.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete earlier runs of the same names first.")] = False,
 ) -> None:
     """Learn the tasks of a stream one after another with each method, testing all tasks after every stage.
 
-    Settings come from the recipe, then --config, then the options, then --set; the last one wins. Without a
-    recipe or a file, the stream `mini` starts from the recipe `mini` with one seed.
+    Settings come from the recipe, then --config, then the options, then --set; the last one wins. The stream, the model
+    and the methods have no default: they are given, or a recipe sets them.
     """
     if resume and fresh:
         raise ValueError("--resume and --fresh were both given; expected at most one of them. Drop one.")
@@ -173,6 +174,7 @@ def run(
 
     console = Console()
     folder = run_all(chosen, console=console, fresh=fresh)
+    from dmole.reports.shown import show
     from dmole.reports.stored import read_runs
     from dmole.training.processes import leave
 
@@ -181,110 +183,24 @@ def run(
         return
 
     names = set(planned_runs(chosen))
-    _show_tables(console, [result for result in read_runs(folder) if result.folder.name in names])
+    show(console, [result for result in read_runs(folder) if result.folder.name in names])
     console.print(f"results: {escape(str(folder))} (pictures: runs/*/matrix.png)", highlight=False, soft_wrap=True)
 
 
 @app.command("config")
 def show_config(
-    recipe: Annotated[str | None, typer.Option(help="Start from a recipe's configuration.")] = None,
-    config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML file of settings.")] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="One setting, such as lora.rank=4. May be repeated."),
-    ] = None,
-    markdown: Annotated[bool, typer.Option("--markdown", help="The page docs/settings.md, with the defaults.")] = False,
+    recipe: RecipeOption = None,
+    config: ConfigOption = None,
+    settings: SetOption = None,
 ) -> None:
     """Print every setting with its comment, as YAML that `dmole run --config` reads back.
 
     Values are the defaults, then those of the recipe, then --config, then --set.
     """
     from dmole.config import load_config
-    from dmole.settings_text import markdown_page, yaml_text
+    from dmole.settings_text import yaml_text
 
-    if markdown:
-        if recipe or config or settings:
-            raise ValueError("--markdown: got other options beside it; expected it alone. It shows the defaults.")
-        print(markdown_page(), end="")
-        return
     print(yaml_text(load_config(config, base=recipe_config(recipe), overrides=settings or [])), end="")
-
-
-def recipe_config(recipe: str | None) -> RunConfig | None:
-    """The configuration of a recipe; None for none."""
-    from dmole.recipes import RECIPES
-
-    if recipe is not None and recipe not in RECIPES:
-        raise ValueError(f"--recipe is {recipe!r}; expected one of {', '.join(RECIPES)}. Name one of these.")
-    return None if recipe is None else RECIPES[recipe]()
-
-
-def run_config(
-    *,
-    stream: str | None,
-    methods: list[str] | None,
-    seeds: list[str] | None,
-    orders: list[str] | None,
-    model: str | None,
-    recipe: str | None,
-    config: Path | None,
-    settings: Sequence[str],
-    output: str | None,
-) -> RunConfig:
-    """The configuration that the options of `dmole run` ask for."""
-    from dmole.config import RunConfig, load_config
-    from dmole.recipes import RECIPES
-
-    overrides = []
-    for key, text in (("stream", stream), ("model", model), ("output", output)):
-        if text is not None:
-            overrides.append(f"{key}={json.dumps(text)}")
-    if methods is not None:
-        overrides.append(f"methods={json.dumps(_split('--method', methods))}")
-    if seeds is not None:
-        overrides.append(f"seeds={json.dumps([_integer('--seed', item) for item in _split('--seed', seeds)])}")
-    if orders is not None:
-        overrides.append(f"orders={json.dumps(orders)}")
-    base = None
-    if recipe is None and config is None and stream in (None, "mini"):
-        # The benchmark by its name is the benchmark as published: its training, but one seed and another folder.
-        plain = RunConfig()
-        base = RECIPES["mini"]().replace(methods=plain.methods, seeds=plain.seeds, output=plain.output)
-    return load_config(config, base=recipe_config(recipe) or base, overrides=[*overrides, *settings])
-
-
-def _split(option: str, values: Sequence[str]) -> list[str]:
-    items = [item.strip() for value in values for item in value.split(",")]
-    if not all(items):
-        raise ValueError(
-            f"{option} is {','.join(values)!r}; expected names with commas between them. Remove the empty one."
-        )
-    return items
-
-
-def _integer(option: str, text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError(f"{option} is {text!r}; expected a whole number. Give for example {option} 0,1,2.") from None
-
-
-def planned_runs(config: RunConfig) -> list[str]:
-    """The names of the run folders that a configuration makes."""
-    from dmole.runs.plan import order_label
-
-    return [
-        f"{method}-seed{seed}-{order_label(order)}"
-        for order in config.orders
-        for seed in config.seeds
-        for method in config.methods
-    ]
-
-
-def earlier_runs(config: RunConfig) -> list[str]:
-    """Those of them that exist already, finished or not."""
-    folder = Path(config.output) / "runs"
-    return [name for name in planned_runs(config) if (folder / name).exists()]
 
 
 # -- results ---------------------------------------------------------------------------------------------------------
@@ -306,56 +222,20 @@ def verify(
 @app.command()
 def report(
     results: Annotated[Path, typer.Argument(help="A folder that `dmole run` has written.")],
-    compare: Annotated[str | None, typer.Option(help="Two methods, such as dmole,seq_ft.")] = None,
+    compare: Annotated[str | None, typer.Option(help="Two methods, with a comma.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Also write the tables to this Markdown file.")] = None,
     matrices: Annotated[bool, typer.Option("--matrices", help="Show the matrix of every run too.")] = False,
 ) -> None:
     """Show the tables of a results folder again, and paired differences between two methods."""
+    from dmole.reports.shown import show
     from dmole.reports.stored import read_runs
 
-    _show_tables(Console(), read_runs(results), everything=True, compare=compare, markdown=markdown, matrices=matrices)
-
-
-def _show_tables(
-    console: Console,
-    runs: Sequence[StoredRun],
-    *,
-    everything: bool = False,
-    compare: str | None = None,
-    markdown: Path | None = None,
-    matrices: bool = False,
-) -> None:
-    from dmole.files import write_atomically
-    from dmole.reports import tables
-    from dmole.reports.comparison import compare as compared
-    from dmole.reports.comparison import comparison_table
-
-    if len({run.tasks for run in runs}) > 1:
-        shown = [tables.summary_table(runs)]
-    else:
-        cut = tables.cut_table(runs)
-        shown = [tables.last_table(runs), tables.well_formed_table(runs), *([cut] if cut.rows else [])]
-        shown.append(tables.summary_table(runs))
-    routing = tables.routing_table(runs)
-    shown += [routing] if routing.rows else []
-    shown.append(tables.time_table(runs))
-    if everything:
-        conventions = tables.conventions_table(runs)
-        shown += [conventions] if conventions.rows else []
-    if compare is not None:
-        pair = _split("--compare", [compare])
-        if len(pair) != 2:
-            raise ValueError(
-                f"--compare is {compare!r}; expected two methods. Give for example --compare dmole,seq_ft."
-            )
-        shown.append(comparison_table(compared(runs, *pair)))
-    # A matrix that is measured in part has its numbers there and nowhere else: the diagonal is in no aggregate.
-    shown += [tables.matrix_table(run) for run in runs if matrices or run.not_measured]
-    for table in shown:
-        console.print(table.rich())
-    if markdown is not None:
-        text = "\n".join(f"## {table.title}\n\n{table.markdown()}" for table in shown)
-        write_atomically(markdown, text.encode())
+    pair = None if compare is None else split_names("--compare", [compare])
+    if pair is not None and len(pair) != 2:
+        raise ValueError(
+            f"--compare is {compare!r}; expected two methods with a comma between them. Name two of the runs."
+        )
+    show(Console(), read_runs(results), everything=True, compare=pair, markdown=markdown, matrices=matrices)
 
 
 @app.command()

@@ -4,16 +4,15 @@
 Each section is a frozen keyword-only dataclass that checks its numbers when it is built. A method's own options live
 in the method's file (`Method.Options`); in a configuration they stand under the method's name:
 
-    methods: [dmole, seq_ft]
+    methods: [one, another]
     lora: {rank: 8, alpha: 16}
-    dmole: {budget_fraction: 0.5, router: {top_k: 2}}
-    seq_ft: {mode: continue}
+    budget: {fraction: 0.5}
+    one: {threshold: 2}
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import math
@@ -27,8 +26,9 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from dmole.config_error import ConfigError, require
-from dmole.methods.dmole.settings import DMoLESettings
+from dmole.config_error import ConfigError, did_you_mean, require
+from dmole.methods import method_class, method_names
+from dmole.methods.budget import BudgetSettings
 from dmole.methods.settings import LoraSettings, MethodSettings
 from dmole.models.declaration import Declaration, read_declaration
 from dmole.training.settings import RENAMED, TrainingSettings
@@ -91,10 +91,10 @@ ORDER_HELP = "'default', 'reversed', 'shuffled<k>' or a comma-separated list of 
 class RunConfig:
     """Everything that decides the numbers of `dmole run`, and where they go."""
 
-    # A folder with stream.yaml, or "mini" for the benchmark that this package builds.
-    stream: str = "mini"
-    # A folder in transformers' format, "mini" for the small model of this package, "tiny" for random test weights.
-    model: str = "mini"
+    # A folder with stream.yaml, or a name that a package registers under dmole.streams. A run needs one.
+    stream: str = ""
+    # A folder in transformers' format, a hub id, or a name registered under dmole.models. A run needs one.
+    model: str = ""
     # The dtype of the model's weights, such as bfloat16; none: as in the checkpoint. Experts are float32 either way.
     dtype: str | None = None
     # Where from_pretrained puts the weights, such as auto; none: on the device that accelerate chooses.
@@ -105,8 +105,8 @@ class RunConfig:
     hash_weights: bool = False
     # What the rules cannot find out about the model; `dmole inspect --check` says whether they are right.
     declaration: Declaration = field(default_factory=Declaration)
-    # Which methods learn the stream, one after another.
-    methods: tuple[str, ...] = ("dmole", "seq_ft")
+    # Which methods learn the stream, one after another. A run needs one.
+    methods: tuple[str, ...] = ()
     # One run of each method per seed.
     seeds: tuple[int, ...] = (0,)
     # Orders of the tasks, one run for each: "default", "reversed", "shuffled<k>" or all task names with commas.
@@ -118,6 +118,7 @@ class RunConfig:
     # The same for test samples.
     test_samples: int | None = None
     lora: LoraSettings = field(default_factory=LoraSettings)
+    budget: BudgetSettings = field(default_factory=BudgetSettings)
     # Regular expression searched in the qualified names of the linears that may carry experts; "" keeps all of them.
     candidates: str = ""
     training: TrainingSettings = field(default_factory=TrainingSettings)
@@ -134,9 +135,6 @@ class RunConfig:
     threads: int = 1
 
     def __post_init__(self) -> None:
-        from dmole.methods import method_names
-
-        require(len(self.methods) >= 1, "methods", self.methods, "at least one method")
         for method in self.methods:
             if method not in method_names():
                 raise ConfigError(f"methods has {method!r}; {_nearest(method, method_names())}")
@@ -161,20 +159,17 @@ class RunConfig:
 
     def method_settings(self, method: str) -> MethodSettings:
         """The settings that the method called `method` is built with."""
-        from dmole.methods import method_class
-
         return MethodSettings(
             lora=self.lora,
             candidates=self.candidates,
-            dmole=self.options.get("dmole") or DMoLESettings(),
+            budget=self.budget,
             options=self.options.get(method) or method_class(method).Options(),
         )
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON, options of every method of the run written out: `build_config`'s input."""
         plain = {key: value for key, value in dataclasses.asdict(self).items() if key != "options"}
-        # D-MoLE's budget also sets the other methods' rank, so it is part of every run.
-        for method in dict.fromkeys((*self.methods, *self.options, "dmole")):
+        for method in dict.fromkeys((*self.methods, *self.options)):
             options = dataclasses.asdict(self.method_settings(method).options)
             if options:
                 plain[method] = options
@@ -192,9 +187,9 @@ def fingerprint(plain: object) -> str:
 
 def build_config(plain: Mapping[str, Any]) -> RunConfig:
     """`RunConfig` from nested mappings. Unknown keys and wrong types are `ConfigError`s that name the key."""
-    from dmole.methods import method_class, method_names
-
     own = {spec.name for spec in dataclasses.fields(RunConfig)} - {"options"}
+    for method in own.intersection(method_names()):
+        raise ConfigError(f"methods: got {method!r}, which is the name of a setting; expected another. Rename it.")
     options: dict[str, Any] = {}
     rest: dict[str, Any] = {}
     for key, value in plain.items():
@@ -207,6 +202,11 @@ def build_config(plain: Mapping[str, Any]) -> RunConfig:
         else:
             raise ConfigError(f"unknown key {key!r}; {_nearest(str(key), [*sorted(own), *method_names()])}")
     return typing.cast(RunConfig, _build(RunConfig, rest, "", options=options))
+
+
+def build_section(kind: type[T], plain: object, **given: Any) -> T:
+    """The dataclass `kind` from plain JSON, such as one section of a configuration; fields in `given` as they are."""
+    return typing.cast(T, _build(kind, plain, kind.__name__, **given))
 
 
 def load_config(path: Path | None = None, *, base: RunConfig | None = None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -247,9 +247,7 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _nearest(key: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{hint}Known: {', '.join(known)}."
+    return f"{did_you_mean(key, known)} Known: {', '.join(known)}.".lstrip()
 
 
 def _build(kind: type[Any], plain: object, where: str, **given: Any) -> Any:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that appear completely or not at all, also where several processes write the same one."""
+"""Files that appear completely or not at all, also where several processes write the same one; digests of files."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
@@ -36,3 +37,24 @@ def write_atomically(path: Path, data: bytes, *, durable: bool = True) -> None:
 def write_json(path: Path, document: JSON) -> None:
     """Indented JSON, atomically."""
     write_atomically(path, (json.dumps(document, indent=1) + "\n").encode())
+
+
+def file_digest(path: Path) -> str:
+    """The sha256 of a file in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while data := file.read(2**20):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def synced_digest(path: Path) -> str:
+    """The same, once the file's data is on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return file_digest(path)
+
+
+def sealed_digest(body: JSON) -> str:
+    """The sha256 of a document without its own seal."""
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

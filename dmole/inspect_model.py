@@ -18,7 +18,8 @@ from rich.table import Table
 from dmole.config import RunConfig
 from dmole.config_error import ConfigError
 from dmole.methods import method_class, method_names
-from dmole.methods.dmole.allocation import capacities, total_budget
+from dmole.methods.budget import capacities, linear_sizes
+from dmole.methods.settings import select_candidates
 from dmole.models.contract import Finding
 from dmole.models.declaration import Declaration, read_declaration
 from dmole.models.identity import weight_bytes
@@ -49,13 +50,10 @@ def inspect(vlm: VisionLanguageModel, config: RunConfig | None = None, *, full: 
     config = config or RunConfig()
     model = vlm.model
     settings = {name: config.method_settings(name) for name in method_names()}
-    candidates = settings["dmole"].select_candidates(vlm.candidates)
-    sizes = {
-        tower: {name: sum(_sides(model.get_submodule(name))) for name in names} for tower, names in candidates.items()
-    }
-    dmole = config.method_settings("dmole").dmole
-    room = capacities(candidates, dmole.unit)
-    budget = total_budget(candidates, fraction=dmole.budget_fraction, unit=dmole.unit)
+    candidates = select_candidates(config.candidates, vlm.candidates)
+    sizes = linear_sizes(model, candidates)
+    unit = config.budget.unit
+    room = capacities(candidates, unit)
     identity = vlm.base_identity(full=full)
     parameters = sum(p.numel() for p in model.parameters())
     facts = [
@@ -72,7 +70,7 @@ def inspect(vlm: VisionLanguageModel, config: RunConfig | None = None, *, full: 
     if VISION in vlm.candidates:
         facts.append(("vision rows", ROWS.get(vlm.declaration.rows, vlm.declaration.rows)))
     split = ", ".join(f"{tower} {number}" for tower, number in room.items())
-    facts.append(("budget", f"{budget} {dmole.unit}s of {sum(room.values())} ({split})"))
+    facts.append(("budget", f"{config.budget.of(candidates)} {unit}s of {sum(room.values())} ({split})"))
     towers = []
     for tower, root in vlm.towers.items():
         names = candidates.get(tower, ("",))
@@ -133,10 +131,6 @@ def declaration_from(file: Path | None) -> Declaration:
     if not isinstance(read, dict):
         raise ConfigError(f"{file} holds a {type(read).__name__}; expected a mapping, such as rows: tiles.")
     return read_declaration(read)
-
-
-def _sides(linear: Any) -> tuple[int, int]:
-    return linear.in_features, linear.out_features
 
 
 def _size(count: int) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every setting with its value and its comment: what `dmole config` prints, and the page docs/settings.md.
+"""Every setting with its value and its comment: what `dmole config` prints.
 
 The one source is the code that reads the settings. A setting's comment is the one above its field in the dataclass, a
 section's is the first sentence of the class's docstring, and values and choices are those of the fields.
@@ -126,42 +126,3 @@ def yaml_text(config: RunConfig) -> str:
         value = "" if setting.section else f" {json.dumps(setting.value, ensure_ascii=False)}"
         lines.append(f"{indent}{setting.name}:{value}")
     return "\n".join(lines) + "\n"
-
-
-def markdown_page() -> str:
-    """docs/settings.md: a table for each section, with the defaults."""
-    lines = [
-        "# Settings",
-        "",
-        "What `dmole run` can be told, with the defaults: in a YAML file (`--config`), or one by one "
-        "(`--set lora.rank=4`). `dmole config` prints the same list with the values of a recipe or a file. "
-        "This page is made from the code by `dmole config --markdown`.",
-        "",
-        *_table_head("Common"),
-    ]
-    every = settings(RunConfig())
-    lines += [_table_row(setting) for setting in every if not setting.section and setting.depth == 0]
-    for section in (setting for setting in every if setting.section):
-        lines += ["", *_table_head(f"`{section.path}`", section.comment)]
-        lines += [
-            _table_row(setting)
-            for setting in every
-            if not setting.section and setting.path.rpartition(".")[0] == section.path
-        ]
-    return "\n".join(lines) + "\n"
-
-
-def _table_head(title: str, about: str = "") -> list[str]:
-    return [
-        f"## {title}",
-        "",
-        *([about, ""] if about else []),
-        "| setting | default | values | meaning |",
-        "|---|---|---|---|",
-    ]
-
-
-def _table_row(setting: Setting) -> str:
-    value = json.dumps(setting.value, ensure_ascii=False)
-    cells = (f"`{setting.path}`", f"`{value}`", setting.kind, setting.comment)
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

@@ -31,14 +31,14 @@ from dmole.methods import method_class
 from dmole.metrics import METRICS
 from dmole.profile import Profile
 from dmole.recipes import RECIPES
-from dmole.reports import admission
 from dmole.runs.evaluation import evaluate, generation_queue
 from dmole.sources import open_model, open_stream
 from dmole.training.acceleration import make_accelerator
 from dmole.training.stage_training import StageTraining
 
 MARGIN = 10.0
-COLUMNS = (*admission.COLUMNS, "well_formed", "constant_answer")
+FIGURES = ("finetune", "zero_shot", "text_only", "constant", "margin")
+COLUMNS = ("task", "metric", *FIGURES, "admitted", "well_formed", "constant_answer")
 
 
 def on_validation(task: Task) -> Task:

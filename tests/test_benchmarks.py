@@ -341,7 +341,7 @@ def test_no_row_of_the_summary_is_slower_than_before_the_layer_was_rewritten() -
 
 
 def test_a_training_step_takes_at_most_a_tenth_longer_than_in_the_loop_before() -> None:
-    """`python -m benchmarks.training_step OLD_CHECKOUT --output ...`, with the last commit of the loop of our own."""
+    """`python -m mini_cmit.benchmarks.training_step OLD ...`, with the last commit of the loop of our own."""
     path = Path(summary_module.__file__).parent / "results" / "training_step.json"
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
     assert set(rows) == {"seq_ft_bf16", "seq_ft_fp32", "dmole_bf16", "dmole_fp32"}

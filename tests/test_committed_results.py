@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dmole.metrics.continual import aggregates
 from dmole.reports.comparison import compare
+from dmole.reports.continual import aggregates
 from dmole.reports.stored import StoredRun, read_runs
 from dmole.reports.verify import verify_results
 from mini_cmit.tasks.build import TASKS

@@ -9,7 +9,6 @@ Cost: images are decoded once each (a truncated JPEG opens well and fails only w
 0.3 ms for a picture of 160 pixels.
 """
 
-import difflib
 import json
 import os
 import re
@@ -23,6 +22,7 @@ from typing import Any
 import yaml
 from PIL import Image
 
+from dmole.config_error import did_you_mean
 from dmole.data.images import ImageReport, inspect_image
 from dmole.data.sample import Sample, Stream, Task
 from dmole.metrics import METRICS
@@ -200,8 +200,8 @@ def _yaml_text(path: Path, keys: Mapping[str, yaml.Node], key: str, parent: yaml
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    hint = did_you_mean(word, known)
+    return f" ({hint})" if hint else ""
 
 
 def _read_task(folder: Path, entry: _TaskEntry, problems: _Problems) -> tuple[Task, list[_Row]]:

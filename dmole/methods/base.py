@@ -19,24 +19,26 @@ stage is taken after `begin_stage`, so `load_state` must restore what `begin_sta
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
 from dmole.data.collate import Batch
 from dmole.files import JSON
+from dmole.methods.budget import Sizes
 from dmole.methods.settings import MethodSettings
+from dmole.models.adapters import Adapters, attach
 from dmole.profile import Profile
+from dmole_kernels import ExpertGates
 
 if TYPE_CHECKING:
     from dmole.data.sample import Stream, Task
     from dmole.models.vision_language import VisionLanguageModel
-
-Sizes = Mapping[str, Mapping[str, int]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +48,16 @@ class NoOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RoutingRecord:
-    """Which tasks' experts served each sample of a batch: best first, () for the base model alone."""
+    """Which tasks' experts are active for each sample of a batch: best first, () for the base model alone.
+
+    Attributes:
+        errors_NT: what the choice was made by, [samples, tasks], lower fits better; columns as in `thresholds`.
+        thresholds: by task, the largest error that still fits.
+    """
 
     chosen: tuple[tuple[str, ...], ...]
+    errors_NT: Tensor | None = dataclasses.field(default=None, compare=False)
+    thresholds: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +79,11 @@ class Method(ABC):
     name: ClassVar[str]
     # A frozen keyword-only dataclass: what a configuration may set under the method's name.
     Options: ClassVar[type[Any]] = NoOptions
+    # Whether the tables divide the other methods' step times by this one's.
+    time_baseline: ClassVar[bool] = False
+    # How a trained model knows which experts a sample uses: "all" samples use the same, a "router" looks at the sample,
+    # or the "caller" has to name a task.
+    routed_by: ClassVar[Literal["all", "router", "caller"]] = "all"
 
     def __init__(self, vlm: VisionLanguageModel, settings: MethodSettings, *, seed: int) -> None:
         self.vlm = vlm
@@ -78,15 +92,33 @@ class Method(ABC):
         self.candidates = settings.select_candidates(vlm.candidates)
         # Seconds of the method's own work; the runner keeps them across a resume.
         self.profile = Profile()
+        # True where the model answers requests of users: batches do not repeat, so nothing is kept for the next one.
+        self.serving = False
+        # Whether LoRA experts are all that is learned of the model's weights: False where base weights change too.
+        self.plain_lora = True
+
+    def attached(self, gates: Mapping[str, ExpertGates]) -> Adapters:
+        """The candidates of the model, wrapped to carry experts with the dropout of the settings."""
+        lora = self.settings.lora
+        return attach(
+            self.vlm.model,
+            self.candidates,
+            gates=gates,
+            dropout=lora.dropout,
+            dropout_mode=lora.dropout_mode,
+            rows=self.vlm.rows,
+        )
 
     def check(self, stream: Stream) -> None:  # noqa: B027 - an optional hook
         """Raise `ValueError` for settings that this stream and model cannot satisfy. Called before any training."""
 
     @classmethod
     def trained_weights(cls, settings: MethodSettings, sizes: Sizes) -> int | None:
-        """How many weights a stage trains, for `dmole inspect`; None where that is not known before training.
+        """How many weights a stage trains, for `dmole inspect` and the estimate; None where only data decide.
 
-        sizes[tower][linear] is in + out, the weights of an expert of rank 1 there.
+        sizes[tower][linear] is in + out, the weights of an expert of rank 1 there. What all methods are to train is
+        `settings.budget.weights(settings.lora.rank, sizes)`; `dmole.methods.budget.parity_rank` is the rank with which
+        an adapter on all candidates does.
         """
         return None
 
@@ -121,6 +153,20 @@ class Method(ABC):
         """The same for validation samples of the task that is being trained, before its stage ends."""
         return self.training_gates(batch)
 
+    def task_gates(self, batch: Batch, tasks: Sequence[Sequence[str]]) -> AbstractContextManager[None]:
+        """A context in which sample s uses the experts of the tasks `tasks[s]`; () is the base model alone.
+
+        Raises ValueError for a task without an expert, and for a method whose samples all use the same experts.
+        """
+        raise ValueError(
+            f"tasks: got {[list(names) for names in tasks[:3]]} for a model of {self.name}, whose samples all use the "
+            f"same experts; expected none. Leave it out."
+        )
+
+    def task_experts(self) -> dict[str, str]:
+        """The expert of each task, by the name that its weights have; {} where tasks have no experts of their own."""
+        return {}
+
     def loss(self, batch: Batch) -> Tensor:
         """The scalar to minimise: the model's own cross-entropy on the answer tokens, mean over the batch's tokens.
 
@@ -145,8 +191,45 @@ class Method(ABC):
         return {}
 
     def timings(self) -> dict[str, float]:
-        """Seconds spent in the method's own work (`proxy_seconds`, `router_seconds`), summed over the run."""
+        """Seconds spent in the method's own work by name ("proxy_seconds"), summed over the run.
+
+        They are columns of summary.csv, and the table of times shows each as a share of the run.
+        """
         return dict(self.profile.seconds)
+
+    def columns(self) -> dict[str, float | int | str | None]:
+        """Further columns of summary.csv. Called once, after the last evaluation."""
+        return {}
+
+
+class Pretrained(Method):
+    """The pretrained model as it is, with nothing trained and nothing added: row 0 of every matrix."""
+
+    @classmethod
+    def trained_weights(cls, settings: MethodSettings, sizes: Sizes) -> int:
+        return 0
+
+    def stages(self, stream: Stream) -> list[Stage]:
+        return []
+
+    def begin_stage(self, stage: int, task: Task) -> None:
+        raise ValueError(f"stage: got {stage} ({task.name}); expected none, the pretrained model has no stages.")
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        return {}
+
+    def training_gates(self, batch: Batch) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def evaluation_gates(self, batch: Batch) -> AbstractContextManager[RoutingRecord | None]:
+        return nullcontext()
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, JSON]]:
+        return {}, {}
+
+    def load_state(self, tensors: Mapping[str, Tensor], meta: Mapping[str, JSON]) -> None:
+        if tensors or meta:
+            raise ValueError(f"state: got {sorted(tensors) + sorted(meta)}; expected none of the pretrained model.")
 
 
 def answer_loss(vlm: VisionLanguageModel, batch: Batch) -> Tensor:

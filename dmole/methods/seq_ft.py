@@ -37,10 +37,12 @@ class SeqFt(SingleAdapter):
 
     name: ClassVar[str] = "seq_ft"
     Options: ClassVar[type[Any]] = SeqFtOptions
+    time_baseline: ClassVar[bool] = True
 
     def __init__(self, vlm: VisionLanguageModel, settings: MethodSettings, *, seed: int) -> None:
         super().__init__(vlm, settings, seed=seed)
         self.mode = settings.options_as(SeqFtOptions).mode
+        self.plain_lora = self.mode == "continue"
 
     def begin_stage(self, stage: int, task: Task) -> None:
         if stage == 1 or self.mode == "merge_and_restart":

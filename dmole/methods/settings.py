@@ -6,12 +6,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from dmole.config_error import ConfigError, require
-
-if TYPE_CHECKING:
-    from dmole.methods.dmole.settings import DMoLESettings
+from dmole.methods.budget import BudgetSettings
 
 T = TypeVar("T")
 
@@ -20,7 +18,7 @@ T = TypeVar("T")
 class LoraSettings:
     """One LoRA expert, `y += alpha / rank * dropout(x) A^T B^T`; the defaults are D-MoLE's."""
 
-    # Rank of A and B. Methods with one adapter get the rank that trains as many weights as D-MoLE's budget.
+    # Rank of A and B. Methods with one adapter get the rank that trains as many weights as the budget.
     rank: int = 8
     # The expert's output is multiplied by alpha / rank.
     alpha: float = 16.0
@@ -35,21 +33,15 @@ class LoraSettings:
         require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "a number in [0, 1)")
 
 
-def _dmole_settings() -> DMoLESettings:
-    from dmole.methods.dmole.settings import DMoLESettings
-
-    return DMoLESettings()
-
-
 @dataclass(frozen=True, kw_only=True)
 class MethodSettings:
-    """What one method is given: the common adapter settings and the options of its own file."""
+    """What one method is given: the common adapter settings, the budget and the options of its own file."""
 
     lora: LoraSettings = field(default_factory=LoraSettings)
     # Regular expression searched in the qualified names of the candidate linears; "" keeps all of them.
     candidates: str = ""
-    # D-MoLE's settings, whichever the method: its budget decides how many weights the others train (equal counts).
-    dmole: DMoLESettings = field(default_factory=_dmole_settings)
+    # How many weights a task may train: the same for every method.
+    budget: BudgetSettings = field(default_factory=BudgetSettings)
     options: Any = None
 
     def options_as(self, kind: type[T]) -> T:
@@ -62,13 +54,18 @@ class MethodSettings:
 
     def select_candidates(self, candidates: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
         """The candidate linears of each tower whose qualified name matches `candidates`, in the given order."""
-        pattern = re.compile(self.candidates)
-        chosen = {tower: tuple(name for name in names if pattern.search(name)) for tower, names in candidates.items()}
-        for tower, names in chosen.items():
-            if not names:
-                example = candidates[tower][0] if candidates[tower] else "none at all"
-                raise ConfigError(
-                    f"candidates is {self.candidates!r}, which matches no linear of the {tower} tower; "
-                    f"expected a regular expression found in names such as {example!r}."
-                )
-        return chosen
+        return select_candidates(self.candidates, candidates)
+
+
+def select_candidates(wanted: str, candidates: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    """The linears of each tower in whose qualified name the expression `wanted` is found, in the given order."""
+    pattern = re.compile(wanted)
+    chosen = {tower: tuple(name for name in names if pattern.search(name)) for tower, names in candidates.items()}
+    for tower, names in chosen.items():
+        if not names:
+            example = candidates[tower][0] if candidates[tower] else "none at all"
+            raise ConfigError(
+                f"candidates is {wanted!r}, which matches no linear of the {tower} tower; "
+                f"expected a regular expression found in names such as {example!r}."
+            )
+    return chosen

@@ -8,6 +8,7 @@ exactly its base layer. The functions here work on what `attach` returns, ``{qua
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
@@ -87,6 +88,11 @@ def detach(model: nn.Module, adapters: Mapping[str, MultiLoRALinear]) -> None:
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
+
+
+def expert_name(position: int, task: str) -> str:
+    """A name that a module may have ("." may not be in it): ``expert_name(3, "VQA 2.0") == "t03_VQA_2_0"``."""
+    return f"t{position:02d}_" + re.sub(r"[^0-9A-Za-z_]", "_", task)
 
 
 def add_experts(

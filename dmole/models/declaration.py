@@ -12,13 +12,12 @@ Towers, candidates and rows are found by rules that read the model (`dmole.model
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from dmole.config_error import ConfigError, require
+from dmole.config_error import ConfigError, did_you_mean, require
 
 Rows = Literal["auto", "tokens", "images", "tiles", "padded"]
 Labels = Literal["prefix", "assistant_mask"]
@@ -103,9 +102,8 @@ def read_declaration(plain: Mapping[str, Any]) -> Declaration:
     values = dict(plain)
     for key in values:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, 1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"declaration: got the key {key!r}; expected some of {', '.join(known)}.{hint}")
+            hint = did_you_mean(str(key), known)
+            raise ConfigError(f"declaration: got the key {key!r}; {hint} Expected some of {', '.join(known)}.")
     for key in ("candidates", "plain_markers"):
         if isinstance(values.get(key), list):
             values[key] = tuple(values[key])

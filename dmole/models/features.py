@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -106,7 +107,13 @@ def _outputs(model: nn.Module, tower: nn.Module, inputs: Mapping[str, Tensor]) -
     caught: list[tuple[Tensor, Tensor | None]] = []
     names = inspect.signature(tower.forward).parameters
 
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    owner = threading.get_ident()
+
+    def hook(_: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
+        # Another thread that runs the model meanwhile calls this hook too, without kwargs if it is just being removed.
+        if threading.get_ident() != owner:
+            return
+        kwargs, output = rest
         masks = {**dict(zip(names, args, strict=False)), **kwargs}
         for hidden in _hidden(output):
             caught.append((hidden, _visible(hidden, masks, inputs)))

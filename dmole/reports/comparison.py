@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dmole.metrics import METRICS
-from dmole.metrics.continual import (
+from dmole.reports.continual import (
     Array,
     Interval,
     aggregates,

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from dmole.metrics.continual import Array, check_matrix
+from dmole.reports.continual import Array, check_matrix
 
 
 def save_matrix_picture(path: Path, matrix: Array, tasks: Sequence[str], *, title: str = "") -> None:

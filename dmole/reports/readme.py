@@ -7,8 +7,9 @@ A file asks for a table between two markers, which stay:
     (made by `dmole readme`)
     <!-- /results -->
 
-The words after `results:` are the table's name, the results folder relative to the file (`admission`: a CSV), and for
-`comparison` the two methods. `dmole readme --check` compares without writing; a test does the same.
+The words after `results:` are the table's name, the results folder relative to the file, and for `comparison` the two
+methods. `csv` shows a CSV file, of which the further words name the columns. `dmole readme --check` compares without
+writing; a test does the same.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,9 +17,8 @@ from pathlib import Path
 
 from dmole.files import write_atomically
 from dmole.reports import markers
-from dmole.reports.admission import admission_table
 from dmole.reports.comparison import compare, comparison_table
-from dmole.reports.stored import ResultsError, StoredRun, read_runs
+from dmole.reports.stored import ResultsError, StoredRun, read_csv, read_runs
 from dmole.reports.tables import (
     Table,
     conventions_table,
@@ -41,15 +41,25 @@ TABLES: Mapping[str, Callable[[Sequence[StoredRun]], Table]] = {
 
 def render(words: Sequence[str], folder: Path) -> str:
     """The Markdown that one marker asks for; `folder` is where the marked file lies."""
-    usage = f"{' '.join(words)!r}; expected one of {', '.join(TABLES)}, admission or comparison, then a path"
+    usage = f"{' '.join(words)!r}; expected one of {', '.join(TABLES)}, comparison or csv, then a path"
     if len(words) == 4 and words[0] == "comparison":
         runs = read_runs(folder / words[1])
         return comparison_table(compare(runs, words[2], words[3])).markdown()
-    if len(words) == 2 and words[0] == "admission":
-        return admission_table(folder / words[1]).markdown()
+    if len(words) >= 2 and words[0] == "csv":
+        return csv_table(folder / words[1], words[2:]).markdown()
     if len(words) != 2 or words[0] not in TABLES:
         raise ResultsError(f"marker has {usage} (comparison: and two methods).")
     return TABLES[words[0]](read_runs(folder / words[1])).markdown()
+
+
+def csv_table(path: Path, columns: Sequence[str] = ()) -> Table:
+    """A CSV file as it is, or these columns of it."""
+    header, rows = read_csv(path)
+    if absent := [column for column in columns if column not in header]:
+        raise ResultsError(f"{path}: got no column {', '.join(absent)}; expected some of {', '.join(header)}.")
+    shown = tuple(columns) or tuple(header)
+    cells = tuple(tuple(row[header.index(column)] for column in shown) for row in rows)
+    return Table(title=path.stem, columns=shown, rows=cells)
 
 
 def filled(path: Path) -> str:

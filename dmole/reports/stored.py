@@ -2,8 +2,8 @@
 """Results as they lie on disk, read strictly: a file that is missing or malformed is an error that names it.
 
 A results folder holds `summary.csv` and `runs/<method>-seed<k>-<order>/`; the files of a run are listed in
-`dmole/runs/results.py`. Reading is kept apart from writing, so that `verify` finds what writing did wrong; the metrics
-are the same code.
+`dmole/reports/run_files.py`. Reading is kept apart from writing, so that `verify` finds what writing did wrong; the
+metrics are the same code.
 """
 
 import csv
@@ -11,13 +11,14 @@ import gzip
 import json
 import math
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from dmole.files import JSON
-from dmole.metrics.continual import Array
+from dmole.reports.continual import Array
 
 FINISHED = "result.json"
 
@@ -142,6 +143,11 @@ def read_csv(path: Path) -> tuple[list[str], list[list[str]]]:
         if len(row) != len(rows[0]):
             raise ResultsError(f"{path}:{number}: has {len(row)} cells; expected {len(rows[0])}. Run it again.")
     return rows[0], rows[1:]
+
+
+def ratio_columns(header: Iterable[str]) -> dict[str, str]:
+    """{column: method} of the columns of profile.csv that divide by the step time of a method's run."""
+    return {name: name.removeprefix("times_") for name in header if name.startswith("times_")}
 
 
 def read_matrix(path: Path) -> tuple[tuple[str, ...], Array]:

@@ -17,12 +17,12 @@ import numpy as np
 import rich.table
 from rich.markup import escape
 
-from dmole.metrics.continual import other_conventions
-from dmole.reports.stored import StoredRun, read_predictions
+from dmole.reports.continual import other_conventions
+from dmole.reports.stored import StoredRun, ratio_columns, read_csv, read_predictions
 
 CONVENTION = (
-    "AVG, Last, BWT: D-MoLE Eq. 16-18, mean over tasks, points; stage 0 (untrained) counts in none of them, "
-    "except that Last is stage 0 for zero_shot and the diagonal for finetune"
+    "AVG, Last, BWT: D-MoLE Eq. 16-18, mean over tasks, points; stage 0 (untrained) counts in none of them, except "
+    "that Last is stage 0 for a method without stages and the diagonal for one that tests each stage's own task only"
 )
 
 
@@ -143,7 +143,7 @@ def summary_table(runs: Sequence[StoredRun]) -> Table:
 
 
 def last_table(runs: Sequence[StoredRun]) -> Table:
-    """Last score of every task: A[N][i], for Finetune A[i][i], for Zero-shot A[0][i]. One row per task."""
+    """Score of every task in its final row: A[N][i] for a sequential method. One row per task."""
 
     def value(task: str) -> Callable[[StoredRun], float | None]:
         return lambda run: final_points(run).get(task)
@@ -272,22 +272,32 @@ def time_table(runs: Sequence[StoredRun]) -> Table:
     def step(run: StoredRun) -> float | None:
         return (run.result.get("profile") or {}).get("step_ms")
 
-    rivals = {(run.seed, run.order): step(run) for run in runs if run.method == "seq_ft"}
+    steps = {(run.folder.parent, run.method, run.seed, run.order): step(run) for run in runs}
 
-    def ratio(run: StoredRun) -> float | None:
-        own, rival = step(run), rivals.get((run.seed, run.order))
-        return own / rival if own and rival else None
+    def ratio(baseline: str) -> Callable[[StoredRun], float | None]:
+        def value(run: StoredRun) -> float | None:
+            own, theirs = step(run), steps.get((run.folder.parent, baseline, run.seed, run.order))
+            return own / theirs if own and theirs else None
 
+        return value
+
+    own = dict.fromkeys(name for run in runs for name in run.summary if name.endswith("_seconds"))
+    work = {name: name.removesuffix("_seconds") for name in own if name != "train_seconds"}
     columns = {
         "train s": _summary("train_seconds"),
         "test s": tested,
-        "step / Seq-FT's": ratio,
-        "proxy s": _summary("proxy_seconds"),
-        "router s": _summary("router_seconds"),
-        "proxy % of run": share("proxy_seconds"),
-        "router % of run": share("router_seconds"),
+        **{f"step / {baseline}'s": ratio(baseline) for baseline in _baselines(runs)},
+        **{f"{name} s": _summary(column) for column, name in work.items()},
+        **{f"{name} % of run": share(column) for column, name in work.items()},
     }
     return _by_group("Time", runs, columns, caption="run: train + test", digits={"train s": 0, "test s": 0})
+
+
+def _baselines(runs: Sequence[StoredRun]) -> list[str]:
+    """The methods by whose step times profile.csv divides."""
+    files = dict.fromkeys(run.folder.parent.parent / "profile.csv" for run in runs)
+    found = [ratio_columns(read_csv(file)[0]).values() for file in files if file.is_file()]
+    return list(dict.fromkeys(name for names in found for name in names))
 
 
 def several_experts(run: StoredRun) -> float | None:

@@ -19,13 +19,14 @@ from typing import Any
 
 from dmole.config import fingerprint
 from dmole.metrics import METRICS
-from dmole.metrics.continual import aggregates
+from dmole.reports.continual import aggregates
 from dmole.reports.routing_statistics import routing_statistics
 from dmole.reports.stored import (
     ResultsError,
     StoredPrediction,
     StoredReference,
     StoredRun,
+    ratio_columns,
     read_csv,
     read_json,
     read_predictions,
@@ -270,7 +271,7 @@ def _verify_summary(results: Path, runs: Sequence[StoredRun], report: Verificati
 
 
 def _verify_profile(results: Path, runs: Sequence[StoredRun], report: Verification) -> None:
-    """The step times of profile.csv are those of result.json, and their ratio to Seq-FT's is right."""
+    """The step times of profile.csv are those of result.json, and their ratios to the baselines' are right."""
     path = results / "profile.csv"
     if not path.exists():
         return
@@ -283,10 +284,11 @@ def _verify_profile(results: Path, runs: Sequence[StoredRun], report: Verificati
         _expect(report, "profile.csv", f"row {' '.join(key)}", "no row", "a row")
     for key, cells in rows.items():
         where, own = f"row {' '.join(key)}", times.get(key)
-        rival = times.get(("seq_ft", *key[1:]))
         _expect(report, "profile.csv", f"{where}, step_ms", _parsed(cells.get("step_ms")), own)
-        ratio = None if own is None or not rival else own / rival
-        _expect(report, "profile.csv", f"{where}, times_seq_ft", _parsed(cells.get("times_seq_ft")), ratio)
+        for column, baseline in ratio_columns(cells).items():
+            theirs = times.get((baseline, *key[1:]))
+            ratio = None if own is None or not theirs else own / theirs
+            _expect(report, "profile.csv", f"{where}, {column}", _parsed(cells[column]), ratio)
 
 
 def _keyed_rows(path: Path, report: Verification) -> dict[tuple[str, ...], dict[str, str]]:

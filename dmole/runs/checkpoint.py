@@ -11,7 +11,6 @@ one. Nothing is pickled. The newest one is the only one kept, and a damaged newe
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -22,7 +21,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dmole.files import JSON
+from dmole.files import JSON, file_digest, sealed_digest, synced_digest
 
 MANIFEST = "manifest.json"
 VERSION = 1
@@ -54,15 +53,15 @@ def save(root: Path, tensors: Mapping[str, Mapping[str, Tensor]], documents: Map
     for name, values in tensors.items():
         path = partial / f"{name}.safetensors"
         save_file({key: value.detach().contiguous() for key, value in values.items()}, path)
-        digests[path.name] = _sync_and_digest(path)
+        digests[path.name] = synced_digest(path)
     for name, document in documents.items():
         path = partial / f"{name}.json"
         path.write_text(json.dumps(document), encoding="utf-8")
-        digests[path.name] = _sync_and_digest(path)
+        digests[path.name] = synced_digest(path)
     body = {"version": VERSION, "files": digests}
     path = partial / MANIFEST
-    path.write_text(json.dumps({**body, "sha256": _digest_of(body)}, indent=1), encoding="utf-8")
-    _sync_and_digest(path)
+    path.write_text(json.dumps({**body, "sha256": sealed_digest(body)}, indent=1), encoding="utf-8")
+    synced_digest(path)
     folder = root / f"{number:06d}"
     os.rename(partial, folder)
     for old in finished:
@@ -88,7 +87,7 @@ def load(folder: Path) -> Checkpoint:
     if not isinstance(manifest, dict) or "files" not in manifest or "sha256" not in manifest:
         raise CheckpointError(_refusal(manifest_path, "is not a manifest"))
     body = {key: value for key, value in manifest.items() if key != "sha256"}
-    if manifest["sha256"] != _digest_of(body):
+    if manifest["sha256"] != sealed_digest(body):
         raise CheckpointError(_refusal(manifest_path, "was edited: its own sha256 does not match"))
     if manifest.get("version") != VERSION:
         raise CheckpointError(
@@ -112,31 +111,10 @@ def load(folder: Path) -> Checkpoint:
     return Checkpoint(folder=folder, tensors=tensors, documents=documents)
 
 
-def file_digest(path: Path) -> str:
-    """The sha256 of a file in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _slow(path)
-
-
 def _finished(root: Path) -> list[Path]:
     if not root.is_dir():
         return []
     return sorted((path for path in root.iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
-
-
-def _sync_and_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return file_digest(path)
-
-
-def _digest_of(body: JSON) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _slow(path: Path) -> str:
-    # Python 3.10 has no hashlib.file_digest.
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _refusal(path: Path, why: str) -> str:

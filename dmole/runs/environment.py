@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+import dmole
 from dmole.arithmetic import arithmetic
 from dmole.files import JSON
 from dmole.machine import processor_name, usable_cores
@@ -51,7 +52,7 @@ def _version(package: str) -> str | None:
 
 def _commit() -> str | None:
     """The commit of the source tree this package runs from, with "+" for local changes; None outside a tree."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(dmole.__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None
     try:

@@ -4,8 +4,8 @@
     seconds = steps * seconds of a step * 1.3 + answers * seconds of an answer
 
 One training batch and one generation batch of the user's own samples are timed on the pretrained model, after a first
-small one that loads kernels and fills caches. The factor stands for the experts, which are not placed yet. The proxy
-and the router of D-MoLE are not in it.
+small one that loads kernels and fills caches. The factor stands for the experts, which are not placed yet. What a
+method computes before and after training is not in it.
 
     memory = peak of the two batches + the run's copy of the weights + 16 bytes per trained weight
     disk   = 2 checkpoints of (experts of all stages * 4 + 8 bytes per trained weight) + 200 bytes per answer
@@ -25,13 +25,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
 
 from dmole.config import RunConfig
 from dmole.data.collate import collate
 from dmole.data.sample import Sample, Stream
 from dmole.machine import memory_gib, peak_memory_gib
+from dmole.methods import method_class
 from dmole.methods.base import Stage, answer_loss
+from dmole.methods.budget import linear_sizes
 from dmole.models.vision_language import VisionLanguageModel
 from dmole.runs.generation import generate
 from dmole.runs.plan import RunPlan
@@ -40,7 +41,7 @@ from dmole.training.acceleration import make_accelerator
 from dmole.training.batches import samples_per_step
 from dmole.training.stage_training import stage_steps
 
-# Step times of Seq-FT and D-MoLE on the mini model over a step without adapters.
+# Measured step times with experts, on a model of 7 M parameters, over a step without them.
 EXPERTS = 1.3
 BYTES_PER_ANSWER = 200
 GIB = 2**30
@@ -151,11 +152,12 @@ def _answer(model: VisionLanguageModel, samples: Sequence[Sample], config: RunCo
         generate(model, batch, config.evaluation, [str(number) for number in range(len(samples))])
 
 
-def trained_weights(model: nn.Module, config: RunConfig, candidates: dict[str, tuple[str, ...]]) -> int:
-    """About how many weights a stage trains, the same for every method: rank x (in + out) over D-MoLE's budget."""
-    layers = [cast(nn.Linear, model.get_submodule(name)) for names in candidates.values() for name in names]
-    every = config.lora.rank * sum(layer.in_features + layer.out_features for layer in layers)
-    return math.ceil(every * config.method_settings("dmole").dmole.budget_fraction)
+def trained_weights(method: str, config: RunConfig, model: VisionLanguageModel) -> int:
+    """About how many weights a stage trains: what the method says, or the budget where only data decide."""
+    settings = config.method_settings(method)
+    sizes = linear_sizes(model.model, settings.select_candidates(model.candidates))
+    known = method_class(method).trained_weights(settings, sizes)
+    return math.ceil(config.budget.weights(config.lora.rank, sizes)) if known is None else known
 
 
 def estimate(
@@ -166,11 +168,10 @@ def estimate(
     rates: Rates,
 ) -> Estimate:
     """The costs of `plans` at these rates."""
-    settings = config.method_settings(plans[0].method)
-    trained = trained_weights(model.model, config, settings.select_candidates(model.candidates))
+    trained = {method: trained_weights(method, config, model) for method in {plan.method for plan in plans}}
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.model.state_dict().values())
     steps = answers = 0
-    checkpoint = 0.0
+    checkpoint = memory = 0.0
     for place, plan in enumerate(plans):
         tests = {task.name: len(task.test) for task in plan.stream.tasks}
         own = stages[plan.folder]
@@ -178,13 +179,14 @@ def estimate(
         answers += sum(tests[name] for stage in own for name in stage.evaluates)
         # Row 0 is measured once and read by the other runs.
         answers += sum(tests.values()) * (config.evaluation.zero_shot and place == 0)
-        checkpoint = max(checkpoint, trained * (4.0 * len(own) + 8.0 * bool(own)))
+        checkpoint = max(checkpoint, trained[plan.method] * (4.0 * len(own) + 8.0 * bool(own)))
+        memory = max(memory, 16.0 * trained[plan.method] * bool(own))
     costs = rates.costs
     return Estimate(
         seconds=steps * samples_per_step(config.training, 1) * costs.trained_sample + answers * costs.answer,
         steps=steps,
         answers=answers,
-        memory_bytes=rates.peak_bytes + weights + 16.0 * trained * (steps > 0),
+        memory_bytes=rates.peak_bytes + weights + memory,
         disk_bytes=2 * checkpoint + BYTES_PER_ANSWER * answers,
         device=rates.device,
     )

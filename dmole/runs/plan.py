@@ -23,13 +23,12 @@ from dmole.config_error import ConfigError
 from dmole.data.collate import conversation
 from dmole.data.images import image_size
 from dmole.data.sample import Stream
-from dmole.files import JSON
+from dmole.files import JSON, file_digest
 from dmole.methods import method_class
 from dmole.methods.base import Stage
 from dmole.models.chat_template import Conversation
 from dmole.models.prompt_checks import check_conversations
 from dmole.models.vision_language import VisionLanguageModel
-from dmole.runs import checkpoint
 from dmole.runs.evaluation import evaluated_stages
 from dmole.runs.progress import Costs
 from dmole.seeding import derived_generator
@@ -42,6 +41,7 @@ SHARED_SETTINGS = (
     "training",
     "evaluation",
     "lora",
+    "budget",
     "candidates",
     "threads",
     "declaration",
@@ -92,7 +92,6 @@ def plan_runs(config: RunConfig, stream: Stream, model: VisionLanguageModel, *, 
                     "base_weights": base,
                     "inputs": inputs,
                     "options": plain.get(method, {}),
-                    "dmole": plain["dmole"],
                     "processes": processes,
                     **shared,
                 }
@@ -143,7 +142,7 @@ def stream_digest(stream: Stream) -> str:
                 for image in sample.images:
                     if image not in images:
                         # Its bytes and not its name: a picture drawn anew under the old name is other data.
-                        images[image] = checkpoint.file_digest(image)
+                        images[image] = file_digest(image)
                 shown = [images[image] for image in sample.images]
                 parts = (task.name, task.metric, split, sample.id, shown, sample.instruction)
                 digest.update(json.dumps([*parts, sample.answers, sample.options]).encode())

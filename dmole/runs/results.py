@@ -1,140 +1,194 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder of one run, and the summary over runs. Every file is made from raw predictions and can be made again.
-
-config.json          method, seed, order of tasks, the whole configuration, its fingerprint
-environment.json     machine, versions, commit, threads, sha256 of the base weights
-matrix.csv           stage 0 .. N, one column per task in the order learned; empty = not measured
-predictions.jsonl.gz {"stage", "task", "id", "prediction", "route", "cut"}; route is null for unrouted methods; cut is
-                     true where generation stopped at evaluation.max_new_tokens
-references.jsonl.gz  {"task", "id", "metric", "answers", "options"}
-losses.csv           stage, task, step, loss
-result.json          aggregates, seconds, parameters, routing, well-formed shares, counts of cut answers, the cells that
-                     `evaluation` left out, the row of each task's final score, the method's own report
-"""
+"""The files of a run's folder (`dmole.reports.run_files` lists them), from its plan, its position and its rows."""
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
-import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
+import dataclasses
+import statistics
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from accelerate import Accelerator
 
-from dmole.data.sample import Stream
-from dmole.files import JSON, write_atomically
-from dmole.metrics.continual import aggregates
-from dmole.runs.evaluation import Prediction
-
-SUMMARY_COLUMNS = (
-    "method",
-    "seed",
-    "order",
-    "AVG",
-    "Last",
-    "BWT",
-    "trainable_parameters",
-    "train_seconds",
-    "proxy_seconds",
-    "router_seconds",
-    "routing_accuracy",
-    "base_model_share",
+from dmole.config import RunConfig
+from dmole.files import JSON, write_json
+from dmole.grown.saved import Base
+from dmole.grown.saved import write as write_model
+from dmole.machine import peak_memory_gib
+from dmole.methods.base import Method, Stage
+from dmole.reports.matrix import save_matrix_picture
+from dmole.reports.routing_statistics import routing_statistics
+from dmole.reports.run_files import (
+    PROFILE_PARTS,
+    SUMMARY_COLUMNS,
+    aggregate_columns,
+    matrix_of,
+    method_columns,
+    prediction_line,
+    write_csv,
+    write_lines,
+    write_matrix,
+    write_references,
 )
-PROFILE_PARTS = ("data", "forward", "backward", "optimizer")
+from dmole.runs.environment import describe_environment
+from dmole.runs.evaluation import Evaluation, final_rows
+from dmole.runs.plan import RunPlan
+from dmole.runs.position import Position
+from dmole.training.symptoms import below_zero_shot, flat_loss, malformed_answers
 
 
-def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """A CSV file, atomically; None and NaN are empty cells, floats keep all their digits."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows([_cell(value) for value in row] for row in rows)
-    write_atomically(path, text.getvalue().encode())
+def write_run_settings(plan: RunPlan, config: RunConfig, accelerator: Accelerator) -> None:
+    """config.json and environment.json."""
+    document = {
+        "method": plan.method,
+        "seed": plan.seed,
+        "order": plan.order,
+        "tasks": list(plan.stream.task_names),
+        "fingerprint": plan.fingerprint,
+        "identity": plan.identity,
+        "config": config.to_dict(),
+    }
+    write_json(plan.folder / "config.json", document)
+    environment = {
+        **describe_environment(),
+        "device": accelerator.device.type,
+        "processes": accelerator.num_processes,
+        "base_weights_sha256": plan.identity["base_weights"],
+    }
+    write_json(plan.folder / "environment.json", environment)
 
 
-def write_lines(path: Path, rows: Iterable[Mapping[str, JSON]]) -> None:
-    """One JSON object per line, gzip with no time stamp: equal rows give equal bytes."""
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_atomically(path, gzip.compress(text.encode(), compresslevel=6, mtime=0))
+def write_run_results(
+    plan: RunPlan,
+    config: RunConfig,
+    method: Method,
+    protocol: Sequence[Stage],
+    position: Position,
+    rows: Mapping[int, Evaluation],
+) -> list[str]:
+    """Every other file of the run's folder; returns the warnings about tasks that end below the pretrained model.
 
-
-def _cell(value: object) -> object:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    return repr(value) if isinstance(value, float) else value
-
-
-def matrix_of(points: Mapping[int, Mapping[str, float]], tasks: Sequence[str]) -> np.ndarray:
-    """A[t][i] as float64 [N + 1, N], NaN where `points[row][task]` was not measured."""
-    matrix = np.full((len(tasks) + 1, len(tasks)), np.nan)
-    for row, by_task in points.items():
-        for task, value in by_task.items():
-            matrix[row, tasks.index(task)] = value
-    return matrix
-
-
-def write_matrix(path: Path, matrix: np.ndarray, tasks: Sequence[str]) -> None:
-    """matrix.csv: the stage in front, then one column per task."""
-    write_csv(path, ("stage", *tasks), ([stage, *map(float, row)] for stage, row in enumerate(matrix)))
-
-
-def write_references(path: Path, stream: Stream) -> None:
-    """What the predictions are scored against."""
+    Args:
+        protocol: `method.stages(plan.stream)`, whatever `evaluation` leaves out of it.
+        position: That of the finished run, with the seconds of all its processes' lives.
+        rows: The rows of the matrix that were measured.
+    """
+    folder, tasks = plan.folder, list(plan.stream.task_names)
+    matrix = matrix_of({row: result.points for row, result in rows.items()}, tasks)
+    write_matrix(folder / "matrix.csv", matrix, tasks)
     write_lines(
-        path,
+        folder / "predictions.jsonl.gz",
+        (prediction_line(row, prediction) for row, result in rows.items() for prediction in result.predictions),
+    )
+    write_references(folder / "references.jsonl.gz", plan.stream)
+    write_csv(
+        folder / "losses.csv",
+        ("stage", "task", "step", "loss"),
         (
-            {
-                "task": task.name,
-                "id": sample.id,
-                "metric": task.metric,
-                "answers": list(sample.answers),
-                "options": list(sample.options),
-            }
-            for task in stream.tasks
-            for sample in task.test
+            (stage["stage"], stage["task"], step, loss)
+            for stage in position.stages
+            for step, loss in enumerate(stage["losses"], start=1)
         ),
+    )
+    saved_model = _save_model(plan, config, method)
+    save_matrix_picture(folder / "matrix.png", matrix, tasks, title=folder.name)
+    final = final_rows(protocol, tasks)
+    points = {row: result.points for row, result in rows.items()}
+    worse = below_zero_shot(points.get(0, {}), final, points)
+    flat = [flat_loss(stage["stage"], stage["task"], stage["losses"], config.training) for stage in position.stages]
+    malformed = [sentence for row in rows if row > 0 for sentence in malformed_answers(row, rows[row], tasks[:row])]
+    routing = _routing(tasks, rows)
+    # Shares over a part of the tasks would pass for those over all of them.
+    whole = len(tasks) in rows and set(rows[len(tasks)].points) == set(tasks)
+    last = (routing.get(str(len(tasks))) or {}) if whole else {}
+    counts = [stage["trainable_parameters"] for stage in position.stages]
+    profile, train_seconds = _profile(position)
+    profile["time_baseline"] = method.time_baseline
+    summary = {
+        "method": plan.method,
+        "seed": plan.seed,
+        "order": plan.order,
+        **aggregate_columns(matrix, [final[task] for task in tasks]),
+        "trainable_parameters": round(statistics.fmean(counts)) if counts else 0,
+        "train_seconds": round(train_seconds, 3),
+        "routing_accuracy": last.get("routing_accuracy"),
+        "base_model_share": last.get("base_model_share"),
+    }
+    assert tuple(summary) == SUMMARY_COLUMNS
+    summary |= method_columns(position.method_seconds, method.columns(), plan.method)
+    result = {
+        "summary": summary,
+        "trainable_parameters_by_stage": counts,
+        "profile": profile,
+        "routing": routing,
+        "validation_losses": {stage["task"]: stage["validation"] for stage in position.stages},
+        "well_formed": {str(row): result.well_formed for row, result in rows.items()},
+        "cut_at_max_new_tokens": {str(row): result.cut for row, result in rows.items()},
+        "final_rows": final,
+        "not_measured": _not_measured(matrix, tasks, protocol),
+        "warnings": [*(sentence for sentence in flat if sentence is not None), *malformed, *worse],
+        "method": method.report(),
+        "peak_memory_gib": round(peak_memory_gib(), 3),
+        "resumes": position.resumes,
+        "model": saved_model,
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    write_json(folder / "result.json", result)
+    return worse
+
+
+def _save_model(plan: RunPlan, config: RunConfig, method: Method) -> str:
+    """Writes `model/`; returns the digest of its document."""
+    training = config.training
+    base = Base(
+        # A folder by its whole path: the model may be loaded from another place.
+        model=str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model,
+        identity=method.vlm.base_identity(full=True if config.hash_weights else None),
+        inputs=method.vlm.inputs_digest(),
+        dtype=config.dtype,
+        quantization=config.quantization,
+        declaration=dataclasses.asdict(config.declaration),
+    )
+    return write_model(
+        plan.folder / "model",
+        method,
+        base=base,
+        tasks=[{"name": task.name, "metric": task.metric} for task in plan.stream.tasks],
+        generation=dataclasses.asdict(config.evaluation),
+        precision="bf16" if training.bf16 else "fp16" if training.fp16 else "no",
     )
 
 
-def prediction_line(stage: int, prediction: Prediction) -> dict[str, JSON]:
-    """One line of predictions.jsonl.gz."""
-    route = None if prediction.route is None else list(prediction.route)
-    return {
-        "stage": stage,
-        "task": prediction.task,
-        "id": prediction.id,
-        "prediction": prediction.text,
-        "route": route,
-        "cut": prediction.cut,
+def _routing(tasks: Sequence[str], rows: Mapping[int, Evaluation]) -> dict[str, dict[str, float]]:
+    """`routing_statistics` of every row in which samples were routed."""
+    found = {row: routing_statistics(result.predictions, tasks[:row]) for row, result in rows.items() if row > 0}
+    return {str(row): shares for row, shares in found.items() if shares}
+
+
+def _not_measured(matrix: np.ndarray, tasks: Sequence[str], protocol: Sequence[Stage]) -> list[list[JSON]]:
+    """[row, task] of each cell that the method's protocol measures and `evaluation` leaves out."""
+    planned = [(0, task) for task in tasks]
+    planned += [(stage.row, task) for stage in protocol for task in tasks if task in stage.evaluates]
+    return [[row, task] for row, task in planned if np.isnan(matrix[row, tasks.index(task)])]
+
+
+def _profile(position: Position) -> tuple[dict[str, JSON], float]:
+    """Where the time went, and how much of it was training."""
+    seconds, timings = position.profile, position.method_seconds
+    steps = sum(stage["steps"] for stage in position.stages)
+    by_part = {part: 1000 * seconds.get(part, 0.0) / steps for part in PROFILE_PARTS} if steps else {}
+    train = sum(seconds.get(part, 0.0) for part in (*PROFILE_PARTS, "begin_stage", "end_stage"))
+    evaluation = sum(value for part, value in seconds.items() if part.startswith("evaluation_"))
+    total = train + evaluation
+    profile = {
+        "seconds": {part: round(value, 3) for part, value in sorted(seconds.items())},
+        "method_seconds": {name: round(value, 3) for name, value in sorted(timings.items())},
+        "method_share_of_run": {name: value / total for name, value in sorted(timings.items())} if total else {},
+        "evaluation_seconds": round(evaluation, 3),
+        "steps": steps,
+        "step_ms": sum(by_part.values()) if steps else None,
+        "step_ms_by_part": by_part,
     }
-
-
-def summary_row(result: Mapping[str, JSON]) -> list[object]:
-    """The run's row of summary.csv from its result.json; see `dmole.metrics.continual` for the three aggregates."""
-    return [result["summary"][column] for column in SUMMARY_COLUMNS]
-
-
-def aggregate_columns(matrix: np.ndarray, final_rows: Sequence[int]) -> dict[str, float | None]:
-    """AVG, Last and BWT by D-MoLE's equations; None where a cell that they need was not measured."""
-    values = aggregates(matrix, final_rows)
-    return {"AVG": values.avg, "Last": values.last, "BWT": values.bwt}
-
-
-def write_summary(output: Path) -> None:
-    """`<output>/summary.csv` and `<output>/profile.csv` from every finished run below `<output>/runs`."""
-    results = [json.loads(path.read_bytes()) for path in sorted((output / "runs").glob("*/result.json"))]
-    write_csv(output / "summary.csv", SUMMARY_COLUMNS, (summary_row(result) for result in results))
-    steps = {(r["summary"]["seed"], r["summary"]["order"], r["summary"]["method"]): r["profile"] for r in results}
-    rows: list[list[object]] = []
-    for (seed, order, method), profile in steps.items():
-        if profile["step_ms"] is None:
-            continue
-        rival = steps.get((seed, order, "seq_ft"))
-        parts = [profile["step_ms_by_part"].get(part, 0.0) for part in PROFILE_PARTS]
-        ratio = None if rival is None or rival["step_ms"] is None else profile["step_ms"] / rival["step_ms"]
-        rows.append([method, seed, order, *parts, profile["step_ms"], ratio, profile["evaluation_seconds"]])
-    header = ("method", "seed", "order", *(f"{part}_ms" for part in PROFILE_PARTS), "step_ms", "times_seq_ft")
-    write_csv(output / "profile.csv", (*header, "evaluation_seconds"), rows)
+    return profile, train

@@ -19,10 +19,12 @@ from pathlib import Path
 
 from accelerate import PartialState
 
+import dmole
 from dmole.arithmetic import arithmetic
 from dmole.config import RunConfig, fingerprint
 from dmole.files import JSON, write_atomically
-from dmole.methods import method_class
+from dmole.methods.base import Pretrained
+from dmole.methods.settings import MethodSettings
 from dmole.models.vision_language import VisionLanguageModel
 from dmole.profile import Profile
 from dmole.runs.checkpoint import CheckpointError
@@ -31,7 +33,7 @@ from dmole.runs.evaluation import Evaluation, Prediction, evaluate, generation_q
 from dmole.runs.plan import RunPlan, fresh_copy
 from dmole.training.acceleration import make_accelerator
 
-ZERO_SHOT = "zero_shot"
+SHARED_ROWS = "zero_shot"
 
 
 def row_bytes(result: Evaluation) -> bytes:
@@ -63,7 +65,7 @@ def shared_row_file(output: Path, plan: RunPlan) -> Path:
     settings = plan.identity["evaluation"]
     decides["evaluation"] = {name: settings[name] for name in settings if name not in ("stages", "zero_shot")}
     made_with = {"arithmetic": arithmetic(), "packages": package_versions(), "source": _source_digest()}
-    return output / ZERO_SHOT / f"{fingerprint({**decides, **made_with})}.json"
+    return output / SHARED_ROWS / f"{fingerprint({**decides, **made_with})}.json"
 
 
 def zero_shot_row(
@@ -84,7 +86,7 @@ def zero_shot_row(
         result = _read_shared(file)
         after_batch(sum(len(task.test) for task in plan.stream.tasks))
         return result
-    method = method_class(ZERO_SHOT)(fresh_copy(base), config.method_settings(ZERO_SHOT), seed=0)
+    method = Pretrained(fresh_copy(base), MethodSettings(), seed=0)
     tasks = sorted(plan.stream.tasks, key=lambda task: task.name)
     queue = generation_queue(base, tasks, config.evaluation.per_device_eval_batch_size)
     # A profile of its own: later runs read this row from its file, so it is in no run's time.
@@ -129,7 +131,7 @@ def _digest(data: bytes) -> str:
 @functools.cache
 def _source_digest() -> str:
     """The sha256 over the source of this package."""
-    root = Path(__file__).parent
+    root = Path(dmole.__file__).parent
     digest = hashlib.sha256()
     for file in sorted(root.rglob("*.py")):
         digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())

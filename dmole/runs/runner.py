@@ -9,7 +9,7 @@
             steps                 checkpoint every `training.save_steps`
             end_stage             checkpoint       phase "evaluate"
             evaluation            stages/<row>.json, checkpoint       phase "begin" of the next stage
-        results                   see `dmole.runs.results`
+        results                   see `dmole.reports.run_files`
 
 A process killed anywhere goes on from the last checkpoint and meets the same numbers, because everything random is
 seeded by name (`dmole.seeding`) or saved (the optimizer, dropout's random state). The number of threads is a setting,
@@ -31,14 +31,14 @@ from dmole.config import RunConfig
 from dmole.machine import usable_cores
 from dmole.methods.base import Stage
 from dmole.models.vision_language import VisionLanguageModel
+from dmole.reports.run_files import write_summary
 from dmole.runs.estimate import estimate, measure
 from dmole.runs.interruption import StopSignals
 from dmole.runs.plan import RunPlan, check_folder, check_plan, check_samples, plan_runs, work_units
 from dmole.runs.progress import Costs, RunProgress
-from dmole.runs.results import write_summary
-from dmole.runs.rows import ZERO_SHOT
+from dmole.runs.rows import SHARED_ROWS
 from dmole.runs.single_run import SingleRun
-from dmole.sources import open_model, open_stream
+from dmole.sources import check_named, open_model, open_stream
 from dmole.training.acceleration import make_accelerator, place
 
 
@@ -49,6 +49,7 @@ def run(config: RunConfig, *, console: Console | None = None, fresh: bool = Fals
     Raises ValueError (`ConfigError`, `DataError`, `CheckpointError`) before any training for whatever cannot be run,
     and `dmole.runs.interruption.Interrupted` after SIGINT or SIGTERM, once a checkpoint is saved.
     """
+    check_named(config)
     console = console or Console()
     output = Path(config.output)
     with _torch_settings(config):
@@ -70,7 +71,7 @@ def run(config: RunConfig, *, console: Console | None = None, fresh: bool = Fals
         if fresh and accelerator.is_main_process:
             for plan in plans:
                 shutil.rmtree(plan.folder, ignore_errors=True)
-            shutil.rmtree(output / ZERO_SHOT, ignore_errors=True)
+            shutil.rmtree(output / SHARED_ROWS, ignore_errors=True)
         accelerator.wait_for_everyone()
         for plan in plans:
             check_folder(plan)

@@ -23,7 +23,7 @@ from dmole.runs.interruption import StopSignals
 from dmole.runs.plan import RunPlan, fresh_copy
 from dmole.runs.position import CHECKPOINTS, Position, read_position, save_position, stage_of
 from dmole.runs.progress import RunProgress
-from dmole.runs.result_files import write_run_results, write_run_settings
+from dmole.runs.results import write_run_results, write_run_settings
 from dmole.runs.rows import read_row, row_bytes, shared_row_file, zero_shot_row
 from dmole.seeding import derived_seed
 from dmole.training.acceleration import make_accelerator, tracking
@@ -71,7 +71,7 @@ class SingleRun:
             self._warn(
                 *write_run_results(
                     self.plan,
-                    self.config.training,
+                    self.config,
                     self.method,
                     self.protocol,
                     self.position,

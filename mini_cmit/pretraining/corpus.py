@@ -25,8 +25,7 @@ import numpy as np
 import torch
 
 from dmole.arithmetic import arithmetic
-from dmole.files import write_atomically
-from dmole.runs.checkpoint import file_digest
+from dmole.files import file_digest, write_atomically
 from mini_cmit.model.stem import STEM_CHANNELS, STEM_STRIDE, EfficientNetLite0, stem_digest
 from mini_cmit.pretraining.scene import SIDE, Scene, Turn
 from mini_cmit.tasks.build import material_origin

@@ -90,6 +90,7 @@ def toy_config(toy_folder: Path, tmp_path: Path) -> Callable[..., RunConfig]:
             overrides=(
                 f"stream={toy_folder}",
                 "model=tiny",
+                "methods=[dmole, seq_ft]",
                 f"output={tmp_path / 'out'}",
                 "threads=1",
                 "training.num_train_epochs=1",

@@ -132,7 +132,7 @@ ERRORS: dict[str, tuple[list[str], str]] = {
     "no subcommand": (["tasks"], "dmole tasks: Missing command."),
     "missing argument": (["verify"], "dmole verify: Missing argument 'results'"),
     "unknown method": (["run", "--method", "dmol"], "error: methods has 'dmol'; did you mean 'dmole'?"),
-    "unknown recipe": (["run", "--recipe", "dmo"], "error: --recipe is 'dmo'; expected one of mini, demo"),
+    "unknown recipe": (["run", "--recipe", "dmo"], "error: --recipe is 'dmo'; expected one of demo, mini, paper"),
     "unknown setting": (["run", "--set", "training.epoch=3"], "error: unknown key 'training.epoch'"),
     "setting without value": (["run", "--set", "epochs"], "error: --set got 'epochs'; expected key=value"),
     "seed a word": (["run", "--seed", "0,x"], "error: --seed is 'x'; expected a whole number"),
@@ -146,7 +146,23 @@ ERRORS: dict[str, tuple[list[str], str]] = {
     "nothing to report": (["report", "/no/such/folder"], "error: /no/such/folder has no finished run"),
     "no stream": (["tasks", "check", "/no/such/folder"], "stream.yaml: file is missing"),
     "no readme": (["readme", "/no/such/README.md"], "error: /no/such/README.md: No such file or directory"),
-    "no model": (["run", "--model", "/no/such/model", "-o", "/no/such/output"], "error: "),
+    "no model": (
+        ["run", "mini", "--model", "/no/such/model", "-m", "dmole", "-o", "/no/such/output"],
+        "error: model: the folder '/no/such/model' does not exist; expected one, or a hub id",
+    ),
+    "no stream given": (
+        ["run", "--method", "dmole", "--model", "tiny"],
+        "error: stream: got none; expected a folder with stream.yaml, or one of mini. Give it with dmole run STREAM, "
+        "or a recipe that sets it with --recipe (registered: demo, mini, paper, released_code).",
+    ),
+    "no model given": (
+        ["run", "mini", "--method", "dmole"],
+        "error: model: got none; expected a folder or hub id of a model, or one of mini, tiny. Give it with --model",
+    ),
+    "no method given": (
+        ["run", "mini", "--model", "tiny"],
+        "error: methods: got none; expected names of dmole, finetune, joint, seq_ft, zero_shot. Give it with --method",
+    ),
 }
 
 
@@ -181,9 +197,9 @@ def test_bad_data_is_found_before_any_training(
 @pytest.mark.parametrize(
     ("setting", "expected"),
     [
-        ("dmole.budget_fraction=1.5", "budget"),
-        ("dmole.budget=1", "budget"),
-        ("dmole.budget=100000", "budget"),
+        ("budget.fraction=1.5", "budget: got 39 linears, more than the 26 candidates"),
+        ("budget.fraction=0.01", "budget: got 0 linears, smaller than one linear per tower"),
+        ("dmole.budget_fraction=0.5", "unknown key 'dmole.budget_fraction': it is now called budget.fraction"),
     ],
 )
 def test_budgets_that_cannot_be_met_are_found_before_any_training(
@@ -263,12 +279,8 @@ def test_a_missing_package_is_one_line_and_no_traceback(
     )
 
 
-def test_the_benchmark_by_its_name_is_trained_as_published() -> None:
-    nothing = dict.fromkeys(("stream", "methods", "seeds", "orders", "model", "recipe", "config", "output"))
-    named = run_config(**{**nothing, "stream": "mini"}, settings=["training.num_train_epochs=7"])  # type: ignore[arg-type]
-    published = RECIPES["mini"]()
-    assert (named.lora, named.test_samples) == (published.lora, published.test_samples)
-    assert (named.training.num_train_epochs, named.training.learning_rate) == (7, published.training.learning_rate)
-    assert (named.methods, named.seeds, named.output) == (("dmole", "seq_ft"), (0,), "runs")
-    own = run_config(**{**nothing, "stream": "my_stream"}, settings=[])  # type: ignore[arg-type]
-    assert own.lora.rank == 8 and own.test_samples is None
+def test_a_name_alone_chooses_no_recipe() -> None:
+    named, recipe = config_of(stream="mini"), config_of(recipe="mini")
+    assert (named.stream, named.model, named.methods) == ("mini", "", ())  # type: ignore[attr-defined]
+    assert named.lora.rank == 8 and named.test_samples is None  # type: ignore[attr-defined]
+    assert recipe.to_dict() == RECIPES["mini"]().to_dict()  # type: ignore[attr-defined]

@@ -20,16 +20,18 @@ from dmole.config import (
     load_config,
 )
 from dmole.config_error import ConfigError
+from dmole.methods import method_names
+from dmole.methods.budget import BudgetSettings
 from dmole.methods.dmole.settings import DMoLESettings
 from dmole.training.settings import OWN_NAMES, REFUSED, RENAMED, WITHOUT_EFFECT, Schedule
 
 
 def test_plain_form_round_trips() -> None:
-    config = load_config(overrides=["dmole.budget_fraction=0.25", "dmole.router.top_k=1", "seeds=[3, 1]"])
+    config = load_config(overrides=["budget.fraction=0.25", "dmole.router.top_k=1", "seeds=[3, 1]"])
     plain = config.to_dict()
     assert json.loads(json.dumps(plain)) == plain
     assert build_config(plain).to_dict() == plain
-    assert plain["dmole"]["budget_fraction"] == 0.25
+    assert plain["budget"] == {"fraction": 0.25, "unit": "linear"}
     assert plain["dmole"]["router"]["top_k"] == 1
     assert plain["seeds"] == [3, 1]
 
@@ -46,9 +48,14 @@ def test_yaml_then_overrides(tmp_path: Path) -> None:
     assert config.method_settings("seq_ft").options.mode == "merge_and_restart"
 
 
-def test_every_method_is_told_dmoles_budget() -> None:
-    config = load_config(overrides=["methods=seq_ft", "dmole.budget_fraction=0.25"])
-    assert config.method_settings("seq_ft").dmole.budget_fraction == 0.25
+def test_every_method_is_told_the_budget() -> None:
+    config = load_config(overrides=["budget.fraction=0.25", "budget.unit=layer"])
+    for method in method_names():
+        assert config.method_settings(method).budget == BudgetSettings(fraction=0.25, unit="layer")
+
+
+def test_options_of_methods_that_do_not_run_are_not_part_of_the_run() -> None:
+    assert "dmole" not in load_config(overrides=["methods=seq_ft"]).to_dict()
 
 
 @pytest.mark.parametrize(
@@ -86,7 +93,10 @@ def test_every_method_is_told_dmoles_budget() -> None:
         ("lora.rank=0", r"lora.rank is 0"),
         ("seq_ft.mode=never", r"seq_ft.mode is 'never'; expected one of 'continue', 'merge_and_restart'"),
         ("methods=seqft", r"methods has 'seqft'; did you mean 'seq_ft'\?"),
-        ("methods=[]", r"methods is \(\); expected at least one method"),
+        ("budget.fraction=0", r"budget.fraction is 0.0; expected a number in \(0, 1\]"),
+        ("budget.unit=block", r"budget.unit is 'block'; expected one of 'linear', 'layer'"),
+        ("dmole.budget_fraction=0.5", r"unknown key 'dmole.budget_fraction': it is now called budget.fraction, for ev"),
+        ("dmole.unit=layer", r"unknown key 'dmole.unit': it is now called budget.unit, for every method. Rename it."),
         ("methods=[dmole, dmole]", r"methods is .*; expected each method once"),
         ("seeds=[0, 0]", r"seeds is \(0, 0\); expected each seed once"),
         ("seeds=[-1]", r"seeds is \(-1,\); expected integers of at least 0"),

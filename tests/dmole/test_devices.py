@@ -57,7 +57,8 @@ def test_a_run_makes_every_tensor_where_its_inputs_are(
         router=RouterSettings(epochs=2, margin=50.0),
     )
     model = build_tiny_model(0)
-    given = MethodSettings(lora=LoraSettings(rank=4, dropout=0.2), dmole=options)
+    lora = LoraSettings(rank=4, dropout=0.2)
+    given = MethodSettings(lora=lora, options=options if method_name == "dmole" else None)
     method = method_class(method_name)(model, given, seed=3)
     request.getfixturevalue("elsewhere")
     queue = generation_queue(model, validated_stream.tasks, 4)

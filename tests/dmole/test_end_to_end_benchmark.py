@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""benchmarks.end_to_end on the toy stream: two sides in turns, every part of the work booked."""
+"""mini_cmit.benchmarks.end_to_end on the toy stream: two sides in turns, every part of the work booked."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from benchmarks.end_to_end import Side, play, rows_of, summary
 from benchmarks.lora_providers import cpu_backends
 from benchmarks.machine import Machine
 from dmole.config import RunConfig
 from dmole.data.sample import Stream
 from dmole.models.vision_language import VisionLanguageModel
+from mini_cmit.benchmarks.end_to_end import Side, play, rows_of, summary
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Names of models and streams come from the entry points of installed packages; anything else is a folder."""
 
-import importlib.metadata
 import io
 from pathlib import Path
 
@@ -34,12 +33,6 @@ def install(site: Path, entry_points: str, code: str, monkeypatch: pytest.Monkey
     monkeypatch.syspath_prepend(str(site))
 
 
-def test_this_project_s_own_names_are_registered_like_anybody_s() -> None:
-    assert registered("dmole.models")["mini"].value == "mini_cmit.model.shipped:mini_folder"
-    assert registered("dmole.models")["tiny"].value == "mini_cmit.model.tiny:tiny_folder"
-    assert registered("dmole.streams")["mini"].value == "mini_cmit.stream:mini_stream"
-
-
 def test_a_name_that_nobody_registers_is_refused_with_those_that_are(screen: Console) -> None:
     with pytest.raises(ConfigError, match="model: got 'mimi', which is no folder; expected .*, or one of mini, tiny"):
         open_model(RunConfig(model="mimi"))
@@ -48,7 +41,7 @@ def test_a_name_that_nobody_registers_is_refused_with_those_that_are(screen: Con
 
 
 def test_without_any_registered_name_it_says_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dmole.sources.entry_points", lambda group: importlib.metadata.EntryPoints())
+    monkeypatch.setattr("dmole.registry._entry_points", lambda group, path: ())
     with pytest.raises(ConfigError, match="or a registered name, of which there is none: install dmole with pip"):
         open_model(RunConfig(model="mini"))
 

@@ -3,7 +3,9 @@
 
 from pathlib import Path
 
-from dmole.doctor import Finding, Requirement
+from packaging.requirements import Requirement
+
+from dmole.doctor import Finding
 from mini_cmit import doctor
 from mini_cmit.model.base import PROCESSOR_FILE, WEIGHTS_FILE
 
@@ -24,7 +26,7 @@ def test_the_shipped_model_is_whole_and_has_what_the_loader_asks_for() -> None:
 
 
 def test_packages_of_the_material_are_listed_by_name() -> None:
-    needed = [Requirement(name=name, versions="", extra="data") for name in ("numpy", "no-such-package")]
+    needed = [Requirement(f'{name}; extra == "data"') for name in ("numpy", "no-such-package")]
     finding = doctor.benchmark(needed)
     assert not finding.ok and finding.found == "lacks no-such-package"
     assert doctor.benchmark(needed[:1]).found == "all 1 packages"

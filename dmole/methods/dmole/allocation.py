@@ -14,12 +14,13 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
 from dmole.data.collate import collate
+from dmole.methods.budget import BudgetUnit, Candidates, capacities, group_by_unit
 from dmole.methods.dmole.curriculum import floor_count
 from dmole.models.adapters import as_pretrained
 from dmole.models.towers import VISION
@@ -32,86 +33,22 @@ if TYPE_CHECKING:
     from dmole.data.sample import Sample
     from dmole.models.vision_language import VisionLanguageModel
 
-BudgetUnit = Literal["linear", "layer"]
-Candidates = Mapping[str, Sequence[str]]
 
+def check_vision_floor(candidates: Candidates, *, budget: int, unit: BudgetUnit, vision_floor: float) -> None:
+    """Raises ValueError where the vision tower cannot take `vision_floor` of the budget and leave the other its unit.
 
-def layer_of(linear: str) -> str:
-    """The layer that a linear belongs to: its name up to the first number.
-
-    "vision_tower.encoder.layers.3.self_attn.q_proj" -> "vision_tower.encoder.layers.3".
-    """
-    parts = linear.split(".")
-    for i, part in enumerate(parts):
-        if part.isdigit():
-            return ".".join(parts[: i + 1])
-    raise ValueError(
-        f"candidates: got {linear!r}, which lies in no numbered layer; expected a name such as 'layers.3.q_proj'. "
-        f"Use unit='linear'."
-    )
-
-
-def group_by_unit(linears: Sequence[str], unit: BudgetUnit) -> dict[str, tuple[str, ...]]:
-    """What the budget counts: each linear by itself, or each layer with all its candidate linears. Order is kept."""
-    if unit not in get_args(BudgetUnit):
-        raise ValueError(f"unit: got {unit!r}; expected one of {get_args(BudgetUnit)}.")
-    if unit == "linear":
-        return {linear: (linear,) for linear in linears}
-    groups: dict[str, tuple[str, ...]] = {}
-    for linear in linears:
-        layer = layer_of(linear)
-        groups[layer] = (*groups.get(layer, ()), linear)
-    return groups
-
-
-def capacities(candidates: Candidates, unit: BudgetUnit) -> dict[str, int]:
-    """How many experts (unit "linear") or layers of experts (unit "layer") each tower has room for."""
-    return {tower: len(group_by_unit(linears, unit)) for tower, linears in candidates.items()}
-
-
-def check_budget(
-    candidates: Candidates, *, budget: int, unit: BudgetUnit = "linear", vision_floor: float = 0.0
-) -> None:
-    """Raises ValueError unless some split of ``budget`` gives every tower at least one unit and at most its candidates.
-
-    Reads names only, so it can (and does) run before any data is read or any step is trained.
+    Reads names only, so it runs before any data is read.
     """
     room = capacities(candidates, unit)
-    if not room:
-        raise ValueError("candidates: got no tower; expected linears of at least one of 'vision' and 'language'.")
-    for tower, n in room.items():
-        if n == 0:
-            raise ValueError(
-                f"candidates[{tower!r}]: got no linear; expected at least one. Widen the candidates filter or leave "
-                f"the {tower} tower out."
-            )
-    total = sum(room.values())
-    listed = ", ".join(f"{tower} {n}" for tower, n in room.items())
-    if budget > total:
-        raise ValueError(
-            f"budget: got {budget} {unit}s, more than the {total} candidates ({listed}). Lower budget_fraction to at "
-            f"most 1, or widen the candidates."
-        )
-    if budget < len(room):
-        raise ValueError(
-            f"budget: got {budget} {unit}s, smaller than one {unit} per tower ({listed}); expected at least "
-            f"{len(room)}. Raise budget_fraction."
-        )
     if "vision" in room:
         floor = floor_count(budget, vision_floor)
         most = min(room["vision"], budget - len(room) + 1)
         if floor > most:
+            listed = ", ".join(f"{tower} {n}" for tower, n in room.items())
             raise ValueError(
                 f"vision_floor: got {vision_floor}, which is {floor} of {budget} {unit}s; the vision tower can take "
-                f"at most {most} ({listed}). Lower vision_floor or budget_fraction."
+                f"at most {most} ({listed}). Lower vision_floor or budget.fraction."
             )
-
-
-def total_budget(candidates: Candidates, *, fraction: float, unit: BudgetUnit = "linear") -> int:
-    """B_total: ``fraction`` of all candidates, rounded half up. The paper's fraction is 0.5 (48 of 96 linears)."""
-    if not math.isfinite(fraction) or fraction <= 0:
-        raise ValueError(f"budget_fraction: got {fraction}; expected a share of the candidates in (0, 1], such as 0.5.")
-    return math.floor(fraction * sum(capacities(candidates, unit).values()) + 0.5)
 
 
 def allocate(

@@ -70,7 +70,7 @@ def split_budget(
         vision_floor: the smallest share of the budget that the tower named "vision" may get.
 
     No tower gets fewer than one expert or more than its candidates; what a full tower cannot take goes to the other.
-    Raises ValueError when no such split exists (``allocation.check_budget`` finds that out before training).
+    Raises ValueError when no such split exists (``methods.budget.check_budget`` finds that out before training).
     """
     towers = tuple(ratios)
     if set(towers) != set(capacities) or not 1 <= len(towers) <= 2:
@@ -111,6 +111,6 @@ def _bounded(tower: str, total: int, *, low: int, high: int, wanted: int, exact:
     if low > high or (exact and not low <= wanted <= high):
         raise ValueError(
             f"budget: got {total}; {tower} would have to hold at least {low} and at most {high} of it. Change "
-            f"budget_fraction, vision_floor or the candidates."
+            f"budget.fraction, vision_floor or the candidates."
         )
     return min(max(wanted, low), high)

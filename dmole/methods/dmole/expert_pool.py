@@ -6,7 +6,6 @@ Plain data, JSON in and out. The weights are in the model's `ExpertBank`s, under
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -33,11 +32,6 @@ class Placement:
         return tuple(name for names in self.linears.values() for name in names)
 
 
-def expert_name(position: int, task: str) -> str:
-    """A name that a module may have ("." may not be in it): ``expert_name(3, "VQA 2.0") == "t03_VQA_2_0"``."""
-    return f"t{position:02d}_" + re.sub(r"[^0-9A-Za-z_]", "_", task)
-
-
 class ExpertPool:
     """Placements in the order in which the tasks were met."""
 
@@ -62,6 +56,11 @@ class ExpertPool:
     def tasks(self) -> tuple[str, ...]:
         """The tasks that have experts, oldest first."""
         return tuple(self._placements)
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """Their names, in the same order."""
+        return tuple(placement.expert for placement in self)
 
     def add(self, placement: Placement) -> None:
         """Registers a task's experts; its task and its expert name must be new."""

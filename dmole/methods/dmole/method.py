@@ -17,43 +17,35 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from dmole.files import JSON
-from dmole.methods.base import Method, RoutingRecord, Sizes, answer_loss
-from dmole.methods.dmole.allocation import (
-    allocate,
-    allocate_uniformly,
-    capacities,
-    check_budget,
-    layer_scores,
-    proxy_subset,
-    total_budget,
-)
-from dmole.methods.dmole.curriculum import even_split, module_scores, proportional_split, split_budget, update_ratios
-from dmole.methods.dmole.expert_pool import ExpertPool, Placement, expert_name
-from dmole.methods.dmole.routing import FeatureStore, Router, router_features
+from dmole.methods.base import Method, RoutingRecord
+from dmole.methods.budget import Sizes, check_budget
+from dmole.methods.dmole.allocation import check_vision_floor
+from dmole.methods.dmole.expert_pool import ExpertPool, Placement
+from dmole.methods.dmole.placement import place_experts
+from dmole.methods.dmole.routing import FeatureStore, Router, encoded_features, shared_features, voted
 from dmole.methods.dmole.settings import DMoLESettings
+from dmole.methods.dmole.stage_memory import StageMemory
 from dmole.methods.settings import MethodSettings
 from dmole.models.adapters import (
     adapter_state,
     add_experts,
-    attach,
+    expert_name,
     expert_parameters,
     experts_on,
     freeze_expert,
     load_adapter_state,
 )
+from dmole.models.towers import VISION
 from dmole.seeding import derived_generator, derived_seed
-from dmole.training.processes import process, shared
 from dmole_kernels import ExpertGates
 
 if TYPE_CHECKING:
@@ -62,26 +54,12 @@ if TYPE_CHECKING:
     from dmole.models.vision_language import VisionLanguageModel
 
 
-@dataclass(frozen=True, kw_only=True)
-class _StageMemory:
-    """The running stage's training samples: z, and the index of the nearest old task (-1: none)."""
-
-    ids: tuple[str, ...]
-    features_ND: Tensor
-    neighbour_N: Tensor
-    row: Mapping[str, int]
-
-    @classmethod
-    def of(cls, ids: Sequence[str], features_ND: Tensor, neighbour_N: Tensor) -> _StageMemory:
-        row = {sample: i for i, sample in enumerate(ids)}
-        return cls(ids=tuple(ids), features_ND=features_ND, neighbour_N=neighbour_N, row=row)
-
-
 class DMoLE(Method):
     """D-MoLE as published; the ablations are settings (`dmole.methods.dmole.settings.ablated`)."""
 
     name: ClassVar[str] = "dmole"
     Options: ClassVar[type[Any]] = DMoLESettings
+    routed_by = "router"
 
     def __init__(self, vlm: VisionLanguageModel, settings: MethodSettings, *, seed: int) -> None:
         super().__init__(vlm, settings, seed=seed)
@@ -90,48 +68,30 @@ class DMoLE(Method):
             self.candidates = {self.options.towers: self.candidates[self.options.towers]}
         self.budget = self._checked_budget()
         self.gates = {tower: ExpertGates() for tower in self.candidates}
-        self.adapters = attach(
-            vlm.model,
-            self.candidates,
-            gates=self.gates,
-            dropout=settings.lora.dropout,
-            dropout_mode=settings.lora.dropout_mode,
-            rows=vlm.rows,
-        )
+        self.adapters = self.attached(self.gates)
         self.pool = ExpertPool()
         self.router = Router(self.options.router)
         self._features = FeatureStore(vlm, batch_size=self.options.router.feature_batch_size)
-        self._stage: _StageMemory | None = None
+        self._stage: StageMemory | None = None
         self.profile.seconds = {"proxy_seconds": 0.0, "router_seconds": 0.0}
 
-    @property
-    def _routed(self) -> bool:
-        return self.options.routing != "none"
-
     def _checked_budget(self) -> int:
-        unit = self.options.unit
-        budget = total_budget(self.candidates, fraction=self.options.budget_fraction, unit=unit)
-        check_budget(self.candidates, budget=budget, unit=unit, vision_floor=self.options.vision_floor)
+        unit, budget = self.settings.budget.unit, self.settings.budget.of(self.candidates)
+        check_budget(self.candidates, budget=budget, unit=unit)
+        check_vision_floor(self.candidates, budget=budget, unit=unit, vision_floor=self.options.vision_floor)
         return budget
 
     @classmethod
     def trained_weights(cls, settings: MethodSettings, sizes: Sizes) -> int:
         """The budget times the mean linear of the towers: which linears a task gets is decided by its data."""
-        options = settings.options_as(DMoLESettings)
-        used = {tower: linears for tower, linears in sizes.items() if options.towers in ("both", tower)}
-        names = {tower: tuple(linears) for tower, linears in used.items()}
-        budget = total_budget(names, fraction=options.budget_fraction, unit=options.unit)
-        share = budget / sum(capacities(names, options.unit).values())
-        return round(settings.lora.rank * share * sum(sum(linears.values()) for linears in used.values()))
+        towers = settings.options_as(DMoLESettings).towers
+        used = {tower: linears for tower, linears in sizes.items() if towers in ("both", tower)}
+        return round(settings.budget.weights(settings.lora.rank, used))
 
     def check(self, stream: Stream) -> None:
         self._checked_budget()
-        for task in stream.tasks:
-            if self._routed and self.options.router.threshold_from == "validation" and not task.validation:
-                raise ValueError(
-                    f"router.threshold_from: got 'validation' and task {task.name!r} has no validation samples; "
-                    f"expected some in every task. Add them or use 'train'."
-                )
+        if self.options.routing != "none":
+            self.options.router.check(stream)
 
     # Before training
 
@@ -139,8 +99,15 @@ class DMoLE(Method):
         if self._stage is not None:
             raise ValueError(f"stage: got {stage} while another one is open; expected end_stage first.")
         with self.profile.part("proxy_seconds"):
-            placement = self._place(stage, task)
-        if self._routed:
+            placement = place_experts(
+                self.vlm,
+                task,
+                self.candidates,
+                name=expert_name(len(self.pool) + 1, task.name),
+                settings=self.settings,
+                seed=derived_seed(self.seed, "proxy", stage),
+            )
+        if self.options.routing != "none":
             with self.profile.part("router_seconds"):
                 placement = self._open_stage(task, placement)
         self.pool.add(placement)
@@ -153,69 +120,19 @@ class DMoLE(Method):
             generator=derived_generator(self.seed, "expert", stage),
         )
 
-    def _place(self, stage: int, task: Task) -> Placement:
-        """Scores, budgets and linears of a new task (Eq. 3-5, 13-15)."""
-        options = self.options
-        room = capacities(self.candidates, options.unit)
-        scores: dict[str, dict[str, float]] = {}
-        towers: dict[str, float] = {}
-        if options.allocator == "uniform":
-            budgets = proportional_split(room, self.budget)
-            linears = allocate_uniformly(self.candidates, budgets, unit=options.unit)
-        else:
-            subset = proxy_subset(
-                task.train,
-                fraction=options.proxy_fraction,
-                minimum=options.proxy_min_samples,
-                seed=derived_seed(self.seed, "proxy", stage),
-            )
-            scores = layer_scores(
-                self.vlm,
-                subset,
-                loss=answer_loss,
-                candidates=self.candidates,
-                batch_size=options.proxy_batch_size,
-                method=options.proxy_method,
-            )
-            towers = module_scores(scores, aggregation=options.score_aggregation)
-            if options.curriculum:
-                ratios = update_ratios(towers)
-                budgets = split_budget(ratios, room, self.budget, vision_floor=options.vision_floor)
-            else:
-                budgets = even_split(room, self.budget)
-            linears = allocate(scores, budgets, unit=options.unit)
-        return Placement(
-            task=task.name,
-            expert=expert_name(len(self.pool) + 1, task.name),
-            rank=self.settings.lora.rank,
-            alpha=self.settings.lora.alpha,
-            linears=linears,
-            budgets=budgets,
-            module_scores=towers,
-            scores=scores,
-        )
-
     def _open_stage(self, task: Task, placement: Placement) -> Placement:
         """The task's features, and who is nearest to each of its samples; returns the placement with their counts."""
         features_ND = self._fresh_features(task.train)
         neighbour_N = self._neighbours(features_ND)
-        self._stage = _StageMemory.of([sample.id for sample in task.train], features_ND, neighbour_N)
+        self._stage = StageMemory(
+            ids=tuple(sample.id for sample in task.train), features_ND=features_ND, neighbour_N=neighbour_N
+        )
         names = Counter(self.router.tasks[i] if i >= 0 else "" for i in neighbour_N.tolist())
         return dataclasses.replace(placement, neighbours=dict(sorted(names.items())))
 
     def _fresh_features(self, samples: Sequence[Sample]) -> Tensor:
-        # Not through the store: each set is asked for once. The batches are those of one process, however many share
-        # them, because a batch decides the last bits of a feature.
-        size = self.options.router.feature_batch_size
-        if process()[1] == 1:
-            return router_features(self.vlm, samples, batch_size=size)
-
-        def batch(place: int) -> Tensor:
-            chunk = samples[place * size : (place + 1) * size]
-            return router_features(self.vlm, chunk, batch_size=size).cpu()
-
-        chunks = shared(math.ceil(len(samples) / size), batch)
-        return torch.cat(chunks).to(self.vlm.model.device) if chunks else torch.empty(0, 0, device="cpu")
+        # Not through the store: each set is asked for once.
+        return shared_features(self.vlm, samples, batch_size=self.options.router.feature_batch_size)
 
     # Training
 
@@ -225,47 +142,34 @@ class DMoLE(Method):
     def training_gates(self, batch: Batch) -> AbstractContextManager[None]:
         if not len(self.pool):
             raise ValueError("training_gates: got a batch before begin_stage; expected begin_stage first.")
-        neighbour_S = None if self._stage is None else self._stage.neighbour_N[self._rows(batch)]
-        return self._learning(neighbour_S, batch)
+        ids = [sample.id for sample in batch.samples]
+        return self._learning(None if self._stage is None else self._stage.neighbours(ids), batch)
 
     def validation_gates(self, batch: Batch) -> AbstractContextManager[None]:
         if self._stage is None:
             return self.training_gates(batch)
-        if self.options.training_neighbour == "per_task":
-            neighbour_S = self._stage.neighbour_N[:1].expand(len(batch.samples))
-        else:
-            neighbour_S = self._neighbours(self._features.features(batch.samples))
-        return self._learning(neighbour_S, batch)
+        return self._learning(self._neighbours(self._features.features(batch.samples)), batch)
 
     def _neighbours(self, features_ND: Tensor) -> Tensor:
         """The old task whose expert is active beside the new one, for each sample: [N] int64, -1 for none."""
         mode = self.options.training_neighbour
         if mode == "none":
             return torch.full((len(features_ND),), -1, dtype=torch.int64, device="cpu")
-        within = self.options.neighbour_within_threshold
-        return self.router.nearest(features_ND, mode=mode, within_threshold=within)
+        within = self.options.neighbour_within_threshold or mode == "batch_vote"
+        return self.router.nearest(features_ND, within_threshold=within)
 
     def _learning(self, neighbour_S: Tensor | None, batch: Batch) -> AbstractContextManager[None]:
         """The new expert for everyone, and each sample's neighbour; every expert where there is no router."""
-        experts, samples = tuple(placement.expert for placement in self.pool), len(batch.samples)
+        experts, samples = self.pool.experts, len(batch.samples)
         if neighbour_S is None:
             gate_SE = torch.ones(samples, len(experts), device="cpu")
         else:
+            if self.options.training_neighbour == "batch_vote":
+                neighbour_S = voted(neighbour_S)
             # Column k is 1 where old task k is the sample's neighbour; the last one is the new expert.
             old_SE = neighbour_S[:, None] == torch.arange(len(experts) - 1, device="cpu")
             gate_SE = torch.cat([old_SE.float(), torch.ones(samples, 1, device="cpu")], dim=1)
         return experts_on(self.gates, gate_SE, experts, units=batch.units)
-
-    def _rows(self, batch: Batch) -> Tensor:
-        assert self._stage is not None
-        row = self._stage.row
-        unknown = [sample.id for sample in batch.samples if sample.id not in row]
-        if unknown:
-            raise ValueError(
-                f"batch: got samples {unknown[:3]} that are not in this stage's training data; expected samples of "
-                f"{self.pool.tasks[-1]!r}. Call begin_stage with the task that is trained."
-            )
-        return torch.tensor([row[sample.id] for sample in batch.samples], device="cpu")
 
     # After training
 
@@ -284,23 +188,35 @@ class DMoLE(Method):
 
     # Test
 
-    def evaluation_gates(self, batch: Batch) -> AbstractContextManager[RoutingRecord | None]:
-        return self._evaluating(batch)
-
     @contextlib.contextmanager
-    def _evaluating(self, batch: Batch) -> Iterator[RoutingRecord | None]:
-        experts = tuple(placement.expert for placement in self.pool)
+    def evaluation_gates(self, batch: Batch) -> Iterator[RoutingRecord | None]:
+        experts = self.pool.experts
         if self.options.routing == "none":
             gate_SE = torch.ones(len(batch.samples), len(experts), device="cpu")
             with experts_on(self.gates, gate_SE, experts, units=batch.units):
                 yield None
             return
         with self.profile.part("router_seconds"):
-            features_ND = self._features.features(batch.samples)
+            features_ND = self._test_features(batch)
             routes = self.router.select(features_ND, mode=self.options.routing)
         # During a stage the pool is one task ahead of the router, which is trained at its end.
         with experts_on(self.gates, routes.gate_NT, experts[: len(self.router.tasks)], units=batch.units):
-            yield RoutingRecord(chosen=routes.chosen)
+            yield RoutingRecord(chosen=routes.chosen, errors_NT=routes.error_NT, thresholds=self.router.thresholds)
+
+    def _test_features(self, batch: Batch) -> Tensor:
+        if not self.serving:
+            return self._features.features(batch.samples)
+        encoded = batch.encoded if VISION in self.vlm.towers else None
+        return encoded_features(self.vlm, encoded, [sample.instruction for sample in batch.samples])
+
+    def task_gates(self, batch: Batch, tasks: Sequence[Sequence[str]]) -> AbstractContextManager[None]:
+        for name in {name for names in tasks for name in names}:
+            self.pool[name]  # refuses a task without experts
+        gate_SE = torch.tensor([[float(task in names) for task in self.pool.tasks] for names in tasks], device="cpu")
+        return experts_on(self.gates, gate_SE.reshape(len(tasks), len(self.pool)), self.pool.experts, units=batch.units)
+
+    def task_experts(self) -> dict[str, str]:
+        return {placement.task: placement.expert for placement in self.pool}
 
     # Resume and report
 
@@ -311,22 +227,16 @@ class DMoLE(Method):
         tensors |= {f"router.{name}": tensor for name, tensor in router_tensors.items()}
         stage = None
         if self._stage is not None:
-            # The features go along: made again in other batches they would differ in the last bit, and an autoencoder
-            # trained on them in more than that.
-            tensors["stage.features_ND"] = self._stage.features_ND.clone()
-            tensors["stage.neighbour_N"] = self._stage.neighbour_N.clone()
-            stage = {"ids": list(self._stage.ids)}
+            memory, stage = self._stage.state()
+            tensors |= {f"stage.{name}": tensor for name, tensor in memory.items()}
         return tensors, {"adapters": adapters, "pool": self.pool.to_json(), "router": router, "stage": stage}
 
     def load_state(self, tensors: Mapping[str, Tensor], meta: Mapping[str, JSON]) -> None:
         load_adapter_state(self.adapters, _under(tensors, "adapters."), meta["adapters"])
         self.pool = ExpertPool.from_json(meta["pool"])
         self.router.load_state(_under(tensors, "router."), meta["router"])
-        stage, memory = meta["stage"], _under(tensors, "stage.")
-        self._stage = None
-        if stage:
-            # Cloned into torch's aligned memory: the bits of a product may depend on where its operands lie.
-            self._stage = _StageMemory.of(stage["ids"], memory["features_ND"].clone(), memory["neighbour_N"].clone())
+        stage = meta["stage"]
+        self._stage = StageMemory.from_state(_under(tensors, "stage."), stage) if stage else None
 
     def report(self) -> dict[str, JSON]:
         counts = {
@@ -335,7 +245,7 @@ class DMoLE(Method):
         }
         return {
             "budget": self.budget,
-            "budget_unit": self.options.unit,
+            "budget_unit": self.settings.budget.unit,
             "candidates": {tower: len(names) for tower, names in self.candidates.items()},
             "experts": self.pool.to_json(),
             "expert_parameters": counts,

@@ -31,14 +31,16 @@ from dmole.data.collate import collate
 from dmole.methods.dmole.settings import RouterSettings
 from dmole.models.adapters import as_pretrained
 from dmole.models.towers import VISION
+from dmole.training.processes import process, shared
 from dmole_kernels import router_score, router_select
 
 if TYPE_CHECKING:
     from dmole.data.sample import Sample
+    from dmole.models.prompts import Encoded
     from dmole.models.vision_language import VisionLanguageModel
 
-# The public code lets a second expert in when it has this share of the batch's votes.
-SECOND_VOTE_SHARE = 0.3
+# The public code lets in an expert at test beside the first, or any old one in training, with this share of the votes.
+VOTE_SHARE = 0.3
 
 
 def router_features(vlm: VisionLanguageModel, samples: Sequence[Sample], *, batch_size: int = 32) -> Tensor:
@@ -48,20 +50,51 @@ def router_features(vlm: VisionLanguageModel, samples: Sequence[Sample], *, batc
     a model without one has the text alone. Call it outside any gates: experts have to be off.
     """
     chunks: list[Tensor] = []
-    with torch.no_grad(), as_pretrained(vlm.model):
-        for start in range(0, len(samples), batch_size):
-            chunk = samples[start : start + batch_size]
-            parts_BD = []
-            if VISION in vlm.towers:
-                batch = collate(vlm, chunk, with_answers=False)
-                parts_BD.append(vlm.vision_features(batch.encoded)[0])
-            try:
-                parts_BD.append(vlm.text_features([sample.instruction for sample in chunk]))
-            except ValueError as error:
-                raise ValueError(f"samples {chunk[0].id!r} to {chunk[-1].id!r}: {error}") from error
-            device = parts_BD[0].device
-            chunks.append(F.normalize(torch.cat([part_BD.to(device) for part_BD in parts_BD], dim=1), dim=1))
+    for start in range(0, len(samples), batch_size):
+        chunk = samples[start : start + batch_size]
+        encoded = collate(vlm, chunk, with_answers=False).encoded if VISION in vlm.towers else None
+        try:
+            chunks.append(encoded_features(vlm, encoded, [sample.instruction for sample in chunk]))
+        except ValueError as error:
+            raise ValueError(f"samples {chunk[0].id!r} to {chunk[-1].id!r}: {error}") from error
     return torch.cat(chunks) if chunks else torch.empty(0, 0, device="cpu")
+
+
+def encoded_features(vlm: VisionLanguageModel, encoded: Encoded | None, instructions: Sequence[str]) -> Tensor:
+    """z_BD of a batch that is encoded already; `encoded` is None for a model without a vision tower."""
+    with torch.no_grad(), as_pretrained(vlm.model):
+        parts_BD = [] if encoded is None else [vlm.vision_features(encoded)[0]]
+        parts_BD.append(vlm.text_features(instructions))
+        device = parts_BD[0].device
+        return F.normalize(torch.cat([part_BD.to(device) for part_BD in parts_BD], dim=1), dim=1)
+
+
+def shared_features(vlm: VisionLanguageModel, samples: Sequence[Sample], *, batch_size: int) -> Tensor:
+    """`router_features`, computed by all processes together.
+
+    The batches are those of one process, however many share them, because a batch decides the last bits of a feature.
+    """
+    if process()[1] == 1:
+        return router_features(vlm, samples, batch_size=batch_size)
+
+    def batch(place: int) -> Tensor:
+        chunk = samples[place * batch_size : (place + 1) * batch_size]
+        return router_features(vlm, chunk, batch_size=batch_size).cpu()
+
+    chunks = shared(math.ceil(len(samples) / batch_size), batch)
+    return torch.cat(chunks).to(vlm.model.device) if chunks else torch.empty(0, 0, device="cpu")
+
+
+def voted(neighbour_S: Tensor) -> Tensor:
+    """The public code's rule in training: every sample gets the batch's most frequent neighbour, if it has at least
+    30 % of the samples that have one; else none (-1)."""
+    votes = neighbour_S[neighbour_S >= 0]
+    if not len(votes):
+        return neighbour_S
+    counts = votes.bincount()
+    winner = int(counts.argmax())
+    elected = winner if int(counts[winner]) >= VOTE_SHARE * len(votes) else -1
+    return torch.full_like(neighbour_S, elected)
 
 
 class FeatureStore:
@@ -168,6 +201,7 @@ class Routes:
 
     gate_NT: Tensor
     chosen: tuple[tuple[str, ...], ...]
+    error_NT: Tensor
 
 
 class Router:
@@ -236,7 +270,7 @@ class Router:
         """
         error_NT = self.errors(features_ND)
         if not self.tasks:
-            return Routes(gate_NT=error_NT, chosen=((),) * len(features_ND))
+            return Routes(gate_NT=error_NT, chosen=((),) * len(features_ND), error_NT=error_NT)
         if mode == "per_sample":
             gate_NT = router_select(error_NT, self._thresholds_T, top_k=self.settings.top_k)
             order = [sorted(range(len(row)), key=row.__getitem__) for row in error_NT.tolist()]
@@ -244,37 +278,25 @@ class Router:
                 tuple(self.tasks[t] for t in best_first if gate[t])
                 for best_first, gate in zip(order, gate_NT.tolist(), strict=True)
             )
-            return Routes(gate_NT=gate_NT, chosen=chosen)
+            return Routes(gate_NT=gate_NT, chosen=chosen, error_NT=error_NT)
         if mode != "batch_vote":
             raise ValueError(f"mode: got {mode!r}; expected 'per_sample' or 'batch_vote'.")
         votes = router_select(error_NT, self._thresholds_T, top_k=1).sum(dim=0).tolist()
         ranked = sorted((t for t in range(len(votes)) if votes[t] > 0), key=lambda t: -votes[t])
-        elected = [t for i, t in enumerate(ranked[:2]) if i == 0 or votes[t] >= SECOND_VOTE_SHARE * sum(votes)]
+        elected = [t for i, t in enumerate(ranked[:2]) if i == 0 or votes[t] >= VOTE_SHARE * sum(votes)]
         gate_NT = torch.zeros_like(error_NT)
         gate_NT[:, elected] = 1.0
-        return Routes(gate_NT=gate_NT, chosen=(tuple(self.tasks[t] for t in elected),) * len(features_ND))
+        chosen = (tuple(self.tasks[t] for t in elected),) * len(features_ND)
+        return Routes(gate_NT=gate_NT, chosen=chosen, error_NT=error_NT)
 
-    def nearest(
-        self,
-        features_ND: Tensor,
-        *,
-        mode: Literal["per_sample", "per_task"] = "per_sample",
-        within_threshold: bool = False,
-    ) -> Tensor:
-        """The old task that helps each sample of a NEW task in training: index into `tasks` [N] int64, -1 = none.
+    def nearest(self, features_ND: Tensor, *, within_threshold: bool = False) -> Tensor:
+        """The old task of the lowest error, for each sample of a NEW task: index into `tasks` [N] int64, -1 = none.
 
-        "per_sample": the task of the sample's lowest error. "per_task": the task of the lowest mean error, the same for
-        all samples. ``within_threshold`` drops it where that error is above the task's threshold.
+        ``within_threshold`` drops it where that error is above the task's threshold.
         """
-        if mode not in ("per_sample", "per_task"):
-            raise ValueError(f"mode: got {mode!r}; expected 'per_sample' or 'per_task'.")
-        n = len(features_ND)
         if not self.tasks:
-            return torch.full((n,), -1, dtype=torch.int64, device="cpu")
-        error_NT = self.errors(features_ND)
-        if mode == "per_task":
-            error_NT = error_NT.mean(dim=0, keepdim=True).expand(n, -1)
-        lowest_N, index_N = error_NT.min(dim=1)
+            return torch.full((len(features_ND),), -1, dtype=torch.int64, device="cpu")
+        lowest_N, index_N = self.errors(features_ND).min(dim=1)
         if within_threshold:
             index_N = torch.where(lowest_N <= self._thresholds_T[index_N], index_N, -1)
         return index_N.cpu()

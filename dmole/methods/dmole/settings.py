@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from dmole.config_error import require
+from dmole.config_error import ConfigError, require
+
+if TYPE_CHECKING:
+    from dmole.data.sample import Stream
 
 Ablation = Literal["v1", "v2", "v3", "v4"]
+# Settings that are no longer D-MoLE's own.
+RENAMED = {"budget_fraction": "budget.fraction", "unit": "budget.unit"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,15 +71,20 @@ class RouterSettings:
         require(self.top_k >= 1, "router.top_k", self.top_k, "an integer of at least 1")
         require(self.feature_batch_size >= 1, "router.feature_batch_size", self.feature_batch_size, "at least 1")
 
+    def check(self, stream: Stream) -> None:
+        """Raise ConfigError for a task without the samples whose errors set its threshold."""
+        for task in stream.tasks:
+            if self.threshold_from == "validation" and not task.validation:
+                raise ConfigError(
+                    f"router.threshold_from: got 'validation' and task {task.name!r} has no validation samples; "
+                    f"expected some in every task. Add them or use 'train'."
+                )
+
 
 @dataclass(frozen=True, kw_only=True)
 class DMoLESettings:
     """D-MoLE: allocator (Eq. 3-5), inter-modal curriculum (Eq. 13-15), router (Eq. 9-12)."""
 
-    # B_total as a share of the candidates: half in the paper (48 of 96 linears).
-    budget_fraction: float = 0.5
-    # What the budget counts: linears (public code) or whole layers (appendix A: 24 of 48).
-    unit: Literal["linear", "layer"] = "linear"
     # "norm" is Eq. 13; "sum" over the layers' norms is what the public code does.
     score_aggregation: Literal["norm", "sum"] = "norm"
     # Smallest share of the budget that the vision tower gets: 0 in the paper, 0.25 in the public code.
@@ -90,9 +100,9 @@ class DMoLESettings:
     # "per_sample" is Eq. 10-12. "batch_vote" is the public code's (one expert list per batch): parity only.
     # "none" keeps every expert active, in training and at test.
     routing: Literal["per_sample", "batch_vote", "none"] = "per_sample"
-    # The old expert that is active, frozen, while a new one trains: each sample's nearest old task, the old task
-    # nearest to the whole new task, or none. The paper: "the old task with the lowest error", which leaves it open.
-    training_neighbour: Literal["per_sample", "per_task", "none"] = "per_sample"
+    # The old expert that is active, frozen, while a new one trains: each sample's nearest old task (the paper: "the old
+    # task with the lowest error"), the task that the batch votes for (the public code), or none.
+    training_neighbour: Literal["per_sample", "batch_vote", "none"] = "per_sample"
     # True leaves out a neighbour whose error is above its threshold, so that training meets the combinations that the
     # test meets; the paper takes the lowest error whatever its size.
     neighbour_within_threshold: bool = False
@@ -105,23 +115,27 @@ class DMoLESettings:
     router: RouterSettings = field(default_factory=RouterSettings)
 
     def __post_init__(self) -> None:
-        # Shares above 1 are not refused here: allocation.check_budget names the candidates as well.
-        require(self.budget_fraction > 0, "dmole.budget_fraction", self.budget_fraction, "a number in (0, 1]")
         require(0 <= self.vision_floor < 1, "dmole.vision_floor", self.vision_floor, "a number in [0, 1)")
         require(0 < self.proxy_fraction <= 1, "dmole.proxy_fraction", self.proxy_fraction, "a number in (0, 1]")
         require(self.proxy_min_samples >= 1, "dmole.proxy_min_samples", self.proxy_min_samples, "at least 1")
         require(self.proxy_batch_size >= 1, "dmole.proxy_batch_size", self.proxy_batch_size, "an integer of at least 1")
         for name, allowed in (
-            ("unit", ("linear", "layer")),
             ("score_aggregation", ("norm", "sum")),
             ("proxy_method", ("exact", "sketch")),
             ("routing", ("per_sample", "batch_vote", "none")),
-            ("training_neighbour", ("per_sample", "per_task", "none")),
+            ("training_neighbour", ("per_sample", "batch_vote", "none")),
             ("towers", ("both", "vision", "language")),
             ("allocator", ("gradient", "uniform")),
         ):
             value = getattr(self, name)
             require(value in allowed, f"dmole.{name}", value, "one of " + ", ".join(repr(choice) for choice in allowed))
+
+    @classmethod
+    def unknown(cls, key: str, path: str) -> ConfigError | None:
+        """The error for a key that has moved; None for any other."""
+        if key not in RENAMED:
+            return None
+        return ConfigError(f"unknown key {path!r}: it is now called {RENAMED[key]}, for every method. Rename it.")
 
 
 def ablated(settings: DMoLESettings, ablation: Ablation) -> DMoLESettings:

@@ -8,8 +8,8 @@ from torch import Tensor
 from dmole.data.collate import collate
 from dmole.data.sample import Stream
 from dmole.methods import Method, method_class, method_names
-from dmole.methods._single_adapter import ADAPTER, SingleAdapter, parity_rank
-from dmole.methods.dmole.settings import DMoLESettings
+from dmole.methods._single_adapter import ADAPTER, SingleAdapter
+from dmole.methods.budget import BudgetSettings, parity_rank
 from dmole.methods.seq_ft import SeqFtOptions
 from dmole.methods.settings import MethodSettings
 from mini_cmit.model.tiny import build_tiny_model
@@ -61,11 +61,13 @@ def test_stages(toy_stream: Stream) -> None:
 
 def test_equal_parameters_by_hand() -> None:
     # Half of the linears at rank 8: 8 * 0.5 * (40 + 80) = 480 weights; rank 4 on all of them is 4 * 120 = 480.
-    assert parity_rank(8, DMoLESettings(), SIZES) == 4
-    assert parity_rank(8, DMoLESettings(budget_fraction=1.0), SIZES) == 8
-    # One tower only: half of the language linears is 8 * 40 = 320 weights; rank 3 on all is 360, rank 2 is 240.
-    assert parity_rank(8, DMoLESettings(towers="language"), SIZES) == 3
-    assert parity_rank(1, DMoLESettings(budget_fraction=0.25), SIZES) == 1
+    assert parity_rank(8, BudgetSettings(), SIZES) == 4
+    assert parity_rank(8, BudgetSettings(fraction=1.0), SIZES) == 8
+    # One layer of two in each tower, whose layers have equal sizes: the same half.
+    assert parity_rank(8, BudgetSettings(unit="layer"), SIZES) == 4
+    # A third of four linears is one, a quarter of the weights.
+    assert parity_rank(8, BudgetSettings(fraction=0.33), SIZES) == 2
+    assert parity_rank(1, BudgetSettings(fraction=0.25), SIZES) == 1
 
 
 def test_the_scale_does_not_change_with_the_rank() -> None:
@@ -128,9 +130,9 @@ def test_zero_shot_trains_nothing(toy_stream: Stream) -> None:
     assert method.trainable_parameters() == {}
     assert method.state() == ({}, {})
     method.load_state({}, {})
-    with pytest.raises(ValueError, match=r"zero_shot got a state with \['x'\]; expected none"):
+    with pytest.raises(ValueError, match=r"state: got \['x'\]; expected none"):
         method.load_state({}, {"x": 1})
-    with pytest.raises(ValueError, match=r"zero_shot was asked to train stage 1 \(colours\)"):
+    with pytest.raises(ValueError, match=r"stage: got 1 \(colours\); expected none"):
         method.begin_stage(1, toy_stream.tasks[0])
 
 

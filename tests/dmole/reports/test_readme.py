@@ -47,8 +47,21 @@ def test_errors_name_the_file_and_the_marker(results: Path) -> None:
         filled(path)
 
 
+def test_a_csv_file_is_shown_as_it_is(results: Path) -> None:
+    (results / "measured.csv").write_text("task,points,note\nmaps,61.0,a|b\n")
+    path = page(results, "csv results/measured.csv", "csv results/measured.csv note task")
+    assert update(path)
+    assert "| task | points | note |\n|---|---:|---:|\n| maps | 61.0 | a\\|b |\n" in path.read_text()
+    assert "| note | task |\n|---|---:|\n| a\\|b | maps |\n" in path.read_text()
+    with pytest.raises(ResultsError, match=r"measured.csv: got no column score; expected some of task, points, note"):
+        filled(page(results, "csv results/measured.csv score"))
+    with pytest.raises(ResultsError, match=r"README.md: .*none.csv: cannot be read"):
+        filled(page(results, "csv results/none.csv"))
+
+
 def marked_files() -> list[Path]:
-    found = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "dmole").rglob("*.md")]
+    folders = ("docs", "dmole", "mini_cmit")
+    found = [*ROOT.glob("*.md"), *(path for folder in folders for path in (ROOT / folder).rglob("*.md"))]
     return sorted(path for path in found if "<!-- results:" in path.read_text(encoding="utf-8"))
 
 

@@ -37,7 +37,7 @@ def test_the_sums_by_hand(
     assert got.steps == 2 * 3 * 2 * 3
     assert got.answers == 12 + 3 * 12 + 3 * 4
     assert got.seconds == pytest.approx(36 * 4 * 0.5 * EXPERTS + 60 * 0.25)
-    trained = trained_weights(tiny_model.model, config, tiny_model.candidates)
+    trained = trained_weights("seq_ft", config, tiny_model)
     sizes = [tiny_model.model.get_submodule(name) for names in tiny_model.candidates.values() for name in names]
     assert trained == 4 * sum(layer.in_features + layer.out_features for layer in sizes) // 2  # type: ignore
     weights = sum(p.numel() * p.element_size() for p in tiny_model.model.state_dict().values())

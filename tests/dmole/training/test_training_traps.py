@@ -29,7 +29,8 @@ SETTINGS = TrainingSettings(num_train_epochs=1.0, per_device_train_batch_size=4,
 
 def begun(stream: Stream, *, method: str = "seq_ft", dropout: float = 0.0) -> Method:
     options = DMoLESettings(proxy_min_samples=4, router=RouterSettings(epochs=3))
-    settings = MethodSettings(lora=LoraSettings(rank=4, dropout=dropout), dmole=options)
+    lora = LoraSettings(rank=4, dropout=dropout)
+    settings = MethodSettings(lora=lora, options=options if method == "dmole" else None)
     made = method_class(method)(build_tiny_model(0), settings, seed=3)
     made.begin_stage(1, stream.tasks[0])
     with torch.no_grad():

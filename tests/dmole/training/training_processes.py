@@ -63,9 +63,8 @@ def numbers(folder: Path, method_name: str, *, sharded: bool = False, **changes:
     # The neighbour's expert is active for some samples only: processes use different experts.
     options = DMoLESettings(proxy_min_samples=10, proxy_batch_size=4, router=RouterSettings(epochs=3, margin=50.0,
                             feature_batch_size=4))  # fmt: skip
-    method = method_class(method_name)(
-        model, MethodSettings(lora=LoraSettings(rank=4, dropout=0.0), dmole=options), seed=3
-    )
+    given = MethodSettings(lora=LoraSettings(rank=4, dropout=0.0), options=options if method_name == "dmole" else None)
+    method = method_class(method_name)(model, given, seed=3)
     found: dict[str, Any] = {}
     scores = layer_scores(model, stream.tasks[0].train, loss=answer_loss, batch_size=4)
     found["scores"] = torch.tensor([score for tower in scores.values() for score in tower.values()])

@@ -16,12 +16,9 @@ from dmole.methods.base import answer_loss
 from dmole.methods.dmole.allocation import (
     allocate,
     allocate_uniformly,
-    check_budget,
-    group_by_unit,
-    layer_of,
+    check_vision_floor,
     layer_scores,
     proxy_subset,
-    total_budget,
 )
 from dmole.models.adapters import add_experts, attach
 from dmole.models.vision_language import VisionLanguageModel
@@ -51,64 +48,21 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> tuple[Sample, ...]:
     return tuple(made)
 
 
-# Units and budgets
-
-
-def test_layer_of() -> None:
-    assert layer_of("model.vision_tower.encoder.layers.3.self_attn.q_proj") == "model.vision_tower.encoder.layers.3"
-    assert layer_of("blocks.0.mlp.1") == "blocks.0"
-    with pytest.raises(ValueError, match="got 'projector.linear', which lies in no numbered layer"):
-        layer_of("projector.linear")
-    assert list(group_by_unit(CANDIDATES["vision"], "layer")) == ["vision.layers.0", "vision.layers.1"]
-    with pytest.raises(ValueError, match="unit: got 'block'; expected one of"):
-        group_by_unit(CANDIDATES["vision"], "block")  # type: ignore[arg-type]
-
-
-def test_half_of_the_candidates() -> None:
-    paper = {tower: tuple(f"{tower}.{i}.{n}" for i in range(24) for n in ("qkv", "out")) for tower in CANDIDATES}
-    assert total_budget(paper, fraction=0.5) == 48
-    assert total_budget(paper, fraction=0.5, unit="layer") == 24
-    assert total_budget(CANDIDATES, fraction=0.25) == 3  # 2.5 rounds up
-    with pytest.raises(ValueError, match=r"budget_fraction: got nan; expected a share of the candidates in \(0, 1\]"):
-        total_budget(CANDIDATES, fraction=math.nan)
-
-
-@pytest.mark.parametrize("budget", [2, 5, 10])
-def test_budgets_that_fit(budget: int) -> None:
-    check_budget(CANDIDATES, budget=budget)
-
-
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("budget", "floor", "message"),
     [
         (
-            {"budget": 11},
-            r"budget: got 11 linears, more than the 10 candidates \(vision 4, language 6\). Lower budget_fraction",
+            8,
+            0.6,
+            r"vision_floor: got 0.6, which is 5 of 8 linears; the vision tower can take at most 4 \(vision 4",
         ),
-        ({"budget": 6, "unit": "layer"}, r"budget: got 6 layers, more than the 5 candidates \(vision 2, language 3\)"),
-        (
-            {"budget": 1},
-            r"budget: got 1 linears, smaller than one linear per tower \(vision 4, language 6\); expected at least 2",
-        ),
-        ({"budget": 0}, "smaller than one linear per tower"),
-        (
-            {"budget": 8, "vision_floor": 0.6},
-            r"vision_floor: got 0.6, which is 5 of 8 linears; the vision tower can take at most 4",
-        ),
-        ({"budget": 2, "vision_floor": 0.9}, "which is 2 of 2 linears; the vision tower can take at most 1"),
+        (2, 0.9, "which is 2 of 2 linears; the vision tower can take at most 1"),
     ],
 )
-def test_budgets_that_do_not_fit(arguments: dict[str, float], message: str) -> None:
+def test_a_floor_that_does_not_fit(budget: int, floor: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check_budget(CANDIDATES, **arguments)  # type: ignore[arg-type]
-
-
-def test_towers_without_candidates_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"candidates\['vision'\]: got no linear; expected at least one"):
-        check_budget({"vision": (), "language": ("a.0",)}, budget=1)
-    with pytest.raises(ValueError, match="candidates: got no tower"):
-        check_budget({}, budget=1)
-    check_budget({"language": CANDIDATES["language"]}, budget=1)
+        check_vision_floor(CANDIDATES, budget=budget, unit="linear", vision_floor=floor)
+    check_vision_floor({"language": CANDIDATES["language"]}, budget=budget, unit="linear", vision_floor=floor)
 
 
 # Choosing

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from dmole.methods.dmole.expert_pool import ExpertPool, Placement, expert_name
+from dmole.methods.dmole.expert_pool import ExpertPool, Placement
+from dmole.models.adapters import expert_name
 
 
 def placement(task: str, **changes: object) -> Placement:

@@ -15,6 +15,7 @@ from torch import Tensor
 from dmole.data.collate import Batch, collate
 from dmole.data.sample import Sample, Stream, Task
 from dmole.methods import method_class, method_names
+from dmole.methods.budget import BudgetSettings
 from dmole.methods.dmole.method import DMoLE
 from dmole.methods.dmole.settings import DMoLESettings, RouterSettings, ablated
 from dmole.methods.settings import LoraSettings, MethodSettings
@@ -173,7 +174,7 @@ def test_old_experts_are_active_frozen_beside_the_new_one(stream: Stream) -> Non
     ("changes", "columns"),
     [
         ({"training_neighbour": "none"}, [0.0]),
-        ({"training_neighbour": "per_task"}, [1.0]),
+        ({"training_neighbour": "batch_vote"}, [0.0]),
         ({"neighbour_within_threshold": True}, [0.0]),
         ({"routing": "none"}, [1.0]),
     ],
@@ -313,17 +314,19 @@ def test_ablations(stream: Stream) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("budget", "floor", "message"),
     [
-        (DMoLESettings(budget_fraction=1.2), r"budget: got \d+ linears, more than the \d+ candidates"),
-        (DMoLESettings(budget_fraction=0.01), "budget: got 0 linears, smaller than one linear per tower"),
-        (DMoLESettings(budget_fraction=0.3, unit="layer"), "budget: got 1 layers, smaller than one layer per tower"),
-        (DMoLESettings(budget_fraction=0.9, vision_floor=0.9), "vision_floor: got 0.9, which is"),
+        (BudgetSettings(fraction=1.2), 0.0, r"budget: got \d+ linears, more than the \d+ candidates"),
+        (BudgetSettings(fraction=0.01), 0.0, "budget: got 0 linears, smaller than one linear per tower"),
+        (BudgetSettings(fraction=0.3, unit="layer"), 0.0, "budget: got 1 layers, smaller than one layer per tower"),
+        (BudgetSettings(fraction=0.9), 0.9, "vision_floor: got 0.9, which is"),
     ],
 )
-def test_impossible_budgets_are_refused_before_anything_happens(options: DMoLESettings, message: str) -> None:
+def test_impossible_budgets_are_refused_before_anything_happens(
+    budget: BudgetSettings, floor: float, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
-        make(options)
+        make(DMoLESettings(vision_floor=floor), budget=budget)
 
 
 def test_thresholds_from_validation_need_validation_samples(stream: Stream) -> None:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from dmole.data.collate import collate
 from dmole.data.sample import Sample
-from dmole.methods.dmole.routing import FeatureStore, Router, router_features, train_autoencoder
+from dmole.methods.dmole.routing import FeatureStore, Router, router_features, train_autoencoder, voted
 from dmole.methods.dmole.settings import RouterSettings
 from dmole.models.adapters import add_experts, attach
 from dmole.models.prompts import instruction_ids
@@ -299,11 +299,14 @@ def test_nearest_old_task() -> None:
     z = torch.zeros(3, 1)
     assert router.nearest(z).tolist() == [1, 0, 0]
     assert router.nearest(z, within_threshold=True).tolist() == [-1, 0, -1]
-    assert router.nearest(z, mode="per_task").tolist() == [0, 0, 0]  # means 0.4 and 0.6
-    assert router.nearest(z, mode="per_task", within_threshold=True).tolist() == [-1, -1, -1]
     assert Router(FAST).nearest(z).tolist() == [-1, -1, -1]
-    with pytest.raises(ValueError, match="mode: got 'none'; expected 'per_sample' or 'per_task'"):
-        router.nearest(z, mode="none")  # type: ignore[arg-type]
+
+
+def test_the_public_code_s_batch_votes_for_its_neighbour() -> None:
+    assert voted(torch.tensor([2, -1, 2, 0])).tolist() == [2, 2, 2, 2]
+    assert voted(torch.tensor([-1, -1])).tolist() == [-1, -1]
+    # Four tasks with a quarter of the votes each: none has 30 %, and the new expert is alone.
+    assert voted(torch.tensor([0, 1, 2, 3])).tolist() == [-1, -1, -1, -1]
 
 
 def test_without_tasks_everybody_gets_the_base_model() -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dmole.metrics import continual
+from dmole.reports import continual
 
 NAN = math.nan
 # Rows: untrained, after task 1, 2, 3.

@@ -29,10 +29,9 @@ def training(method_name: str, *, bf16: bool) -> Any:
 
     from dmole.config import load_config
     from dmole.methods import method_class
-    from dmole.recipes import mini_small
     from dmole.sources import open_model, open_stream
 
-    config = load_config(base=mini_small(), overrides=[f"training.bf16={str(bf16).lower()}"])
+    config = load_config(base=recipe(), overrides=[f"training.bf16={str(bf16).lower()}"])
     console = Console(file=io.StringIO())
     model = opened(open_model, config, console)
     stream = open_stream(config.stream, console).limit(train=config.train_samples, test=config.test_samples)
@@ -41,11 +40,24 @@ def training(method_name: str, *, bf16: bool) -> Any:
     method = method_class(method_name)(model, config.method_settings(method_name), seed=0)
     stage = method.stages(stream)[0]
     method.begin_stage(stage.index, stage.task)
+    loop = stage_training()
+    return loop.StageTraining(method, stage, config.training, seed=0, profile=loop.Profile())
+
+
+def recipe() -> Any:
+    """The demo's configuration; an older checkout has it in `dmole.recipes`."""
     try:
-        home: Any = importlib.import_module("dmole.training.stage_training")
-    except ImportError:
-        home = importlib.import_module("dmole.training")  # an older checkout's
-    return home.StageTraining(method, stage, config.training, seed=0, profile=home.Profile())
+        return importlib.import_module("mini_cmit.recipes").demo()
+    except ModuleNotFoundError:
+        return importlib.import_module("dmole.recipes").mini_small()
+
+
+def stage_training() -> Any:
+    """The module of the training loop; an older checkout has it in `dmole`."""
+    try:
+        return importlib.import_module("dmole.training.stage_training")
+    except ModuleNotFoundError:
+        return importlib.import_module("dmole.training")
 
 
 def opened(open_model: Callable[..., Any], config: Any, console: Any) -> Any:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m benchmarks.training_step OLD_CHECKOUT`: a training step of this checkout / of another, on the mini demo.
+"""`python -m mini_cmit.benchmarks.training_step OLD_CHECKOUT`: a training step of this checkout / of another.
+
+On the mini demo:
 
     git worktree add OLD_CHECKOUT COMMIT && cp dmole_kernels/*.so OLD_CHECKOUT/dmole_kernels/
 
@@ -17,14 +19,14 @@ from pathlib import Path
 from benchmarks.checkout_process import CheckoutProcess
 from benchmarks.machine import this_machine
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Side(CheckoutProcess):
     """A process with one checkout's code."""
 
     def __init__(self, checkout: Path, method: str, precision: str) -> None:
-        super().__init__(checkout, "step_worker.py", method, precision)
+        super().__init__(checkout, Path(__file__).with_name("step_worker.py"), method, precision)
 
     def seconds(self, steps: int) -> float:
         return float(self.ask(str(steps)))

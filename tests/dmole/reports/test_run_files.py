@@ -6,18 +6,20 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from dmole.reports.routing_statistics import routing_statistics
-from dmole.runs.evaluation import Prediction
-from dmole.runs.results import (
+from dmole.reports.run_files import (
     SUMMARY_COLUMNS,
     aggregate_columns,
     matrix_of,
+    method_columns,
     write_csv,
     write_lines,
     write_matrix,
     write_summary,
 )
+from dmole.runs.evaluation import Prediction
 
 
 def said(task: str, route: tuple[str, ...] | None) -> Prediction:
@@ -79,7 +81,9 @@ def test_step_times_are_compared_within_seed_and_order(tmp_path: Path) -> None:
     for method, seed, step in (("seq_ft", 0, 10.0), ("dmole", 0, 15.0), ("dmole", 1, 20.0), ("zero_shot", 0, None)):
         parts = {} if step is None else {"data": 1.0, "forward": step - 1.0}
         row = dict.fromkeys(SUMMARY_COLUMNS, None) | {"method": method, "seed": seed, "order": "default"}
+        row |= {"proxy_seconds": 0.5} if method == "dmole" else {}
         profile = {"step_ms": step, "step_ms_by_part": parts, "evaluation_seconds": 2.0}
+        profile["time_baseline"] = method == "seq_ft"
         folder = tmp_path / "runs" / f"{method}-seed{seed}-default"
         folder.mkdir(parents=True)
         (folder / "result.json").write_text(json.dumps({"summary": row, "profile": profile}))
@@ -94,4 +98,16 @@ def test_step_times_are_compared_within_seed_and_order(tmp_path: Path) -> None:
         "dmole,1,default,1.0,19.0,0.0,0.0,20.0,,2.0",
         "seq_ft,0,default,1.0,9.0,0.0,0.0,10.0,1.0,2.0",
     ]
-    assert (tmp_path / "summary.csv").read_text().splitlines()[0] == ",".join(SUMMARY_COLUMNS)
+    header, first, *_, last = (tmp_path / "summary.csv").read_text().splitlines()
+    assert header == ",".join([*SUMMARY_COLUMNS, "proxy_seconds"])
+    assert first.startswith("dmole,0,default,") and first.endswith(",0.5") and last.endswith(",")
+
+
+def test_columns_of_a_method_are_new_names_and_plain_values() -> None:
+    own = method_columns({"proxy_seconds": 0.12345}, {"memories": 12, "kind": "ring", "share": None}, "m")
+    assert own == {"proxy_seconds": 0.123, "memories": 12, "kind": "ring", "share": None}
+    for name in ("AVG", "proxy_seconds"):
+        with pytest.raises(ValueError, match=f"columns: got '{name}' from m, which is another column; expected a new"):
+            method_columns({"proxy_seconds": 0.1}, {name: 1}, "m")
+    with pytest.raises(ValueError, match=r"columns: got \[1\] for 'sizes' from m; expected a number, text or None"):
+        method_columns({}, {"sizes": [1]}, "m")

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A continual run of D-MoLE with every CPU backend, interleaved in one process.
+"""
+    python -m mini_cmit.benchmarks.end_to_end --output benchmarks/results/end_to_end.csv --operators
+
+A continual run of D-MoLE with every CPU backend, interleaved in one process.
 
 Each backend has its own copy of the model and its own method object and sees the same batches. They alternate after
 every training step and every generated batch (the order rotates), and after every begin and end of a stage. In the
@@ -11,17 +14,19 @@ The losses of the backends at the first step must agree to 2 %, or nothing is ti
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.lora_providers import cpu_backends
-from benchmarks.machine import Machine
-from benchmarks.records import Row
+from benchmarks.machine import Machine, this_machine
+from benchmarks.records import Row, write_rows
 from benchmarks.timing import percentiles_ms
 from dmole.config import RunConfig
 from dmole.data.sample import Sample, Stream
@@ -240,10 +245,10 @@ def mini_demo(
     """The mini benchmark's demo with every CPU backend, as (rows, lines to read)."""
     from rich.console import Console
 
-    from dmole.recipes import mini_small
     from dmole.sources import open_model, open_stream
+    from mini_cmit.recipes import demo
 
-    config = mini_small()
+    config = demo()
     console = Console(stderr=True)
     model = open_model(config)
     stream = open_stream(config.stream, console).limit(
@@ -270,3 +275,26 @@ def _deterministic() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before)
         torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m mini_cmit.benchmarks.end_to_end", description=__doc__)
+    parser.add_argument("--output", required=True, type=Path, help="the CSV to write")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--stages", type=int, default=3, help="stages of the mini demo")
+    parser.add_argument("--steps", type=int, default=None, help="training steps of a stage (default: all)")
+    parser.add_argument("--batches", type=int, default=None, help="test batches of a stage (default: all)")
+    parser.add_argument("--operators", action="store_true", help="also profile operators")
+    options = parser.parse_args(arguments)
+    machine = this_machine()
+    print(f"{machine.name}\n{machine.versions}\ncommit {machine.commit}", flush=True)
+    rows, lines = mini_demo(
+        machine, threads=options.threads, stages=options.stages, steps=options.steps, batches=options.batches,
+        operators=options.operators,
+    )  # fmt: skip
+    write_rows(options.output, rows)
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
