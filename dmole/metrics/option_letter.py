@@ -24,7 +24,7 @@ _DECORATION = str.maketrans("", "", "*`_\"'“”„«»‘’$")  # noqa: RUF00
 _LINE = re.compile(
     r"[\s#>-]*"
     r"(?P<lead>(?:the\s+|my\s+)?(?:(?:final|correct|best|right)\s+)*(?:answer|option|choice)(?:\s+is)?\s*:?\s*(?:option\s+)?)?"
-    r"(?:\\boxed)?(?:[(\[{]\s*(?P<bracketed>[a-z])\s*[)\]}]|(?P<bare>[a-z])(?=\s*$|[.:;),\]](?![a-z](?![a-z]))))"
+    r"(?:\\boxed)?(?:[(\[{]\s*(?P<bracketed>[a-z])\s*[)\]}]|(?P<bare>[a-z])(?=\s*$|[:;),\]]|\.(?![a-z](?:\.|$))))"
     r"(?P<rest>.*)",
     re.IGNORECASE,
 )
