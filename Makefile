@@ -51,7 +51,7 @@ $(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*.cpp csrc/cpu
 	  DMOLE_KERNELS_BUILD=skip $(PIP) install -q --no-index --no-deps --no-build-isolation -e .; else \
 	  grep -v '^triton==' constraints.txt > $(PINS) && $(PIP) install -q -c $(PINS) torch && \
 	  { $(PIP) freeze | grep '^triton==' || grep '^triton==' constraints.txt; } >> $(PINS) && \
-	  DMOLE_KERNELS_BUILD=skip $(PIP) install -q -c $(PINS) -e ".[data,dev,peft,triton]" || \
+	  DMOLE_KERNELS_BUILD=skip $(PIP) install -q -c $(PINS) -e ".[data,dev,metrics,peft,triton]" || \
 	  { echo "setup: a package above could not be installed. With no network, install it from a wheel into $(VENV) and run make again." >&2; exit 1; }; fi
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python scripts/quietly.py --log build/kernels.log --what "setup: compiled kernels" \
 	  --show "dmole_kernels: " --trouble "the compiler failed" -- $(BIN)/python setup.py -q build_ext --inplace
@@ -65,7 +65,8 @@ results: setup
 	  --set dmole.neighbour_within_threshold=true --resume
 	$(BIN)/dmole verify results/mini
 	$(BIN)/dmole verify results/mini_matched_neighbour
-	$(BIN)/dmole readme README.md mini_cmit/README.md
+	$(BIN)/python scripts/rescore.py results/mini results/mini_matched_neighbour > results/rescored.csv
+	$(BIN)/dmole readme README.md mini_cmit/README.md docs/metrics.md
 
 docs: setup
 	$(PIP) install -q -c constraints.txt "mkdocs>=1.6" "mkdocstrings[python]>=0.28"

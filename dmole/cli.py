@@ -263,11 +263,13 @@ def check_tasks(
 ) -> None:
     """Find everything wrong with a data set, each finding with its file and line."""
     from dmole.data.reading import read_stream
+    from dmole.metrics import METRICS
 
     stream = read_stream(folder, check_images=images)
     for task in stream.tasks:
         sizes = ", ".join(f"{len(getattr(task, split))} {split}" for split in ("train", "validation", "test"))
-        print(f"{task.name}: {task.metric}, {sizes}")
+        ceiling = METRICS[task.metric].ceiling(task.test)
+        print(f"{task.name}: {task.metric}, {sizes}, ceiling {ceiling:.1f}")
     for note in stream.notes:
         print(f"note: {note}")
     print(f"{stream.name}: {len(stream.tasks)} task{'s' * (len(stream.tasks) != 1)}, nothing wrong")

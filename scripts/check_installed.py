@@ -20,7 +20,7 @@ else:
     from pip._vendor import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = ("data", "dev", "peft", "triton")
+EXTRAS = ("data", "dev", "metrics", "peft", "triton")
 
 
 def wanted() -> list[Requirement]:

@@ -230,6 +230,9 @@ def _read_task(folder: Path, entry: _TaskEntry, problems: _Problems) -> tuple[Ta
             # A file whose lines were rejected is not also reported as too small: the lines are what to mend.
             if len(problems.found) == before:
                 _check_size(path, split, entry, len(parsed), problems)
+                if split == "test":
+                    for complaint in METRICS[entry.metric].check_split([row.sample for row in parsed]):
+                        problems.add(path, None, complaint)
             splits[split] = tuple(row.sample for row in parsed)
             rows.extend(parsed)
     return Task(name=entry.name, metric=entry.metric, **splits), rows

@@ -2,7 +2,7 @@
 """Task metrics by name, and the aggregates of continual learning (`dmole.reports.continual`).
 
 A metric is a class of a file here with a name of its own: a new file is a new metric, nothing is registered by hand.
-Packages add theirs by entry points (`dmole.registry`).
+Packages add theirs by entry points (`dmole.registry`). Older versions of a metric are in `earlier/`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from collections.abc import Callable, Mapping
 from functools import cache, partial
 from importlib.metadata import EntryPoint
 
-from dmole.metrics.base import Metric, Scorable
+from dmole.metrics.base import Metric, SampleMetric, Scorable
 from dmole.registry import Registry, subclass
 
-__all__ = ["METRICS", "Metric", "Scorable"]
+__all__ = ["METRICS", "Metric", "SampleMetric", "Scorable"]
 
 
 @cache

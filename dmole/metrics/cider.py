@@ -11,7 +11,11 @@ therefore scores its captions in percent. Multiply by 10 for the usual figure.
 
 CIDEr is a corpus metric: the idf weights come from the references of the WHOLE test split. The score of one sample
 therefore depends on which other samples are tested, scores of subsets cannot be averaged into the score of the union,
-and a split of one sample has all its weights at log(1/1) = 0.
+and a split of one sample has all its weights at log(1/1) = 0. So has one whose references are all equal: it is refused.
+
+What can be reached is seldom the maximum. A caption of w < 4 words has no n-grams of more words, and reaches w/4 of it
+(one word: 2.5); the mean over the references charges every difference between them; words that every sample's
+references hold weigh nothing. `Metric.ceiling`, the score of the taught captions, stands beside each score.
 
 Tokenisation: the COCO code runs Stanford's PTBTokenizer, which needs Java. `ptb_tokens` follows its rules in Python:
 
@@ -64,16 +68,17 @@ class Cider(Metric):
     """CIDEr of captions against several references; see the module's docstring for the exact variant."""
 
     name: ClassVar[str] = "cider"
-    title: ClassVar[str] = "CIDEr"
     minimum_samples: ClassVar[int] = 2
 
     def score_samples(self, predictions: Sequence[str], samples: Sequence[Scorable]) -> list[float]:
         check_lengths(self.name, predictions, samples)
         if len(samples) < self.minimum_samples:
             raise ValueError(
-                f"cider: got {len(samples)} test samples; expected at least {self.minimum_samples}, because its word "
-                "weights come from the references of the whole test split. Test on more samples."
+                f"{self.name}: got {len(samples)} test samples; expected at least {self.minimum_samples}, because its "
+                "word weights come from the references of the whole test split. Test on more samples."
             )
+        if problems := self.check_split(samples):
+            raise ValueError(f"{self.name}: {problems[0]}.")
         scorer = CiderScorer()
         for prediction, sample in zip(predictions, samples, strict=True):
             references = [" ".join(ptb_tokens(answer)) for answer in sample.answers]
@@ -94,12 +99,22 @@ class Cider(Metric):
             if not ptb_tokens(answer)
         ]
 
+    def check_split(self, samples: Sequence[Scorable]) -> list[str]:
+        """All references are equal: every word is in all of them, weighs log(1) = 0, and every caption scores 0."""
+        said = {frozenset(tuple(ptb_tokens(answer)) for answer in sample.answers) for sample in samples}
+        if len(samples) < self.minimum_samples or len(said) > 1:
+            return []
+        return [
+            f"all {len(samples)} test samples have the same references {list(samples[0].answers)}; the metric "
+            f"{self.name} weighs words by how few samples have them, and scores every caption 0 here. Give the samples "
+            "captions of their own, or use the metric exact_match"
+        ]
+
 
 class CiderPercent(Cider):
     """CIDEr in percent of its maximum of 10, so that a caption task weighs like any other in a mean over tasks."""
 
     name: ClassVar[str] = "cider_percent"
-    title: ClassVar[str] = "CIDEr x 10"
 
     def score_samples(self, predictions: Sequence[str], samples: Sequence[Scorable]) -> list[float]:
         return [score / 10.0 for score in super().score_samples(predictions, samples)]

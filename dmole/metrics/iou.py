@@ -8,10 +8,9 @@ rather than repaired.
 """
 
 import re
-from collections.abc import Sequence
 from typing import ClassVar
 
-from dmole.metrics.base import Metric, Scorable, check_lengths
+from dmole.metrics.base import SampleMetric, Scorable
 
 IOU_THRESHOLD = 0.5
 _BOX = re.compile(r"[\[(]?\s*(\d{1,2})[\s,]+(\d{1,2})[\s,]+(\d{1,2})[\s,]+(\d{1,2})\s*[\])]?\.?")
@@ -39,26 +38,20 @@ def intersection_over_union(first: Box, second: Box) -> float:
     return common / (areas - common)
 
 
-class IoU(Metric):
+class IoU(SampleMetric):
     """Right when the box overlaps one of the references by half."""
 
     name: ClassVar[str] = "iou"
-    title: ClassVar[str] = "IoU >= 0.5"
 
-    def score_samples(self, predictions: Sequence[str], samples: Sequence[Scorable]) -> list[float]:
-        check_lengths(self.name, predictions, samples)
-        scores: list[float] = []
-        for prediction, sample in zip(predictions, samples, strict=True):
-            box = parse_box(prediction)
-            references = [reference for answer in sample.answers if (reference := parse_box(answer)) is not None]
-            if len(references) != len(sample.answers):
-                raise ValueError(
-                    f"iou: got references {list(sample.answers)}; expected boxes like '10 20 55 80' "
-                    "(left top right bottom, 0..99, left < right, top < bottom). Fix the data set."
-                )
-            hit = box is not None and any(intersection_over_union(box, r) >= IOU_THRESHOLD for r in references)
-            scores.append(1.0 if hit else 0.0)
-        return scores
+    def score(self, prediction: str, sample: Scorable) -> float:
+        box = parse_box(prediction)
+        references = [reference for answer in sample.answers if (reference := parse_box(answer)) is not None]
+        if len(references) != len(sample.answers):
+            raise ValueError(
+                f"iou: got references {list(sample.answers)}; expected boxes like '10 20 55 80' "
+                "(left top right bottom, 0..99, left < right, top < bottom). Fix the data set."
+            )
+        return float(box is not None and any(intersection_over_union(box, r) >= IOU_THRESHOLD for r in references))
 
     def well_formed(self, prediction: str, sample: Scorable) -> bool:
         """Four whole numbers from 0 to 99 that make a box with an area."""

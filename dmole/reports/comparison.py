@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dmole.metrics import METRICS
 from dmole.reports.continual import (
     Array,
     Interval,
@@ -20,7 +19,7 @@ from dmole.reports.continual import (
     paired_t_interval,
     per_sample_contributions,
 )
-from dmole.reports.stored import ResultsError, StoredRun, read_predictions, read_references
+from dmole.reports.stored import ResultsError, StoredRun, read_predictions, read_references, scored_by
 from dmole.reports.tables import Table
 
 STATISTICS = ("AVG", "Last", "BWT")
@@ -125,7 +124,7 @@ def sample_points(run: StoredRun) -> dict[str, Array]:
                     "Run `dmole verify` on the results."
                 )
             texts = [said[stage, task, reference.id] for reference in references[task]]
-            rows.append(METRICS[references[task][0].metric].score_samples(texts, references[task]))
+            rows.append(scored_by(references[task]).score_samples(texts, references[task]))
         points[task] = 100.0 * np.asarray(rows, dtype=np.float64)
     return points
 

@@ -6,7 +6,7 @@ environment.json     machine, versions, commit, threads, sha256 of the base weig
 matrix.csv           stage 0 .. N, one column per task in the order learned; empty = not measured
 predictions.jsonl.gz {"stage", "task", "id", "prediction", "route", "cut"}; route is null for unrouted methods; cut is
                      true where generation stopped at evaluation.max_new_tokens
-references.jsonl.gz  {"task", "id", "metric", "answers", "options"}
+references.jsonl.gz  {"task", "id", "metric", "metric_version", "answers", "options"}
 losses.csv           stage, task, step, loss
 model/               what the run has learned, see `dmole.grown.saved`
 result.json          aggregates, seconds, parameters, routing, well-formed shares, counts of cut answers, the cells that
@@ -28,6 +28,7 @@ import numpy as np
 
 from dmole.data.sample import Stream
 from dmole.files import JSON, write_atomically
+from dmole.metrics import METRICS
 from dmole.reports.continual import aggregates
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ def write_references(path: Path, stream: Stream) -> None:
                 "task": task.name,
                 "id": sample.id,
                 "metric": task.metric,
+                "metric_version": METRICS[task.metric].version,
                 "answers": list(sample.answers),
                 "options": list(sample.options),
             }

@@ -11,13 +11,14 @@ import gzip
 import json
 import math
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from dmole.files import JSON
+from dmole.metrics import METRICS, Metric
 from dmole.reports.continual import Array
 
 FINISHED = "result.json"
@@ -49,6 +50,8 @@ class StoredReference:
     metric: str
     answers: tuple[str, ...]
     options: tuple[str, ...]
+    metric_version: int = 1
+    """`Metric.version` of the run; results from before versions were stored are of version 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,6 +216,7 @@ def read_references(folder: Path) -> dict[str, list[StoredReference]]:
             and _is_texts(line["answers"])
             and line["answers"]
             and _is_texts(line["options"])
+            and type(line.get("metric_version", 1)) is int
         )
         if not well_typed:
             raise ResultsError(f"{where}: a value has the wrong type. Run it again.")
@@ -222,15 +226,28 @@ def read_references(folder: Path) -> dict[str, list[StoredReference]]:
             metric=line["metric"],
             answers=tuple(line["answers"]),
             options=tuple(line["options"]),
+            metric_version=line.get("metric_version", 1),
         )
         by_task.setdefault(reference.task, []).append(reference)
     for task, references in by_task.items():
-        metrics = {reference.metric for reference in references}
+        metrics = {(reference.metric, reference.metric_version) for reference in references}
         if len({reference.id for reference in references}) != len(references) or len(metrics) != 1:
             raise ResultsError(
                 f"{folder / 'references.jsonl.gz'}: task {task!r} has an id twice or several metrics. Run it again."
             )
     return by_task
+
+
+def scored_by(references: Sequence[StoredReference]) -> Metric:
+    """The metric that scored a task, in the version of the run. ResultsError for one that is not installed."""
+    name, version = references[0].metric, references[0].metric_version
+    if name not in METRICS:
+        known = ", ".join(METRICS)
+        raise ResultsError(f"metric: got {name!r}; expected one of {known}. Install the package that registers it.")
+    try:
+        return METRICS[name].at(version)
+    except ValueError as error:
+        raise ResultsError(str(error)) from error
 
 
 def _is_texts(value: object) -> bool:

@@ -18,7 +18,7 @@ import rich.table
 from rich.markup import escape
 
 from dmole.reports.continual import other_conventions
-from dmole.reports.stored import StoredRun, ratio_columns, read_csv, read_predictions
+from dmole.reports.stored import StoredRun, ratio_columns, read_csv, read_predictions, read_references, scored_by
 
 CONVENTION = (
     "AVG, Last, BWT: D-MoLE Eq. 16-18, mean over tasks, points; stage 0 (untrained) counts in none of them, except "
@@ -149,8 +149,22 @@ def last_table(runs: Sequence[StoredRun]) -> Table:
         return lambda run: final_points(run).get(task)
 
     names = {task: value(task) for task in runs[0].tasks}
-    title = "Score per task after the last stage"
-    return _turned(_by_group(title, runs, names, caption="points of each task's own metric", seeds=False), "task")
+    title, reached = "Score per task after the last stage", ceilings(runs)
+    caption = "points of each task's own metric; ceiling: what the taught answers score against the references"
+    table = _turned(_by_group(title, runs, names, seeds=False), "task")
+    rows = tuple((*row, reached[row[0]]) for row in table.rows)
+    return Table(title=title, columns=(*table.columns, "ceiling"), rows=rows, caption=caption)
+
+
+def ceilings(runs: Sequence[StoredRun]) -> dict[str, str]:
+    """By task, `Metric.ceiling` of the test split; of runs on different splits all that there are."""
+    found: dict[str, dict[str, None]] = {task: {} for run in runs for task in run.tasks}
+    splits = {(run.folder / "references.jsonl.gz").read_bytes(): run for run in runs}
+    for run in splits.values():
+        for task, references in read_references(run.folder).items():
+            if task in found:
+                found[task][f"{scored_by(references).ceiling(references):.2f}"] = None
+    return {task: " / ".join(points) or "-" for task, points in found.items()}
 
 
 def well_formed_table(runs: Sequence[StoredRun]) -> Table:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every stored number again, from what it was made of.
 
-    predictions.jsonl.gz + references.jsonl.gz  ->  each cell of matrix.csv, each share of well-formed answers
+    predictions.jsonl.gz + references.jsonl.gz  ->  each cell of matrix.csv, each share of well-formed answers, by the
+                                                    version of the metric that the references name
     the routes in predictions.jsonl.gz          ->  the routing numbers of result.json
     matrix.csv                                  ->  AVG, Last, BWT of result.json
     result.json                                 ->  its row of summary.csv and of profile.csv, the steps of losses.csv
@@ -17,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from dmole.config import fingerprint
-from dmole.metrics import METRICS
 from dmole.reports.continual import aggregates
 from dmole.reports.differences import Difference, Verification, expect, expect_tree
 from dmole.reports.routing_statistics import routing_statistics
@@ -33,6 +33,7 @@ from dmole.reports.stored import (
     read_references,
     read_run,
     run_folders,
+    scored_by,
 )
 
 KEY_COLUMNS = ("method", "seed", "order")
@@ -90,11 +91,12 @@ def _verify_run(results: Path, run: StoredRun, report: Verification) -> None:
             texts = _paired(said, references[task], name("predictions.jsonl.gz"), where, report)
             if texts is None:
                 continue
-            metric = METRICS.get(references[task][0].metric)
-            if metric is None:
-                expect(report, name("references.jsonl.gz"), where, references[task][0].metric, "a known metric")
+            try:
+                metric = scored_by(references[task])
+                points = metric.evaluate(texts, references[task])
+            except ValueError as error:  # an unknown metric or version, or references that it refuses
+                expect(report, name("references.jsonl.gz"), where, references[task][0].metric, str(error))
                 continue
-            points = metric.evaluate(texts, references[task])
             expect(report, name("matrix.csv"), where, stored, points, missing=NOT_MEASURED)
             shares.setdefault(str(stage), {})[task] = metric.well_formed_share(texts, references[task])
             if all(prediction.cut is not None for prediction in said):

@@ -26,6 +26,7 @@ from dmole.data.sample import Stream
 from dmole.files import JSON, file_digest
 from dmole.methods import method_class
 from dmole.methods.base import Stage
+from dmole.metrics import METRICS
 from dmole.models.chat_template import Conversation
 from dmole.models.prompt_checks import check_conversations
 from dmole.models.vision_language import VisionLanguageModel
@@ -89,6 +90,7 @@ def plan_runs(config: RunConfig, stream: Stream, model: VisionLanguageModel, *, 
                     "seed": seed,
                     "tasks": list(ordered.task_names),
                     "stream": data,
+                    "metrics": {task.metric: METRICS[task.metric].version for task in ordered.tasks},
                     "base_weights": base,
                     "inputs": inputs,
                     "options": plain.get(method, {}),

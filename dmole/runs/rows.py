@@ -60,7 +60,7 @@ def shared_row_file(output: Path, plan: RunPlan) -> Path:
     Data, base model, image processor and tokenizer, settings of evaluation and threads; then the machine
     (`dmole.arithmetic`), the libraries, the source of this package and of the metrics, which may be another package's.
     """
-    names = ("stream", "base_weights", "inputs", "threads", "declaration", "dtype", "quantization")
+    names = ("stream", "metrics", "base_weights", "inputs", "threads", "declaration", "dtype", "quantization")
     decides = {name: plan.identity[name] for name in names}
     decides["precision"] = {name: plan.identity["training"][name] for name in ("bf16", "fp16")}
     # Which stages are tested later does not change row 0.

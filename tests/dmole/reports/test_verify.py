@@ -98,7 +98,7 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "a metric": (
         edit_lines(REFERENCES, lambda rows: [row.update(metric="bleu") for row in rows[4:8]]),
-        f"{REFERENCES}: stage 0, task words: stored bleu, recomputed a known metric",
+        f"{REFERENCES}: stage 0, task words: stored bleu, recomputed metric: got 'bleu'; expected one of ",
     ),
     "a route": (
         edit_lines(PREDICTIONS, lambda rows: rows[-1].update(route=["words", "letters"])),
