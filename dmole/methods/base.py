@@ -22,7 +22,7 @@ from __future__ import annotations
 import contextlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from dmole.models.vision_language import VisionLanguageModel
 
 Sizes = Mapping[str, Mapping[str, int]]
+Layers = Mapping[str, Mapping[str, nn.Linear]]
 JSON = Any  # what json.dumps takes: dict, list, str, int, float, bool, None
 
 
@@ -65,6 +66,21 @@ class Stage:
     evaluates: tuple[str, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class OwnWork:
+    """What a method computes besides training steps and answers, in a whole run; for the estimate before the start.
+
+    Attributes:
+        forward: Samples that pass forward through the pretrained model.
+        backward: How many of them also pass backward, with gradients of the candidates' weights.
+        memory_bytes: What it keeps meanwhile, besides the model and its activations.
+    """
+
+    forward: int = 0
+    backward: int = 0
+    memory_bytes: float = 0.0
+
+
 class Method(ABC):
     """One way to learn a stream of tasks; one file, one class."""
 
@@ -89,6 +105,11 @@ class Method(ABC):
         sizes[tower][linear] is in + out, the weights of an expert of rank 1 there.
         """
         return None
+
+    @classmethod
+    def own_work(cls, settings: MethodSettings, stages: Sequence[Stage], stream: Stream, layers: Layers) -> OwnWork:
+        """What a run over `stages` computes besides steps and answers; layers[tower][linear] are the candidates."""
+        return OwnWork()
 
     def stages(self, stream: Stream) -> list[Stage]:
         """The stages of a run: one per task, each tested on all tasks."""

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run will cost, before it starts: hours, memory and disk.
 
-    seconds = steps * seconds of a step * 1.3 + answers * seconds of an answer
+    seconds = steps * seconds of a step * 1.3 + answers * seconds of an answer + seconds of the method's own passes
 
 One training batch and one generation batch of the user's own samples are timed on the pretrained model, after a first
-small one that loads kernels and fills caches. The factor stands for the experts, which are not placed yet. The proxy
-and the router of D-MoLE are not in it.
+small one that loads kernels and fills caches. The factor stands for the experts, which are not placed yet. A method's
+own passes are those outside steps and answers, such as D-MoLE's proxy and router features (`Method.own_work`).
 
-    memory = peak of the two batches + the run's copy of the weights + 16 bytes per trained weight
+    memory = peak of the two batches + the run's copy of the weights
+             + the larger of 16 bytes per trained weight and what the method's own passes keep
     disk   = 2 checkpoints of (experts of all stages * 4 + 8 bytes per trained weight) + 200 bytes per answer
 
 A trained weight is 4 bytes of value, 4 of gradient and 8 of AdamW's moments, in float32. The old checkpoint goes when
@@ -31,7 +32,8 @@ from dmole.config import RunConfig
 from dmole.data.collate import collate
 from dmole.data.sample import Sample, Stream
 from dmole.doctor import memory_gib
-from dmole.methods.base import Stage, answer_loss
+from dmole.methods import method_class
+from dmole.methods.base import Layers, Stage, answer_loss
 from dmole.models.vision_language import VisionLanguageModel
 from dmole.runs.environment import peak_memory_gib
 from dmole.runs.generation import generate
@@ -43,6 +45,9 @@ from dmole.training.stage_training import stage_steps
 
 # Step times of Seq-FT and D-MoLE on the mini model over a step without adapters.
 EXPERTS = 1.3
+# A forward pass over a training step of a frozen model, whose backward computes no gradient of a weight and so costs
+# about as much. With those gradients, as in D-MoLE's proxy, it costs twice that.
+FORWARD = 0.5
 BYTES_PER_ANSWER = 200
 GIB = 2**30
 
@@ -152,6 +157,14 @@ def _answer(model: VisionLanguageModel, samples: Sequence[Sample], config: RunCo
         generate(model, batch, config.evaluation, [str(number) for number in range(len(samples))])
 
 
+def _candidates(plan: RunPlan, config: RunConfig, model: VisionLanguageModel) -> Layers:
+    chosen = config.method_settings(plan.method).select_candidates(model.candidates)
+    return {
+        tower: {name: cast(nn.Linear, model.model.get_submodule(name)) for name in names}
+        for tower, names in chosen.items()
+    }
+
+
 def trained_weights(model: nn.Module, config: RunConfig, candidates: dict[str, tuple[str, ...]]) -> int:
     """About how many weights a stage trains, the same for every method: rank x (in + out) over D-MoLE's budget."""
     layers = [cast(nn.Linear, model.get_submodule(name)) for names in candidates.values() for name in names]
@@ -171,7 +184,7 @@ def estimate(
     trained = trained_weights(model.model, config, settings.select_candidates(model.candidates))
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.model.state_dict().values())
     steps = answers = 0
-    checkpoint = 0.0
+    checkpoint = own_samples = own_memory = 0.0
     for place, plan in enumerate(plans):
         tests = {task.name: len(task.test) for task in plan.stream.tasks}
         own = stages[plan.folder]
@@ -179,13 +192,21 @@ def estimate(
         answers += sum(tests[name] for stage in own for name in stage.evaluates)
         # Row 0 is measured once and read by the other runs.
         answers += sum(tests.values()) * (config.evaluation.zero_shot and place == 0)
+        work = method_class(plan.method).own_work(
+            config.method_settings(plan.method), own, plan.stream, _candidates(plan, config, model)
+        )
+        own_samples += FORWARD * work.forward + (1.0 - FORWARD) * 2.0 * work.backward
+        own_memory = max(own_memory, work.memory_bytes)
         checkpoint = max(checkpoint, trained * (4.0 * len(own) + 8.0 * bool(own)))
     costs = rates.costs
     return Estimate(
-        seconds=steps * samples_per_step(config.training, 1) * costs.trained_sample + answers * costs.answer,
+        seconds=steps * samples_per_step(config.training, 1) * costs.trained_sample
+        + answers * costs.answer
+        + own_samples * rates.trained_sample,
         steps=steps,
         answers=answers,
-        memory_bytes=rates.peak_bytes + weights + 16.0 * trained * (steps > 0),
+        # What a method computes for itself comes before and after training.
+        memory_bytes=rates.peak_bytes + weights + max(16.0 * trained * (steps > 0), own_memory),
         disk_bytes=2 * checkpoint + BYTES_PER_ANSWER * answers,
         device=rates.device,
     )

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from dmole.methods.base import JSON, Method, RoutingRecord, Sizes, answer_loss
+from dmole.methods.base import JSON, Layers, Method, OwnWork, RoutingRecord, Sizes, Stage, answer_loss
 from dmole.methods.dmole.allocation import (
     allocate,
     allocate_uniformly,
@@ -59,6 +59,9 @@ if TYPE_CHECKING:
     from dmole.data.collate import Batch
     from dmole.data.sample import Sample, Stream, Task
     from dmole.models.vision_language import VisionLanguageModel
+
+
+SKETCH = 64 * 64  # elements of a gradient's sketch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +136,29 @@ class DMoLE(Method):
                 )
 
     # Before training
+
+    @classmethod
+    def own_work(cls, settings: MethodSettings, stages: Sequence[Stage], stream: Stream, layers: Layers) -> OwnWork:
+        """The proxy, and the router's features: of every training sample, and once of every test sample."""
+        options = settings.options_as(DMoLESettings)
+        layers = {tower: linears for tower, linears in layers.items() if options.towers in ("both", tower)}
+        scored = routed = 0
+        buffers = features = 0.0
+        if options.allocator != "uniform":
+            fraction, minimum = options.proxy_fraction, options.proxy_min_samples
+            scored = sum(len(proxy_subset(s.task.train, fraction=fraction, minimum=minimum)) for s in stages)
+            for layer in (layer for tower in layers.values() for layer in tower.values()):
+                whole = layer.in_features * layer.out_features
+                buffers += 4.0 * (whole if options.proxy_method == "exact" else SKETCH)
+        if options.routing != "none":
+            held_out = options.router.threshold_from == "validation"
+            read = [len(stage.task.train) + held_out * len(stage.task.validation) for stage in stages]
+            tested = {name for stage in stages for name in stage.evaluates}
+            tests = sum(len(task.test) for task in stream.tasks if task.name in tested)
+            routed = sum(read) + tests
+            width = sum(next(iter(tower.values())).in_features for tower in layers.values())
+            features = 4.0 * width * (max(read, default=0) + tests)
+        return OwnWork(forward=scored + routed, backward=scored, memory_bytes=buffers + features)
 
     def begin_stage(self, stage: int, task: Task) -> None:
         if self._stage is not None:
