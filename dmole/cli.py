@@ -60,7 +60,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # What libraries log about their own builds, which nobody who runs dmole can act on.
     for library in ("torchao", "torch.utils._pytree"):
         logging.getLogger(library).setLevel(logging.ERROR)
-    sys.exit(status(arguments))
+    code = status(arguments)
+    if "RANK" in os.environ:
+        # One of several processes. A thread of gloo that frees a tensor while the interpreter shuts down aborts the
+        # process, and with a sharded base the threads outlive their process group (torch 2.13).
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def status(arguments: Sequence[str] | None = None) -> int:

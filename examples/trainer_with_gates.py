@@ -8,11 +8,13 @@ checkpointing runs again during backward find them too. A run that was stopped g
     torchrun --standalone --nproc-per-node 2 examples/trainer_with_gates.py folder          DDP
 """
 
+import gc
 import sys
 import tempfile
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
 from dmole_kernels import ExpertHandle, convert, experts_of, load_experts, save_experts
@@ -104,3 +106,5 @@ if __name__ == "__main__":
     else:
         with tempfile.TemporaryDirectory() as temporary:
             main(temporary)
+    gc.collect()  # DDP's wrappers, which hold the process group
+    PartialState().destroy_process_group()

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -193,13 +194,13 @@ def test_vision_language_model(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"{name}: two beams, loaded again" in out
 
 
-def torchrun(example: str, *arguments: str) -> str:
+def torchrun(example: str, *arguments: str, preload: str = "") -> str:
     """What the example prints on two processes; torchrun --standalone finds a free port by itself."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
         str(EXAMPLES / f"{example}.py"), *arguments,
     ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent), "LD_PRELOAD": preload}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -217,6 +218,16 @@ def test_trainer_with_gates_under_ddp(tmp_path: Path) -> None:
     assert out.count("resumed at step 20, the same experts bit for bit: True") == 2
     files = {path.relative_to(tmp_path).as_posix() for path in (tmp_path / "checkpoint-20").rglob("*.safetensors")}
     assert files == {f"checkpoint-20/{name}/adapter_model.safetensors" for name in ("up", "down")}
+
+
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("cc") is None, reason="needs LD_PRELOAD and a C compiler")
+@pytest.mark.parametrize("example", ["two_processes", "trainer_with_gates"])
+def test_processes_end_while_gloo_still_frees_tensors(example: str, tmp_path: Path) -> None:
+    """They did not: a thread that frees a tensor while the interpreter shuts down aborts the process (SIGABRT)."""
+    source, library = Path(__file__).with_name("slow_gloo.c"), tmp_path / "slow_gloo.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", str(source), "-o", str(library), "-ldl"], check=True)
+    torchrun(example, *([str(tmp_path / "out")] if example == "trainer_with_gates" else []), preload=str(library))
 
 
 def readme_block() -> str:

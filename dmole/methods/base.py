@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from dmole.data.sample import Stream, Task
     from dmole.models.vision_language import VisionLanguageModel
 
+Layers = Mapping[str, Mapping[str, nn.Linear]]
+
 
 @dataclass(frozen=True, kw_only=True)
 class NoOptions:
@@ -71,6 +73,21 @@ class Stage:
     row: int
     task: Task
     evaluates: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnWork:
+    """What a method computes besides training steps and answers, in a whole run; for the estimate before the start.
+
+    Attributes:
+        forward: Samples that pass forward through the pretrained model.
+        backward: How many of them also pass backward, with gradients of the candidates' weights.
+        memory_bytes: What it keeps meanwhile, besides the model and its activations.
+    """
+
+    forward: int = 0
+    backward: int = 0
+    memory_bytes: float = 0.0
 
 
 class Method(ABC):
@@ -121,6 +138,11 @@ class Method(ABC):
         an adapter on all candidates does.
         """
         return None
+
+    @classmethod
+    def own_work(cls, settings: MethodSettings, stages: Sequence[Stage], stream: Stream, layers: Layers) -> OwnWork:
+        """What a run over `stages` computes besides steps and answers; layers[tower][linear] are the candidates."""
+        return OwnWork()
 
     def stages(self, stream: Stream) -> list[Stage]:
         """The stages of a run: one per task, each tested on all tasks."""

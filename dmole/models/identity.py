@@ -34,9 +34,10 @@ def base_identity(model: nn.Module, source: str, *, full: bool | None = None) ->
     Raises:
         ValueError: for a source without safetensors.
     """
-    config: Any = getattr(model, "config", None)
     if not source:
         return {"source": "", "kind": "tensors", "commit": None, "sha256": tensors_digest(model)}
+    from transformers.utils.hub import extract_commit_hash
+
     files, index = weight_files(source)
     if full is None:
         full = sum(file.stat().st_size for file in files) <= SMALL
@@ -45,7 +46,8 @@ def base_identity(model: nn.Module, source: str, *, full: bool | None = None) ->
         digest.update(f"{file.name} {file.stat().st_size}\n".encode())
         for part in _chunks(file) if full else [_header(file)]:
             digest.update(part)
-    commit = None if Path(source).is_dir() else getattr(config, "_commit_hash", None)
+    # Where the cache has the files; transformers puts the commit into no config that it read from the cache alone.
+    commit = None if Path(source).is_dir() else extract_commit_hash(str(files[0]), None)
     return {"source": source, "kind": "full" if full else "headers", "commit": commit, "sha256": digest.hexdigest()}
 
 

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run will cost, before it starts: hours, memory and disk.
 
-    seconds = steps * seconds of a step * 1.3 + answers * seconds of an answer
+    seconds = steps * seconds of a step * 1.3 + answers * seconds of an answer + seconds of the method's own passes
 
 One training batch and one generation batch of the user's own samples are timed on the pretrained model, after a first
-small one that loads kernels and fills caches. The factor stands for the experts, which are not placed yet. What a
-method computes before and after training is not in it.
+small one that loads kernels and fills caches. The factor stands for the experts, which are not placed yet. A method's
+own passes are those outside steps and answers, such as D-MoLE's proxy and router features (`Method.own_work`).
 
-    memory = peak of the two batches + the run's copy of the weights + 16 bytes per trained weight
+    memory = peak of the two batches + the run's copy of the weights
+             + the larger of 16 bytes per trained weight and what the method's own passes keep
     disk   = 2 checkpoints of (experts of all stages * 4 + 8 bytes per trained weight) + 200 bytes per answer
 
 A trained weight is 4 bytes of value, 4 of gradient and 8 of AdamW's moments, in float32. The old checkpoint goes when
@@ -25,13 +26,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import nn
 
 from dmole.config import RunConfig
 from dmole.data.collate import collate
 from dmole.data.sample import Sample, Stream
 from dmole.machine import memory_gib, peak_memory_gib
 from dmole.methods import method_class
-from dmole.methods.base import Stage, answer_loss
+from dmole.methods.base import Layers, Stage, answer_loss
 from dmole.methods.budget import linear_sizes
 from dmole.models.vision_language import VisionLanguageModel
 from dmole.runs.generation import generate
@@ -43,6 +45,9 @@ from dmole.training.stage_training import stage_steps
 
 # Measured step times with experts, on a model of 7 M parameters, over a step without them.
 EXPERTS = 1.3
+# A forward pass over a training step of a frozen model, whose backward computes no gradient of a weight and so costs
+# about as much. With those gradients, as in D-MoLE's proxy, it costs twice that.
+FORWARD = 0.5
 BYTES_PER_ANSWER = 200
 GIB = 2**30
 
@@ -152,6 +157,14 @@ def _answer(model: VisionLanguageModel, samples: Sequence[Sample], config: RunCo
         generate(model, batch, config.evaluation, [str(number) for number in range(len(samples))])
 
 
+def _candidates(plan: RunPlan, config: RunConfig, model: VisionLanguageModel) -> Layers:
+    chosen = config.method_settings(plan.method).select_candidates(model.candidates)
+    return {
+        tower: {name: cast(nn.Linear, model.model.get_submodule(name)) for name in names}
+        for tower, names in chosen.items()
+    }
+
+
 def trained_weights(method: str, config: RunConfig, model: VisionLanguageModel) -> int:
     """About how many weights a stage trains: what the method says, or the budget where only data decide."""
     settings = config.method_settings(method)
@@ -171,7 +184,7 @@ def estimate(
     trained = {method: trained_weights(method, config, model) for method in {plan.method for plan in plans}}
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.model.state_dict().values())
     steps = answers = 0
-    checkpoint = memory = 0.0
+    checkpoint = memory = own_samples = 0.0
     for place, plan in enumerate(plans):
         tests = {task.name: len(task.test) for task in plan.stream.tasks}
         own = stages[plan.folder]
@@ -180,10 +193,17 @@ def estimate(
         # Row 0 is measured once and read by the other runs.
         answers += sum(tests.values()) * (config.evaluation.zero_shot and place == 0)
         checkpoint = max(checkpoint, trained[plan.method] * (4.0 * len(own) + 8.0 * bool(own)))
-        memory = max(memory, 16.0 * trained[plan.method] * bool(own))
+        work = method_class(plan.method).own_work(
+            config.method_settings(plan.method), own, plan.stream, _candidates(plan, config, model)
+        )
+        own_samples += FORWARD * work.forward + (1.0 - FORWARD) * 2.0 * work.backward
+        # What a method computes for itself comes before and after training.
+        memory = max(memory, 16.0 * trained[plan.method] * bool(own), work.memory_bytes)
     costs = rates.costs
     return Estimate(
-        seconds=steps * samples_per_step(config.training, 1) * costs.trained_sample + answers * costs.answer,
+        seconds=steps * samples_per_step(config.training, 1) * costs.trained_sample
+        + answers * costs.answer
+        + own_samples * rates.trained_sample,
         steps=steps,
         answers=answers,
         memory_bytes=rates.peak_bytes + weights + memory,

@@ -80,6 +80,12 @@ def make_accelerator(
             f"accelerate sees {accelerator.num_processes} processes; expected the {launched_processes} that were "
             "launched (WORLD_SIZE), or each of them would train alone. Make no Accelerator before the run."
         )
+    if accelerator.num_processes == 1 and "MASTER_ADDR" in os.environ and "ACCELERATE_USE_CPU" in os.environ:
+        raise ConfigError(
+            "accelerate launch --cpu was given several processes and started one process; expected several. Without "
+            "MPI it starts no more: launch with torchrun --nproc-per-node or with accelerate launch --multi_gpu, "
+            "which train on CPUs as well."
+        )
     torch.set_num_threads(threads)  # of several processes on a CPU, accelerate changes it
     if accelerator.distributed_type in REFUSED_ENGINES:
         raise ConfigError(

@@ -26,11 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from dmole.files import JSON
-from dmole.methods.base import Method, RoutingRecord
+from dmole.methods.base import Layers, Method, OwnWork, RoutingRecord, Stage
 from dmole.methods.budget import Sizes, check_budget
 from dmole.methods.dmole.allocation import check_vision_floor
 from dmole.methods.dmole.expert_pool import ExpertPool, Placement
 from dmole.methods.dmole.features import FeatureStore, encoded_features, shared_features
+from dmole.methods.dmole.own_work import own_work
 from dmole.methods.dmole.placement import place_experts
 from dmole.methods.dmole.routing import Router, voted
 from dmole.methods.dmole.settings import DMoLESettings
@@ -96,6 +97,10 @@ class DMoLE(Method):
             self.options.router.check(stream)
 
     # Before training
+
+    @classmethod
+    def own_work(cls, settings: MethodSettings, stages: Sequence[Stage], stream: Stream, layers: Layers) -> OwnWork:
+        return own_work(settings.options_as(DMoLESettings), stages, stream, layers)
 
     def begin_stage(self, stage: int, task: Task) -> None:
         if self._stage is not None:

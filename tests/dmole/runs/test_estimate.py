@@ -6,13 +6,17 @@ import io
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 
 from dmole.config import RunConfig
+from dmole.data.collate import collate
 from dmole.data.sample import Stream
+from dmole.methods import method_class
+from dmole.methods.base import OwnWork
 from dmole.models.identity import tensors_digest
 from dmole.models.vision_language import VisionLanguageModel
 from dmole.runs.estimate import EXPERTS, GIB, Estimate, Rates, estimate, measure, trained_weights
@@ -55,6 +59,68 @@ def test_a_part_of_the_matrix_costs_less(
     assert answers == {"all": 12 + 36, "diagonal": 12 + 12, "last": 12 + 12}
     without = toy_config("methods=seq_ft", "evaluation={stages: last, zero_shot: false}")
     assert estimated(without, toy_stream, tiny_model).answers == 12
+
+
+SAMPLED = "dmole={proxy_min_samples: 4, proxy_batch_size: 4, router: {epochs: 2, feature_batch_size: 4}}"
+
+
+@pytest.mark.parametrize("router", [[], ["dmole.routing=none", "dmole.training_neighbour=none"]], ids=["routed", "not"])
+def test_a_method_s_own_passes_are_those_that_it_makes(
+    router: list[str],
+    toy_config: Callable[..., RunConfig],
+    toy_stream: Stream,
+    tiny_model: VisionLanguageModel,
+) -> None:
+    """Counted on a real run over the stages: samples through the language tower, outside steps and answers."""
+    config = toy_config("methods=dmole", SAMPLED, *router)
+    settings = config.method_settings("dmole")
+    method = method_class("dmole")(tiny_model, settings, seed=0)
+    stages = method.stages(toy_stream)
+    work = method_class("dmole").own_work(settings, stages, toy_stream, linears(tiny_model, method.candidates))
+    forward = backward = 0
+
+    def count(module: object, inputs: object, keywords: dict[str, Any], output: Any) -> None:
+        nonlocal forward, backward
+        ids = keywords.get("inputs_embeds", keywords.get("input_ids"))
+        forward += len(ids)
+        backward += len(ids) * torch.is_grad_enabled()
+
+    tower = tiny_model.model.get_submodule(tiny_model.towers["language"])
+    handle = tower.register_forward_hook(count, with_kwargs=True)
+    for stage in stages:
+        method.begin_stage(stage.index, stage.task)
+        method.end_stage(stage.index, stage.task)
+        for task in toy_stream.tasks:
+            batch = collate(tiny_model, task.test, with_answers=False)
+            with method.evaluation_gates(batch):
+                pass
+    handle.remove()
+    assert (work.forward, work.backward) == (forward, backward)
+    assert backward == 3 * 4
+
+
+def linears(model: VisionLanguageModel, candidates: dict[str, tuple[str, ...]]) -> dict[str, dict[str, Any]]:
+    return {tower: {name: model.model.get_submodule(name) for name in own} for tower, own in candidates.items()}
+
+
+def test_the_own_passes_of_each_method_by_hand(
+    toy_config: Callable[..., RunConfig], toy_stream: Stream, tiny_model: VisionLanguageModel
+) -> None:
+    plain = estimated(toy_config("methods=seq_ft"), toy_stream, tiny_model)
+    config = toy_config("methods=dmole", SAMPLED)
+    got = estimated(config, toy_stream, tiny_model)
+    # Proxy: 4 samples a stage, forward and twice that backward. Features: 10 training samples a stage, 12 test samples.
+    assert got.steps == plain.steps and got.answers == plain.answers
+    assert got.seconds - plain.seconds == pytest.approx((12 * 1.5 + (30 + 12) * 0.5) * 0.5)
+    layers = linears(tiny_model, tiny_model.candidates)
+    settings = config.method_settings("dmole")
+    own = method_class("dmole").own_work(settings, [], toy_stream, layers).memory_bytes
+    weights = sum(layer.weight.numel() for tower in layers.values() for layer in tower.values())
+    assert own == 4 * weights
+    sketched = toy_config("methods=dmole", "dmole.proxy_method=sketch").method_settings("dmole")
+    count = sum(len(tower) for tower in layers.values())
+    assert method_class("dmole").own_work(sketched, [], toy_stream, layers).memory_bytes == 4 * 64 * 64 * count
+    assert method_class("seq_ft").own_work(settings, [], toy_stream, layers) == OwnWork()
 
 
 def test_what_there_is_too_little_of_is_named(tmp_path: Path) -> None:

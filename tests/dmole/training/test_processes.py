@@ -15,8 +15,11 @@ import pytest
 import torch
 
 from dmole.config_error import ConfigError
+from dmole.reports.stored import read_runs
 from dmole.reports.verify import verify_results
+from dmole.training.acceleration import make_accelerator
 from dmole.training.processes import gathered, is_sharded, process, shard, shared
+from dmole.training.settings import TrainingSettings
 from mini_cmit.model.tiny import build_tiny_model
 
 SCRIPT = Path(__file__).with_name("training_processes.py")
@@ -150,18 +153,39 @@ def test_a_sharded_base_is_sharded_again_after_a_forward(results: list[dict[str,
     assert all(result["resharded"] for result in results)
 
 
-@pytest.mark.slow
-def test_torchrun_runs_the_command_line(toy_folder: Path, tmp_path: Path) -> None:
+TORCHRUN = ("torch.distributed.run", "--nproc-per-node", "2", "--standalone")
+# accelerate's launcher of several processes on one machine; its --cpu starts one process, or several with MPI.
+ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
+
+
+def launched(*launcher: str, stream: Path, output: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "dmole"]
-    command += ["run", str(toy_folder), "--model", "tiny", "--method", "seq_ft", "--output", str(tmp_path / "out")]
+    command = [sys.executable, "-m", *launcher, "-m", "dmole", "run", str(stream), "--model", "tiny"]
+    command += ["--method", "seq_ft", "--output", str(output)]
     for setting in ("training.num_train_epochs=1", "training.per_device_train_batch_size=2", "lora.rank=4"):
         command += ["--set", setting]
     command += ["--set", "evaluation.max_new_tokens=3", "--set", "training.bf16=true"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_launchers_run_the_command_line(toy_folder: Path, tmp_path: Path, launcher: tuple[str, ...]) -> None:
+    done = launched(*launcher, stream=toy_folder, output=tmp_path / "out")
     assert done.returncode == 0, done.stderr[-5000:]
     assert done.stdout.count("results: ") == 1
     assert verify_results(tmp_path / "out").ok
+    (result,) = read_runs(tmp_path / "out")
+    # 10 samples in windows of 2 * 2: a process that trained alone would take 5 steps.
+    assert len((result.folder / "losses.csv").read_text().splitlines()) == 1 + 3 * 3
+
+
+def test_a_launcher_that_starts_one_process_of_several_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `accelerate launch --cpu --num_processes 2` sets where there is no MPI."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.raises(ConfigError, match=r"--cpu .* one process; expected several. .*torchrun --nproc-per-node"):
+        make_accelerator(TrainingSettings())
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import io
+import os
 import sys
 import weakref
 from pathlib import Path
@@ -235,6 +236,7 @@ def main(folder: Path, output: Path) -> None:
     torch.save(results, output / f"results_{rank}.pt")
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    os._exit(0)  # as `dmole.cli.main`: threads of a group that FSDP2 holds may not meet the interpreter's end
 
 
 if __name__ == "__main__":
