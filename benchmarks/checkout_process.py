@@ -12,6 +12,8 @@ from pathlib import Path
 class CheckoutProcess:
     """`script` on one thread, with `checkout` as its directory and first on its path.
 
+    Its cache is in the checkout: two versions that share one would build their data in place of each other's.
+
     Attributes:
         greeting: the line that the script prints when it is ready.
     """
@@ -19,7 +21,8 @@ class CheckoutProcess:
     def __init__(self, checkout: Path, script: Path, *arguments: str) -> None:
         self.process = subprocess.Popen(
             [sys.executable, str(script), *arguments],
-            cwd=checkout, env={**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"},
+            cwd=checkout, env={**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1",
+                               "DMOLE_CACHE": str(checkout / "build" / "cache")},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         self.greeting = self._line()

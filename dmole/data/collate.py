@@ -17,7 +17,7 @@ from dmole.models.chat_template import Conversation
 from dmole.models.prompts import IGNORE, Encoded
 from dmole.models.vision_language import VisionLanguageModel
 
-__all__ = ["IGNORE", "Batch", "collate", "conversation"]
+__all__ = ["IGNORE", "Batch", "collate", "conversation", "encoded"]
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,14 @@ class Batch:
 
 def collate(vlm: VisionLanguageModel, samples: Sequence[Sample], *, with_answers: bool) -> Batch:
     """`with_answers`: prompt and `answers[0]`, right-padded, labels on it. Else the prompt, left-padded."""
-    encoded = vlm.encode(
-        [conversation(sample, sample.answers[0] if with_answers else None) for sample in samples],
-        with_answers=with_answers,
-    )
-    return Batch(samples=tuple(samples), encoded=encoded, units=vlm.units(encoded))
+    made = encoded(vlm, samples, with_answers=with_answers)
+    return Batch(samples=tuple(samples), encoded=made, units=vlm.units(made))
+
+
+def encoded(vlm: VisionLanguageModel, samples: Sequence[Sample], *, with_answers: bool) -> Encoded:
+    """What of a batch the processor makes: no weight of the model is read."""
+    conversations = [conversation(sample, sample.answers[0] if with_answers else None) for sample in samples]
+    return vlm.encode(conversations, with_answers=with_answers)
 
 
 def conversation(sample: Sample, answer: str | None, *, images: Sequence[Image.Image] | None = None) -> Conversation:

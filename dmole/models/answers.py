@@ -43,33 +43,32 @@ def expanded_spans(
     processor: ProcessorMixin,
     template: ChatTemplate,
     row: Conversation,
-    labels: Labels,
     *,
-    text: str,
+    own: Sequence[int],
+    spans: Sequence[tuple[int, int]],
     ids: Sequence[int],
     process: Callable[[Conversation], list[int]],
 ) -> Spans:
     """[start, end) of every assistant turn in `ids`, the processor's, in which every image has its full length.
 
     Args:
-        text: the rendered conversation.
+        own, spans: of `answer_spans`.
         process: a conversation -> the processor's ids of it; called for turns that images come after, since the
             positions after the last image keep their distance from the end.
 
     Raises:
-        ValueError: also where the processor changes the template's text beyond images.
+        ValueError: the processor changes the template's text beyond images.
     """
-    own, spans = answer_spans(processor, template, row, labels, text)
     turns = _turns(row)
     seen = [i for i, message in enumerate(row) if any(part["type"] == "image" for part in message["content"])]
     found: Spans = []
     for turn, (start, end) in zip(turns, spans, strict=True):
-        whole, placed = ids, own
+        whole, placed = ids, list(own)
         if seen and turn < seen[-1]:
             placed = tokens(processor, template.render(processor, row[:turn]))
             whole = process(row[:turn])
         shift = len(whole) - len(placed)
-        if list(ids[start + shift : end + shift]) != own[start:end]:
+        if list(ids[start + shift : end + shift]) != list(own[start:end]):
             raise ValueError(
                 f"labels: got a processor that changes the text of the chat template at message {turn}; expected the "
                 f"template's tokens, with images expanded and nothing else. Correct the chat template."

@@ -18,7 +18,8 @@ from transformers import ProcessorMixin
 from dmole.config_error import ConfigError
 from dmole.models.answers import answer_spans
 from dmole.models.chat_template import PROBE, Conversation, tokens
-from dmole.models.prompts import LabelRule, check_row, encode, image_count, normalised, template_of
+from dmole.models.prompts import LabelRule, encode, image_count, normalised, template_of
+from dmole.models.row_text import check_row
 
 Sizes = tuple[tuple[int, int], ...]
 

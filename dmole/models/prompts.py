@@ -23,13 +23,8 @@ from transformers import ProcessorMixin
 
 from dmole.models.answers import Labels, expanded_spans
 from dmole.models.batches import per_sample_inputs, processed_batch
-from dmole.models.chat_template import (
-    PROBE,
-    ChatTemplate,
-    Conversation,
-    chat_template,
-    check_texts,
-)
+from dmole.models.chat_template import PROBE, ChatTemplate, Conversation, chat_template
+from dmole.models.row_text import row_text
 
 IGNORE = -100  # cross-entropy's ignore_index
 PARTS = ("image", "text")
@@ -83,7 +78,7 @@ def encode(
         raise ValueError("conversations: got none; expected at least one. Drop the empty batch.")
     template = template_of(processor, declaration)
     rows = [normalised(messages, with_answers=with_answers) for messages in conversations]
-    texts = [check_row(processor, template, row) for row in rows]
+    texts = [row_text(processor, template, row, declaration.labels if with_answers else None) for row in rows]
     images = tuple(image_count(row) for row in rows)
     inputs = processed_batch(
         lambda some: _process(processor, template, some, prompt=not with_answers),
@@ -104,8 +99,8 @@ def encode(
             processor,
             template,
             row,
-            declaration.labels,
-            text=text,
+            own=text.ids,
+            spans=text.spans,
             ids=ids.tolist(),
             process=lambda some: _process(processor, template, [some], prompt=False)["input_ids"][0].tolist(),
         )
@@ -219,23 +214,6 @@ def _ids_in_prompt(processor: ProcessorMixin, template: ChatTemplate, before: st
 
 def _pad_id(processor: ProcessorMixin) -> int:
     return int(cast(Any, processor).tokenizer.pad_token_id)
-
-
-def check_row(processor: ProcessorMixin, template: ChatTemplate, row: Conversation) -> str:
-    """The rendered text of a normalised conversation.
-
-    Raises ValueError for a special token in one of its texts, and for a text that the template leaves out.
-    """
-    check_texts(template, row)
-    text = template.render(processor, row)
-    for message in row:
-        for part in message["content"]:
-            if part["type"] == "text" and part["text"].strip() not in text:
-                raise ValueError(
-                    f"chat_template: got a template that leaves out the {message['role']}'s text {part['text']!r}; "
-                    f"expected every text of the conversation. Correct the template, or the message's role."
-                )
-    return text
 
 
 def _process(

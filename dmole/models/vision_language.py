@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import hashlib
 import inspect
 import json
@@ -75,6 +77,15 @@ class VisionLanguageModel:
         hook = getattr(embeddings, "_hf_hook", None)
         elsewhere = getattr(hook, "execution_device", None) if embeddings.weight.is_meta else None
         return embeddings.weight.device if elsewhere is None else torch.device(elsewhere)
+
+    @functools.cached_property
+    def reader(self) -> VisionLanguageModel:
+        """The same model with a processor of its own, for a thread that encodes beside this one.
+
+        A fast tokenizer keeps its padding as state: two threads that share it raise "Already borrowed" or pad as the
+        other one asked.
+        """
+        return replace(self, processor=copy.deepcopy(self.processor))
 
     def encode(self, conversations: Sequence[Conversation], *, with_answers: bool) -> Encoded:
         """Conversations as a batch on the CPU, see `dmole.models.prompts.encode`."""

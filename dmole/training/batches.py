@@ -13,19 +13,21 @@ collectives (a sharded base, a sum of gradients) need every process in every for
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from dmole.data.collate import IGNORE, Batch, collate
+from dmole.data.collate import IGNORE, Batch, collate, encoded
 from dmole.seeding import derived_generator
 from dmole.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
     from dmole.data.sample import Sample
+    from dmole.models.prompts import Encoded
     from dmole.models.vision_language import VisionLanguageModel
 
 
@@ -106,22 +108,51 @@ class _Samples(Dataset["Sample"]):
 
 
 def load(
-    vlm: VisionLanguageModel, samples: Sequence[Sample], pieces: Sequence[Sequence[int]], *, workers: int
-) -> Iterator[Batch]:
-    """One batch with answers, on the CPU, for each of `pieces`; by `workers` processes ahead of time if not 0."""
+    vlm: VisionLanguageModel, samples: Sequence[Sample], steps: Iterable[list[Piece]], *, workers: int
+) -> Generator[list[tuple[Piece, Batch]], None, None]:
+    """The pieces of each step with their batches, with answers, on the CPU.
+
+    workers: 0 prepares the next step in a thread while the caller computes this one; otherwise so many processes work
+        ahead. Nothing drawn at random is involved, so the batches are the same either way.
+    """
     if workers == 0:
-        for places in pieces:
-            yield collate(vlm, [samples[place] for place in places], with_answers=True)
+        yield from _one_step_ahead(vlm, samples, steps)
         return
+    every = list(steps)
     loader = DataLoader(
         _Samples(samples),
-        batch_sampler=pieces,  # type: ignore[arg-type]
+        batch_sampler=[list(piece.places) for step in every for piece in step],
         num_workers=workers,
         collate_fn=_Collating(vlm),
         # Its own: a loader draws a seed when it starts, and dropout draws from the global generator.
         generator=torch.Generator(device="cpu").manual_seed(0),
     )
-    yield from loader
+    ahead = iter(loader)
+    for step in every:
+        yield [(piece, next(ahead)) for piece in step]
+
+
+def _one_step_ahead(
+    vlm: VisionLanguageModel, samples: Sequence[Sample], steps: Iterable[list[Piece]]
+) -> Generator[list[tuple[Piece, Batch]], None, None]:
+    reader = vlm.reader
+
+    def prepared(step: list[Piece]) -> list[tuple[Piece, tuple[Sample, ...], Encoded]]:
+        chosen = [(piece, tuple(samples[place] for place in piece.places)) for piece in step]
+        return [(piece, some, encoded(reader, some, with_answers=True)) for piece, some in chosen]
+
+    def finished(step: list[tuple[Piece, tuple[Sample, ...], Encoded]]) -> list[tuple[Piece, Batch]]:
+        # Here, not in the thread: measuring a tower's rows calls the model, which is computing there.
+        return [(piece, Batch(samples=some, encoded=own, units=vlm.units(own))) for piece, some, own in step]
+
+    coming: Future[list[tuple[Piece, tuple[Sample, ...], Encoded]]] | None = None
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
+        for step in steps:
+            ready, coming = coming, thread.submit(prepared, step)
+            if ready is not None:
+                yield finished(ready.result())
+        if coming is not None:
+            yield finished(coming.result())
 
 
 class _Collating:

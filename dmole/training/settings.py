@@ -130,7 +130,7 @@ class TrainingSettings:
     save_strategy: Literal["no", "steps", "epoch"] = "steps"
     # Steps between two checkpoints; below 1: a share of the stage's steps.
     save_steps: float = 200.0
-    # Processes that prepare batches ahead; 0 prepares them between the steps.
+    # Processes that prepare batches ahead; 0 prepares the next step in a thread.
     dataloader_num_workers: int = 0
 
     def __post_init__(self) -> None:

@@ -164,15 +164,7 @@ class StageTraining:
             processes=self.accelerator.num_processes,
         )
         workers = self.settings.dataloader_num_workers
-        steps = pieces if workers == 0 else list(pieces)
-        every = [piece.places for step in steps for piece in step] if isinstance(steps, list) else []
-        ahead = load(self.method.vlm, self.stage.task.train, every, workers=workers)
-        for step in steps:
-            if workers:
-                yield [(piece, next(ahead)) for piece in step]
-            else:
-                made = load(self.method.vlm, self.stage.task.train, [piece.places for piece in step], workers=0)
-                yield list(zip(step, made, strict=True))
+        return load(self.method.vlm, self.stage.task.train, pieces, workers=workers)
 
     def _one_step(self, window: list[tuple[Piece, Batch]]) -> None:
         accelerator, profile = self.accelerator, self.profile

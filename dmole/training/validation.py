@@ -48,8 +48,7 @@ def validation_loss(
     model.train(False)
     try:
         with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"), torch.no_grad():
-            batches = load(method.vlm, samples, [piece.places for piece in pieces], workers=0)
-            for piece, batch in zip(pieces, batches, strict=True):
+            for ((piece, batch),) in load(method.vlm, samples, ([piece] for piece in pieces), workers=0):
                 tokens.append(answer_tokens(batch) * piece.counts)
                 batch = send_to_device(batch, device)
                 with method.validation_gates(batch), accelerator.autocast():

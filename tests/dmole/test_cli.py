@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from dmole.cli import FAILED, USAGE_ERROR, WRONG_INPUT, run_config, status
 from dmole.recipes import RECIPES
@@ -221,6 +222,17 @@ def test_tasks_check(toy_folder: Path, capsys: pytest.CaptureFixture[str]) -> No
         "captions: cider, 10 train, 0 validation, 4 test",
         "toy: 3 tasks, nothing wrong",
     ]
+
+
+def test_tasks_check_says_which_pictures_are_not_used_as_stored(
+    toy_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stream = Path(shutil.copytree(toy_folder, tmp_path / "stream"))
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue", "green")]
+    frames[0].save(stream / "letters" / "test1.png", save_all=True, append_images=frames[1:])
+    assert status(["tasks", "check", str(stream)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2] == "note: letters/test.jsonl:2: image test1.png has 3 frames; the first one is used"
 
 
 def test_readme_command(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -373,3 +373,24 @@ def test_an_oversized_image_is_refused(stream: Path, monkeypatch: pytest.MonkeyP
     assert [p for p in problems(stream) if "images/photo.jpg is too large" in p]
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
     assert [p for p in problems(stream) if "images/photo.jpg is too large" in p]
+
+
+def test_a_picture_that_is_not_used_as_stored_is_a_note_with_file_and_line(stream: Path) -> None:
+    frames = [Image.new("RGB", (24, 24), colour) for colour in ("red", "blue")]
+    frames[0].save(stream / "captions" / "images" / "moving.gif", save_all=True, append_images=frames[1:])
+    rows = [row(0), row(1, image="images/moving.gif"), row(2, image="images/moving.gif")]
+    write_jsonl(stream / "captions" / "train.jsonl", rows)
+    read = read_stream(stream)
+    assert read.notes == ("captions/train.jsonl:2: image images/moving.gif has 2 frames; the first one is used",)
+    assert read.image_sizes[stream / "captions" / "images" / "moving.gif"] == (24, 24)
+    assert read_stream(stream, check_images=False).notes == ()
+
+
+@pytest.mark.parametrize(("form", "size"), [("AVIF", 60), ("BLP", 40), ("DDS", 100)])
+def test_what_a_foreign_decoder_raises_is_a_finding(stream: Path, form: str, size: int) -> None:
+    path = stream / "captions" / "images" / "photo.jpg"
+    Image.effect_noise((48, 48), 60).convert("P" if form == "BLP" else "RGB").save(path, form)
+    path.write_bytes(path.read_bytes()[:size])
+    (found,) = problems(stream)
+    assert found.startswith("captions/train.jsonl:3: image images/photo.jpg cannot be decoded (")
+    assert found.endswith("; replace the file")

@@ -11,9 +11,11 @@ from PIL import Image
 
 from dmole.config import RunConfig
 from dmole.config_error import ConfigError
+from dmole.data.images import image_size
 from dmole.data.sample import Stream
 from dmole.models.adapters import attach
 from dmole.models.vision_language import VisionLanguageModel
+from dmole.runs import plan
 from dmole.runs.plan import check_folder, check_samples, fresh_copy, order_label, order_names, plan_runs, stream_digest
 from dmole_kernels import ExpertGates, MultiLoRALinear
 
@@ -103,6 +105,25 @@ def test_special_tokens_in_texts_are_refused(
     changed = dataclasses.replace(first, train=(first.train[0], sample))
     with pytest.raises(ConfigError, match=message):
         check_samples(dataclasses.replace(toy_stream, tasks=(changed,)), tiny_model, 8)
+
+
+def test_each_image_is_looked_at_once_however_many_answers_it_has(
+    toy_stream: Stream, tiny_model: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+
+    def counted(path: Path) -> tuple[int, int]:
+        read.append(path)
+        return image_size(path)
+
+    monkeypatch.setattr(plan, "image_size", counted)
+    first = toy_stream.tasks[0]
+    sample = dataclasses.replace(first.test[0], answers=("red",) * 10)
+    task = dataclasses.replace(first, test=(sample, *first.test))
+    check_samples(dataclasses.replace(toy_stream, tasks=(task,)), tiny_model, 8)
+    assert read == []  # reading the stream has decoded them
+    check_samples(dataclasses.replace(toy_stream, tasks=(task,), image_sizes={}), tiny_model, 8)
+    assert len(read) == len(set(read)) == len(first.train) + len(first.test)
 
 
 @pytest.mark.parametrize(("text", "why"), [('{"fingerprint', "is not JSON"), ("[]", "holds no settings of a run")])

@@ -1,9 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which samples a step sees: by (seed, stage, epoch) alone, each once an epoch, however many processes share it."""
 
+import dataclasses
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
 
+from dmole.data.collate import Batch, collate
+from dmole.data.images import ImageError
 from dmole.data.sample import Stream
 from dmole.models.vision_language import VisionLanguageModel
 from dmole.training.batches import Piece, load, permutation, pieces_of, steps_per_epoch, windows
@@ -68,16 +75,68 @@ def test_a_process_without_samples_keeps_pace() -> None:
     assert pieces_of([7, 8, 9], 2, process=3, processes=4) == [Piece((7,), counts=False)]
 
 
-def test_workers_prepare_the_same_batches_and_draw_nothing(toy_stream: Stream, tiny_model: VisionLanguageModel) -> None:
+STEPS = [[Piece((0, 3)), Piece((5,))], [Piece((1, 2, 9))], [Piece((4, 4), counts=False)]]
+
+
+def assert_same(one: Batch, two: Batch) -> None:
+    assert one.samples == two.samples
+    assert one.units == two.units and torch.equal(one.labels, two.labels)
+    assert one.encoded.inputs.keys() == two.encoded.inputs.keys()
+    for name, value in one.encoded.inputs.items():
+        assert torch.equal(value, two.encoded.inputs[name])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_made_ahead_are_the_same_and_draw_nothing(
+    workers: int, toy_stream: Stream, tiny_model: VisionLanguageModel
+) -> None:
     samples = toy_stream.tasks[0].train
-    wanted = [(0, 3), (5,), (1, 2, 9)]
-    plain = list(load(tiny_model, samples, wanted, workers=0))
     before = torch.get_rng_state()
-    ahead = list(load(tiny_model, samples, wanted, workers=1))
+    found = list(load(tiny_model, samples, iter(STEPS), workers=workers))
     assert torch.equal(torch.get_rng_state(), before)
-    for one, two in zip(plain, ahead, strict=True):
-        assert one.samples == two.samples
-        assert one.units == two.units and torch.equal(one.labels, two.labels)
-        assert one.encoded.inputs.keys() == two.encoded.inputs.keys()
-        for name, value in one.encoded.inputs.items():
-            assert torch.equal(value, two.encoded.inputs[name])
+    assert [[piece for piece, _ in step] for step in found] == STEPS
+    for piece, batch in (pair for step in found for pair in step):
+        assert_same(batch, collate(tiny_model, [samples[place] for place in piece.places], with_answers=True))
+
+
+def test_one_step_at_most_is_prepared_ahead(toy_stream: Stream, tiny_model: VisionLanguageModel) -> None:
+    asked = []
+
+    def steps() -> Iterator[list[Piece]]:
+        for place in range(10):
+            asked.append(place)
+            yield [Piece((place,))]
+
+    coming = load(tiny_model, toy_stream.tasks[0].train, steps(), workers=0)
+    assert asked == []
+    for step in range(4):
+        next(coming)
+        assert asked == list(range(step + 2))
+    before = threading.active_count()
+    coming.close()
+    assert threading.active_count() == before - 1
+
+
+def test_the_thread_shares_no_tokenizer_with_the_step(toy_stream: Stream, tiny_model: VisionLanguageModel) -> None:
+    """A fast tokenizer keeps its padding as state, which a method may change while the next step is prepared."""
+    samples = toy_stream.tasks[2].train
+    steps = [[Piece(tuple(range(number, number + 3)))] for number in range(7)] * 6
+    expected = [collate(tiny_model, [samples[i] for i in step[0].places], with_answers=True) for step in steps]
+    coming = load(tiny_model, samples, steps, workers=0)
+    for batch in expected:
+        for _ in range(20):
+            tiny_model.processor.tokenizer(["a", "red green"], padding="max_length", max_length=40, padding_side="left")
+            tiny_model.processor.tokenizer(["a red green"], truncation=True, max_length=2)
+        assert_same(next(coming)[0][1], batch)
+    assert tiny_model.reader.processor.tokenizer is not tiny_model.processor.tokenizer
+
+
+def test_an_image_that_cannot_be_read_fails_in_its_own_step(
+    toy_stream: Stream, tiny_model: VisionLanguageModel, tmp_path: Path
+) -> None:
+    samples = list(toy_stream.tasks[0].train)
+    samples[2] = dataclasses.replace(samples[2], images=(tmp_path / "gone.png",))
+    coming = load(tiny_model, samples, ([Piece((place,))] for place in range(4)), workers=0)
+    assert [next(coming)[0][0].places for _ in range(2)] == [(0,), (1,)]
+    with pytest.raises(ImageError, match="gone.png is missing"):
+        next(coming)
