@@ -2,7 +2,7 @@
 """A person's first day with a model of their own: inspect --check, two methods over three tasks, resume, verify.
 
 The folders are those of `save_pretrained`, of five families whose processors need no torchvision, and of two that do:
-these in the long test, which scripts/test_torchvision.py runs where torchvision is. The tasks have one image, two
+these in the long test, which scripts/with_torchvision.py runs where torchvision is. The tasks have one image, two
 images and none.
 """
 
@@ -118,7 +118,7 @@ def test_a_stopped_run_of_a_foreign_model_resumes_to_the_same_bytes(
 
 needs_torchvision = pytest.mark.skipif(
     importlib.util.find_spec("torchvision") is None,
-    reason="the processor's video processor needs torchvision: run scripts/test_torchvision.py",
+    reason="the processor's video processor needs torchvision: run scripts/with_torchvision.py",
 )
 VIDEO = ("qwen2_5_vl", "internvl")
 
