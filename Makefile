@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # make demo: set-up, then D-MoLE and Seq-FT over the reduced mini stream, with table and picture.
 # make test: set-up, then every check and test.
-# make test-long: every drawn test with 2,000 draws instead of 40, the contract on more families of models.
+# make test-long: every drawn test with 2,000 draws instead of 40, the contract on more families of models, and the
+# tests that need torchvision, in an environment of their own.
 # make sanitize: the compiled ops' tests on a build with the address and undefined-behaviour sanitizers.
 
 PYTHON ?= python3
@@ -23,6 +24,7 @@ test: setup lint aot
 test-long: setup
 	DMOLE_DRAWS=2000 $(BIN)/python -m pytest -m hypothesis tests/kernels
 	$(BIN)/python -m pytest -m long
+	$(BIN)/python scripts/with_torchvision.py
 
 sanitize: setup
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python scripts/sanitize.py

@@ -227,14 +227,21 @@ END_OF_TURN = {
 
 def write_folder(family: str, path: Path, *, seed: int = 0) -> Path:
     """The family's model and processor as `save_pretrained` writes them; returns `path`."""
+    return save_folder(FAMILIES[family], END_OF_TURN[family], path, seed=seed)
+
+
+def save_folder(
+    build: Callable[[], tuple[nn.Module, ProcessorMixin]], end_of_turn: str, path: Path, *, seed: int = 0
+) -> Path:
+    """What `build` makes, as `save_pretrained` writes it; generation stops at `end_of_turn`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model, processor = FAMILIES[family]()
-    words = processor.tokenizer
+        model, processor = build()
+    words: Any = processor.tokenizer
     generation: Any = model.generation_config
     generation.pad_token_id = words.pad_token_id
     generation.bos_token_id = words.bos_token_id
-    generation.eos_token_id = token_id(words, END_OF_TURN[family])
+    generation.eos_token_id = token_id(words, end_of_turn)
     saved: Any = model
     saved.save_pretrained(path)
     processor.save_pretrained(path)
