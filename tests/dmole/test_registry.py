@@ -49,6 +49,7 @@ def test_this_project_s_own_names_are_registered_like_anybody_s() -> None:
         "demo": "mini_cmit.recipes:demo",
         "mini": "mini_cmit.recipes:mini",
         "paper": "dmole.recipes:paper",
+        "released_code": "dmole.recipes:released_code",
     }
     assert list(METRICS) == sorted(METRICS) and set(METRICS) >= {"cider", "vqa", "iou"}
     assert len(METRICS) == len(list(METRICS)) and "accuracy" not in METRICS and METRICS["iou"] is METRICS["iou"]
