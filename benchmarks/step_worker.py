@@ -13,6 +13,7 @@ import io
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -30,8 +31,10 @@ def training(method_name: str, *, bf16: bool) -> Any:
     from dmole.methods import method_class
     from dmole.recipes import mini_small
     from dmole.sources import open_model, open_stream
-    from dmole.training.stage_training import Profile, StageTraining
 
+    # In checkouts from before 2026-11-27 dmole.training is one file.
+    room = import_module("dmole.training")
+    stages: Any = import_module("dmole.training.stage_training") if hasattr(room, "__path__") else room
     config = load_config(base=mini_small(), overrides=[f"training.bf16={str(bf16).lower()}"])
     console = Console(file=io.StringIO())
     model = opened(open_model, config, console)
@@ -41,7 +44,7 @@ def training(method_name: str, *, bf16: bool) -> Any:
     method = method_class(method_name)(model, config.method_settings(method_name), seed=0)
     stage = method.stages(stream)[0]
     method.begin_stage(stage.index, stage.task)
-    return StageTraining(method, stage, config.training, seed=0, profile=Profile())
+    return stages.StageTraining(method, stage, config.training, seed=0, profile=stages.Profile())
 
 
 def opened(open_model: Callable[..., Any], config: Any, console: Any) -> Any:
