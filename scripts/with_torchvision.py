@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python scripts/with_torchvision.py [--record FILE]`: the tests that need torchvision, in an environment of their own.
+"""`python scripts/with_torchvision.py [--record FILE]`: tests that need torchvision, in an environment of their own.
 
 Processors with a video processor (Qwen-VL, InternVL, GLM-4V) need torchvision, and the index has CUDA builds of it,
 which fail to import beside a CPU build of torch. So the set-up of constraints.txt, which has none, is installed once

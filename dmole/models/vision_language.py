@@ -85,7 +85,15 @@ class VisionLanguageModel:
         A fast tokenizer keeps its padding as state: two threads that share it raise "Already borrowed" or pad as the
         other one asked.
         """
-        return replace(self, processor=copy.deepcopy(self.processor))
+        try:
+            processor = copy.deepcopy(self.processor)
+        # Whatever the copying methods of a foreign class raise.
+        except Exception as error:
+            raise ValueError(
+                f"processor: got {type(self.processor).__name__}, which cannot be copied ({error}); "
+                f"expected a copy for the thread that prepares batches. Set training.dataloader_num_workers to 1."
+            ) from error
+        return replace(self, processor=processor)
 
     def encode(self, conversations: Sequence[Conversation], *, with_answers: bool) -> Encoded:
         """Conversations as a batch on the CPU, see `dmole.models.prompts.encode`."""

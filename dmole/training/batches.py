@@ -145,6 +145,9 @@ def _one_step_ahead(
         # Here, not in the thread: measuring a tower's rows calls the model, which is computing there.
         return [(piece, Batch(samples=some, encoded=own, units=vlm.units(own))) for piece, some, own in step]
 
+    # A Python thread takes the number of torch's threads that was last set anywhere, when it first asks, and keeps it:
+    # an image processor that sets one for itself in the thread must not set this one's.
+    torch.get_num_threads()
     coming: Future[list[tuple[Piece, tuple[Sample, ...], Encoded]]] | None = None
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
         for step in steps:

@@ -5,6 +5,7 @@ import dataclasses
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -140,3 +141,45 @@ def test_an_image_that_cannot_be_read_fails_in_its_own_step(
     assert [next(coming)[0][0].places for _ in range(2)] == [(0,), (1,)]
     with pytest.raises(ImageError, match="gone.png is missing"):
         next(coming)
+
+
+def test_a_processor_that_sets_threads_for_itself_leaves_those_of_the_step(
+    toy_stream: Stream, tiny_model: VisionLanguageModel
+) -> None:
+    """As the mini model's does for features that are not cached yet. A sum's bits depend on the number of threads."""
+    before = torch.get_num_threads()
+    set_to, inside = [], threading.Event()
+
+    class Setting(type(tiny_model.processor)):  # type: ignore[misc]
+        def __call__(self, *given: Any, **named: Any) -> Any:
+            torch.set_num_threads(1)
+            set_to.append(torch.get_num_threads())
+            inside.set()
+            return super().__call__(*given, **named)
+
+    seen = []
+
+    def train() -> None:
+        # A thread that has not asked for its number yet, as the main one at the start of a resumed stage.
+        torch.set_num_threads(3)
+        coming = load(tiny_model, toy_stream.tasks[0].train, [[Piece((0,))], [Piece((1,))]], workers=0)
+        next(coming)
+        inside.wait()
+        seen.append(torch.get_num_threads())
+        coming.close()
+
+    tiny_model.processor.__class__ = Setting
+    try:
+        thread = threading.Thread(target=train)
+        thread.start()
+        thread.join()
+    finally:
+        torch.set_num_threads(before)
+    assert set_to and set(set_to) == {1} and seen == [3]
+
+
+def test_a_processor_that_cannot_be_copied_is_named(toy_stream: Stream, tiny_model: VisionLanguageModel) -> None:
+    tiny_model.processor.lock = threading.Lock()
+    expected = "cannot be copied .*lock.*; expected a copy .* Set training.dataloader_num_workers to 1"
+    with pytest.raises(ValueError, match=expected):
+        next(load(tiny_model, toy_stream.tasks[0].train, [[Piece((0,))]], workers=0))
