@@ -218,7 +218,7 @@ def test_tasks_check(toy_folder: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().out.splitlines() == [
         "colours: exact_match, 10 train, 0 validation, 4 test, ceiling 100.0",
         "letters: option_letter, 10 train, 0 validation, 4 test, ceiling 100.0",
-        "captions: cider, 10 train, 0 validation, 4 test, ceiling 250.0",
+        "captions: cider, 10 train, 0 validation, 4 test, ceiling 500.0",
         "toy: 3 tasks, nothing wrong",
     ]
 

@@ -102,8 +102,8 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "a version of a metric": (
         edit_lines(REFERENCES, lambda rows: [row.update(metric_version=9) for row in rows[4:8]]),
-        f"{REFERENCES}: stage 0, task words: stored exact_match, recomputed exact_match: got version 9; expected one of "
-        "1, 2. Install a newer release.",
+        f"{REFERENCES}: stage 0, task words: stored exact_match, recomputed exact_match: got version 9; expected one "
+        "of 1, 2. Install a newer release.",
     ),
     "references that the metric refuses": (
         edit_lines(REFERENCES, lambda rows: [row.update(metric="cider") for row in rows[4:8]]),
