@@ -15,9 +15,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import re
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,11 +24,12 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from dmole.config_error import ConfigError, did_you_mean, require
+from dmole.config_error import ConfigError, require
 from dmole.methods import method_class, method_names
 from dmole.methods.budget import BudgetSettings
 from dmole.methods.settings import LoraSettings, MethodSettings
-from dmole.models.declaration import Declaration, read_declaration
+from dmole.models.declaration import Declaration
+from dmole.sections import build_section, nearest
 from dmole.training.settings import RENAMED, TrainingSettings
 
 T = TypeVar("T")
@@ -137,10 +136,10 @@ class RunConfig:
     def __post_init__(self) -> None:
         for method in self.methods:
             if method not in method_names():
-                raise ConfigError(f"methods has {method!r}; {_nearest(method, method_names())}")
+                raise ConfigError(f"methods has {method!r}; {nearest(method, method_names())}")
         for method in self.options:
             if method not in method_names():
-                raise ConfigError(f"options has {method!r}; {_nearest(method, method_names())}")
+                raise ConfigError(f"options has {method!r}; {nearest(method, method_names())}")
         require(len(set(self.methods)) == len(self.methods), "methods", self.methods, "each method once")
         require(len(self.seeds) >= 1, "seeds", self.seeds, "at least one integer")
         require(len(set(self.seeds)) == len(self.seeds), "seeds", self.seeds, "each seed once")
@@ -194,19 +193,14 @@ def build_config(plain: Mapping[str, Any]) -> RunConfig:
     rest: dict[str, Any] = {}
     for key, value in plain.items():
         if key in method_names():
-            options[key] = _build(method_class(key).Options, value, key)
+            options[key] = build_section(method_class(key).Options, value, key)
         elif key in own:
             rest[key] = value
         elif key == "checkpoint_every_steps":
             raise ConfigError(f"unknown key {key!r}: it is now called training.{RENAMED[key]}. Rename it.")
         else:
-            raise ConfigError(f"unknown key {key!r}; {_nearest(str(key), [*sorted(own), *method_names()])}")
-    return typing.cast(RunConfig, _build(RunConfig, rest, "", options=options))
-
-
-def build_section(kind: type[T], plain: object, **given: Any) -> T:
-    """The dataclass `kind` from plain JSON, such as one section of a configuration; fields in `given` as they are."""
-    return typing.cast(T, _build(kind, plain, kind.__name__, **given))
+            raise ConfigError(f"unknown key {key!r}; {nearest(str(key), [*sorted(own), *method_names()])}")
+    return build_section(RunConfig, rest, options=options)
 
 
 def load_config(path: Path | None = None, *, base: RunConfig | None = None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -244,64 +238,3 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
         old = merged.get(key)
         merged[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
     return merged
-
-
-def _nearest(key: str, known: Sequence[str]) -> str:
-    return f"{did_you_mean(key, known)} Known: {', '.join(known)}.".lstrip()
-
-
-def _build(kind: type[Any], plain: object, where: str, **given: Any) -> Any:
-    """Dataclass `kind` from a mapping; `where` is the dotted path for messages."""
-    if not isinstance(plain, Mapping):
-        raise ConfigError(f"{where or 'configuration'} is {plain!r}; expected a mapping of settings.")
-    hints = typing.get_type_hints(kind)
-    known = [spec.name for spec in dataclasses.fields(kind) if spec.name not in given]
-    values: dict[str, Any] = dict(given)
-    for key, value in plain.items():
-        path = f"{where}.{key}" if where else str(key)
-        if key not in known:
-            explained = kind.unknown(str(key), path) if hasattr(kind, "unknown") else None
-            raise explained or ConfigError(f"unknown key {path!r}; {_nearest(str(key), known)}")
-        values[key] = _convert(hints[key], value, path)
-    return kind(**values)
-
-
-def _convert(hint: Any, value: object, path: str) -> Any:
-    """`value` as the type `hint`, or a `ConfigError` at `path`. Nothing is guessed: '3' is no integer."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Declaration:
-        require(isinstance(value, Mapping), path, value, "a mapping of fields")
-        return read_declaration(typing.cast(Mapping[str, Any], value))
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        (inner,) = (argument for argument in arguments if argument is not type(None))
-        return _convert(inner, value, path)
-    if origin is Literal:
-        if value is False and "no" in arguments:
-            value = "no"  # which YAML reads as false
-        require(value in arguments, path, value, "one of " + ", ".join(repr(choice) for choice in arguments))
-        return value
-    if origin is tuple:
-        # One value stands for a list of one: `--set methods=dmole`.
-        items = value if isinstance(value, list | tuple) else [value]
-        return tuple(_convert(arguments[0], item, f"{path}[{index}]") for index, item in enumerate(items))
-    if origin is not None and issubclass(origin, Mapping):
-        require(isinstance(value, Mapping), path, value, "a mapping")
-        return {str(k): _convert(arguments[1], v, f"{path}.{k}") for k, v in typing.cast(Any, value).items()}
-    if dataclasses.is_dataclass(hint):
-        return _build(typing.cast(type[Any], hint), value, path)
-    if hint is bool:
-        require(isinstance(value, bool), path, value, "true or false")
-    elif hint is int:
-        require(isinstance(value, int) and not isinstance(value, bool), path, value, "an integer")
-    elif hint is float:
-        # YAML 1.1 reads 1e-3 (no dot) as a string.
-        if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
-            value = float(value)
-        require(isinstance(value, int | float) and not isinstance(value, bool), path, value, "a number")
-        value = float(typing.cast(float, value))
-        require(math.isfinite(value), path, value, "a finite number")
-    elif hint is str:
-        require(isinstance(value, str), path, value, "a string")
-    return value

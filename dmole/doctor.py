@@ -12,7 +12,7 @@ import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dmole.machine import memory_gib, usable_cores
 
@@ -135,20 +135,27 @@ def _of_packages() -> list[Finding]:
         try:
             points = registry.registered(group)
         except ValueError as error:
-            findings.append(Finding(what=group, found=str(error), ok=False, fix="pip uninstall one of them"))
+            findings.append(Finding(what=group, found=str(error), ok=False, fix="pip uninstall one of the two"))
             continue
         for point in points.values():
             try:
-                value = registry.load(point)
-                if group == "dmole.doctor":
-                    findings += registry.called(point, value)()  # type: ignore[arg-type]
-            except Exception as error:  # said as a finding: a library that fails to import raises whatever it likes
-                findings.append(
-                    Finding(
-                        what=point.name,
-                        found=f"fails with {type(error).__name__}: {error}",
-                        ok=False,
-                        fix="install what is missing above, then run dmole doctor again",
-                    )
-                )
+                value = _usable(point)
+                findings += value() if group == "dmole.doctor" else []
+            except Exception as error:  # reported as a finding: a library that fails to import raises whatever it likes
+                fix = "install what is missing above, then run dmole doctor again"
+                found = f"fails with {type(error).__name__}: {error}"
+                findings.append(Finding(what=point.name, found=found, ok=False, fix=fix))
     return findings
+
+
+def _usable(point: importlib.metadata.EntryPoint) -> Any:
+    """What an entry point names, checked as its user checks it."""
+    if point.group == "dmole.methods":
+        from dmole.methods import method_class
+
+        return method_class(point.name)
+    if point.group == "dmole.metrics":
+        from dmole.metrics import METRICS
+
+        return METRICS[point.name]
+    return registry.called(point, registry.load(point))

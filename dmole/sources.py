@@ -14,7 +14,7 @@ from dmole.config import RunConfig
 from dmole.config_error import ConfigError
 from dmole.data.reading import SHOWN_PROBLEMS, read_stream
 from dmole.data.sample import Stream
-from dmole.methods import method_names
+from dmole.methods import method_class, method_names
 from dmole.models.declaration import Declaration
 from dmole.models.loading import load
 from dmole.models.vision_language import VisionLanguageModel
@@ -24,7 +24,7 @@ from dmole.registry import load as load_entry_point
 
 
 def check_named(config: RunConfig) -> None:
-    """ConfigError for a configuration without a stream, a model or methods, with the names that there are."""
+    """ConfigError for a configuration without a stream, a model or methods, and for a method that cannot be loaded."""
     for setting, given, option, other, names in (
         ("stream", config.stream, "dmole run STREAM", "a folder with stream.yaml", registered("dmole.streams")),
         ("model", config.model, "--model", "a folder or hub id of a model", registered("dmole.models")),
@@ -37,6 +37,8 @@ def check_named(config: RunConfig) -> None:
                 f"{setting}: got none; expected {expected}. Give it with {option}, or a recipe that sets it with "
                 f"--recipe (registered: {', '.join(RECIPES) or 'none'})."
             )
+    for method in config.methods:
+        method_class(method)  # before any data is read
 
 
 def open_stream(name: str, console: Console) -> Stream:

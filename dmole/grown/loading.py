@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dmole.config import EvaluationSettings, build_section
+from dmole.config import EvaluationSettings
 from dmole.grown.model import GrownModel
 from dmole.grown.saved import EXPERTS, SavedModel, SavedModelError, expert_tensor_names, find, read
 from dmole.methods import method_class
@@ -15,6 +15,7 @@ from dmole.methods.budget import BudgetSettings
 from dmole.methods.settings import LoraSettings, MethodSettings
 from dmole.models.declaration import read_declaration
 from dmole.models.vision_language import VisionLanguageModel
+from dmole.sections import build_section
 from dmole.sources import open_base
 from dmole_kernels import load_experts
 

@@ -21,7 +21,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from dmole.models import contract_points as points
-from dmole.models.contract_points import QUESTIONS, SAMPLES, Finding, Probes
+from dmole.models.contract_points import QUESTIONS, SAMPLES
+from dmole.models.contract_probes import Finding, Probes, finding, generated, logits
 from dmole.models.drawn import drawn_conversation, drawn_image
 from dmole.models.vision_language import VisionLanguageModel
 
@@ -61,10 +62,10 @@ def check(vlm: VisionLanguageModel, probes: Probes, *, save: bool | None = None)
             # A refusal is an answer about this model, and the points after it have theirs.
             said = str(error)
             remedy = f"{said} {points.ROWS_REMEDY}" if point in (4, 5, 10) and "declaration." not in said else said
-            findings.append(points.finding(point, name, tower, False, "refused", remedy))
+            findings.append(finding(point, name, tower, False, "refused", remedy))
 
     unequal, owned = probes.one_two_one, probes.two_none_one
-    before, plain = points.generated(vlm, probes.prompts, beams=1), points.logits(vlm, owned)
+    before, plain = generated(vlm, probes.prompts, beams=1), logits(vlm, owned)
     collect(1, "save and load", "", points.saved, owned, save)
     collect(2, "towers and candidates", "", points.structure, owned)
     collect(6, "proxy norms", "", points.proxy_norms, owned)

@@ -14,12 +14,12 @@ one), a cell without predictions, a prediction without a cell and a row without 
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dmole.config import fingerprint
 from dmole.reports.continual import aggregates
+from dmole.reports.differences import Difference, Verification, expect, expect_tree
 from dmole.reports.routing_statistics import routing_statistics
 from dmole.reports.stored import (
     ResultsError,
@@ -36,48 +36,9 @@ from dmole.reports.stored import (
     scored_by,
 )
 
-TOLERANCE = 1e-6
 KEY_COLUMNS = ("method", "seed", "order")
 NOT_MEASURED = "not measured"
 LOSS_COLUMNS = ("stage", "task", "step", "loss")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Difference:
-    """One number that is not what its sources give."""
-
-    file: str
-    cell: str
-    stored: str
-    recomputed: str
-
-    def __str__(self) -> str:
-        return f"{self.file}: {self.cell}: stored {self.stored}, recomputed {self.recomputed}"
-
-
-@dataclass
-class Verification:
-    """What was checked, and what was found."""
-
-    runs: int = 0
-    scores: int = 0
-    aggregates: int = 0
-    not_measured: int = 0
-    """Cells of the matrix that the settings of the evaluation left out: there is nothing to verify in them."""
-    differences: list[Difference] = field(default_factory=list)
-
-    @property
-    def ok(self) -> bool:
-        return not self.differences
-
-    def __str__(self) -> str:
-        checked = f"{self.runs} runs, {self.scores} scores from raw predictions, {self.aggregates} aggregates"
-        if self.not_measured:
-            checked += f", {self.not_measured} cells not measured"
-        if self.ok:
-            return f"verified {checked}: all as stored"
-        count = len(self.differences)
-        return "\n".join([*map(str, self.differences), f"checked {checked}: {count} difference{'s' * (count != 1)}"])
 
 
 def verify_results(results: Path) -> Verification:
@@ -104,22 +65,6 @@ def _name(results: Path, path: Path) -> str:
     return path.relative_to(results).as_posix()
 
 
-def _same(stored: Any, expected: Any) -> bool:
-    if isinstance(stored, bool) or isinstance(expected, bool):
-        return stored is expected
-    if isinstance(stored, int | float) and isinstance(expected, int | float):
-        return math.isclose(stored, expected, rel_tol=0.0, abs_tol=TOLERANCE)
-    return bool(stored == expected)
-
-
-def _expect(
-    report: Verification, file: str, cell: str, stored: Any, expected: Any, *, missing: str = "nothing"
-) -> None:
-    if not _same(stored, expected):
-        shown = [missing if value is None else str(value) for value in (stored, expected)]
-        report.differences.append(Difference(file=file, cell=cell, stored=shown[0], recomputed=shown[1]))
-
-
 def _verify_run(results: Path, run: StoredRun, report: Verification) -> None:
     def name(file: str) -> str:
         return _name(results, run.folder / file)
@@ -132,7 +77,7 @@ def _verify_run(results: Path, run: StoredRun, report: Verification) -> None:
         cells.setdefault((prediction.stage, prediction.task), []).append(prediction)
     for stage, task in cells:
         if task not in run.tasks or task not in references or not 0 <= stage <= len(run.tasks):
-            _expect(report, name("predictions.jsonl.gz"), f"stage {stage}, task {task}", "predictions", "no such cell")
+            expect(report, name("predictions.jsonl.gz"), f"stage {stage}, task {task}", "predictions", "no such cell")
     shares: dict[str, dict[str, float]] = {}
     cut: dict[str, dict[str, int]] = {}
     for stage in range(len(run.tasks) + 1):
@@ -141,7 +86,7 @@ def _verify_run(results: Path, run: StoredRun, report: Verification) -> None:
             said = cells.get((stage, task))
             where = f"stage {stage}, task {task}"
             if said is None or task not in references:
-                _expect(report, name("matrix.csv"), where, stored, None, missing=NOT_MEASURED)
+                expect(report, name("matrix.csv"), where, stored, None, missing=NOT_MEASURED)
                 continue
             texts = _paired(said, references[task], name("predictions.jsonl.gz"), where, report)
             if texts is None:
@@ -150,15 +95,15 @@ def _verify_run(results: Path, run: StoredRun, report: Verification) -> None:
                 metric = scored_by(references[task])
                 points = metric.evaluate(texts, references[task])
             except ValueError as error:  # an unknown metric or version, or references that it refuses
-                _expect(report, name("references.jsonl.gz"), where, references[task][0].metric, str(error))
+                expect(report, name("references.jsonl.gz"), where, references[task][0].metric, str(error))
                 continue
-            _expect(report, name("matrix.csv"), where, stored, points, missing=NOT_MEASURED)
+            expect(report, name("matrix.csv"), where, stored, points, missing=NOT_MEASURED)
             shares.setdefault(str(stage), {})[task] = metric.well_formed_share(texts, references[task])
             if all(prediction.cut is not None for prediction in said):
                 cut.setdefault(str(stage), {})[task] = sum(bool(prediction.cut) for prediction in said)
             report.scores += 1
-    _verify_tree(report, name("result.json"), "well_formed", run.result.get("well_formed"), shares)
-    _verify_tree(
+    expect_tree(report, name("result.json"), "well_formed", run.result.get("well_formed"), shares)
+    expect_tree(
         report, name("result.json"), "cut_at_max_new_tokens", run.result.get("cut_at_max_new_tokens"), cut or None
     )
     _verify_routing(run, cells, name("result.json"), report)
@@ -166,47 +111,47 @@ def _verify_run(results: Path, run: StoredRun, report: Verification) -> None:
     for stage, task in sorted(run.not_measured):
         # Left out by `evaluation`: there is nothing to show for it, in the matrix or in the predictions.
         if (stage, task) in cells:
-            _expect(report, name("result.json"), f"not_measured, stage {stage}, task {task}", "left out", "predictions")
+            expect(report, name("result.json"), f"not_measured, stage {stage}, task {task}", "left out", "predictions")
     computed = aggregates(run.matrix, run.final_rows)
     for column, value in (("AVG", computed.avg), ("Last", computed.last), ("BWT", computed.bwt)):
         missing = NOT_MEASURED if run.not_measured else "nothing"
-        _expect(report, name("result.json"), f"summary.{column}", run.summary.get(column), value, missing=missing)
+        expect(report, name("result.json"), f"summary.{column}", run.summary.get(column), value, missing=missing)
         report.aggregates += 1
     _verify_losses(run, name("losses.csv"), report)
     counts = run.result.get("trainable_parameters_by_stage")
     if isinstance(counts, list):
         mean = round(sum(counts) / len(counts)) if counts else 0
         stored_count = run.summary.get("trainable_parameters")
-        _expect(report, name("result.json"), "summary.trainable_parameters", stored_count, mean)
+        expect(report, name("result.json"), "summary.trainable_parameters", stored_count, mean)
 
 
 def _verify_losses(run: StoredRun, file: str, report: Verification) -> None:
     """Every step of every stage has one finite loss, in order, and there are as many as the run says."""
     header, rows = read_csv(run.folder / "losses.csv")
     if tuple(header) != LOSS_COLUMNS:
-        _expect(report, file, "header", ",".join(header), ",".join(LOSS_COLUMNS))
+        expect(report, file, "header", ",".join(header), ",".join(LOSS_COLUMNS))
         return
     last: dict[str, int] = {}
     for stage, _, step, loss in rows:
         last[stage] = last.get(stage, 0) + 1
-        _expect(report, file, f"stage {stage}, step", _parsed(step), last[stage])
+        expect(report, file, f"stage {stage}, step", _parsed(step), last[stage])
         value = _parsed(loss)
         if not isinstance(value, int | float) or not math.isfinite(value):
-            _expect(report, file, f"stage {stage}, step {step}, loss", loss, "a finite number")
+            expect(report, file, f"stage {stage}, step {step}, loss", loss, "a finite number")
     steps = (run.result.get("profile") or {}).get("steps")
-    _expect(report, file, "steps", len(rows), steps)
+    expect(report, file, "steps", len(rows), steps)
 
 
 def _verify_config(run: StoredRun, file: str, report: Verification) -> None:
     config = read_json(run.folder / "config.json")
     if not isinstance(config, dict):
-        _expect(report, file, "document", type(config).__name__, "an object")
+        expect(report, file, "document", type(config).__name__, "an object")
         return
     for key in KEY_COLUMNS:
-        _expect(report, file, key, config.get(key), run.summary[key])
-    _expect(report, file, "tasks", config.get("tasks"), list(run.tasks))
-    _expect(report, file, "fingerprint", config.get("fingerprint"), fingerprint(config.get("identity")))
-    _expect(report, file, "folder", run.folder.name, f"{run.method}-seed{run.seed}-{run.order}")
+        expect(report, file, key, config.get(key), run.summary[key])
+    expect(report, file, "tasks", config.get("tasks"), list(run.tasks))
+    expect(report, file, "fingerprint", config.get("fingerprint"), fingerprint(config.get("identity")))
+    expect(report, file, "folder", run.folder.name, f"{run.method}-seed{run.seed}-{run.order}")
 
 
 def _paired(
@@ -220,11 +165,11 @@ def _paired(
     by_id = {prediction.id: prediction.prediction for prediction in said}
     wanted = {reference.id for reference in references}
     if len(by_id) != len(said):
-        _expect(report, file, where, f"{len(said)} predictions", f"{len(by_id)} ids")
+        expect(report, file, where, f"{len(said)} predictions", f"{len(by_id)} ids")
         return None
     if set(by_id) != wanted:
         first = sorted(set(by_id) ^ wanted)[0]
-        _expect(report, file, where, f"{len(by_id)} predictions", f"{len(wanted)} references (differ in {first!r})")
+        expect(report, file, where, f"{len(by_id)} predictions", f"{len(wanted)} references (differ in {first!r})")
         return None
     return [by_id[reference.id] for reference in references]
 
@@ -239,21 +184,12 @@ def _verify_routing(
         )
         if statistics:
             expected[str(stage)] = statistics
-    _verify_tree(report, file, "routing", run.result.get("routing"), expected)
+    expect_tree(report, file, "routing", run.result.get("routing"), expected)
     whole = all((len(run.tasks), task) in cells for task in run.tasks)
     last = expected.get(str(len(run.tasks)), {}) if whole else {}
     for column in ("routing_accuracy", "base_model_share"):
-        _expect(report, file, f"summary.{column}", run.summary.get(column), last.get(column))
+        expect(report, file, f"summary.{column}", run.summary.get(column), last.get(column))
         report.aggregates += 1
-
-
-def _verify_tree(report: Verification, file: str, name: str, stored: Any, expected: Any) -> None:
-    """Compare two nested mappings leaf by leaf."""
-    if isinstance(expected, Mapping) and isinstance(stored, Mapping):
-        for key in dict.fromkeys([*expected, *stored]):
-            _verify_tree(report, file, f"{name}.{key}", stored.get(key), expected.get(key))
-        return
-    _expect(report, file, name, stored, expected)
 
 
 def _verify_summary(results: Path, runs: Sequence[StoredRun], report: Verification) -> None:
@@ -264,11 +200,11 @@ def _verify_summary(results: Path, runs: Sequence[StoredRun], report: Verificati
         where = f"row {' '.join(key)}"
         if run is None or cells is None:
             stored = "no row" if cells is None else "a row"
-            _expect(report, "summary.csv", where, stored, "no finished run" if run is None else "a row")
+            expect(report, "summary.csv", where, stored, "no finished run" if run is None else "a row")
             continue
         for column in dict.fromkeys([*run.summary, *cells]):
             stored_cell = _parsed(cells.get(column))
-            _expect(report, "summary.csv", f"{where}, {column}", stored_cell, run.summary.get(column))
+            expect(report, "summary.csv", f"{where}, {column}", stored_cell, run.summary.get(column))
             report.aggregates += 1
 
 
@@ -283,14 +219,14 @@ def _verify_profile(results: Path, runs: Sequence[StoredRun], report: Verificati
         for run in runs
     }
     for key in (key for key, own in times.items() if own is not None and key not in rows):
-        _expect(report, "profile.csv", f"row {' '.join(key)}", "no row", "a row")
+        expect(report, "profile.csv", f"row {' '.join(key)}", "no row", "a row")
     for key, cells in rows.items():
         where, own = f"row {' '.join(key)}", times.get(key)
-        _expect(report, "profile.csv", f"{where}, step_ms", _parsed(cells.get("step_ms")), own)
+        expect(report, "profile.csv", f"{where}, step_ms", _parsed(cells.get("step_ms")), own)
         for column, baseline in ratio_columns(cells).items():
             theirs = times.get((baseline, *key[1:]))
             ratio = None if own is None or not theirs else own / theirs
-            _expect(report, "profile.csv", f"{where}, {column}", _parsed(cells[column]), ratio)
+            expect(report, "profile.csv", f"{where}, {column}", _parsed(cells[column]), ratio)
 
 
 def _keyed_rows(path: Path, report: Verification) -> dict[tuple[str, ...], dict[str, str]]:
@@ -303,14 +239,14 @@ def _keyed_rows(path: Path, report: Verification) -> dict[tuple[str, ...], dict[
         )
         return {}
     if not set(KEY_COLUMNS) <= set(header):
-        _expect(report, path.name, "header", ",".join(header), f"the columns {', '.join(KEY_COLUMNS)}")
+        expect(report, path.name, "header", ",".join(header), f"the columns {', '.join(KEY_COLUMNS)}")
         return {}
     keyed: dict[tuple[str, ...], dict[str, str]] = {}
     for row in rows:
         cells = dict(zip(header, row, strict=True))
         key = tuple(cells[column] for column in KEY_COLUMNS)
         if key in keyed:
-            _expect(report, path.name, f"row {' '.join(key)}", "two rows", "one row")
+            expect(report, path.name, f"row {' '.join(key)}", "two rows", "one row")
         keyed[key] = cells
     return keyed
 

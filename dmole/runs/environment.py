@@ -14,6 +14,7 @@ import dmole
 from dmole.arithmetic import arithmetic
 from dmole.files import JSON
 from dmole.machine import processor_name, usable_cores
+from dmole.registry import GROUPS, registered
 
 PACKAGES = (
     "dmole", "torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy", "scipy", "pillow",
@@ -39,8 +40,10 @@ def describe_environment() -> dict[str, JSON]:
 
 
 def package_versions() -> dict[str, str | None]:
-    """The versions of the packages that results depend on."""
-    return {name: _version(name) for name in PACKAGES}
+    """The versions of the packages that results depend on, and of all that add names to dmole."""
+    points = [point for group in GROUPS for point in registered(group).values()]
+    adding = {point.dist.name: point.dist.version for point in points if point.dist is not None}
+    return {**{name: _version(name) for name in PACKAGES}, **dict(sorted(adding.items()))}
 
 
 def _version(package: str) -> str | None:

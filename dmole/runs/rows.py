@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -22,9 +23,10 @@ from accelerate import PartialState
 import dmole
 from dmole.arithmetic import arithmetic
 from dmole.config import RunConfig, fingerprint
-from dmole.files import JSON, write_atomically
+from dmole.files import JSON, file_digest, write_atomically
 from dmole.methods.base import Pretrained
 from dmole.methods.settings import MethodSettings
+from dmole.metrics import METRICS
 from dmole.models.vision_language import VisionLanguageModel
 from dmole.profile import Profile
 from dmole.runs.checkpoint import CheckpointError
@@ -56,7 +58,7 @@ def shared_row_file(output: Path, plan: RunPlan) -> Path:
     """The file of the row 0 that a run reads. Everything that decides a bit of it is in the name.
 
     Data, base model, image processor and tokenizer, settings of evaluation and threads; then the machine
-    (`dmole.arithmetic`), the libraries and the source of this package.
+    (`dmole.arithmetic`), the libraries, the source of this package and of the metrics, which may be another package's.
     """
     names = ("stream", "metrics", "base_weights", "inputs", "threads", "declaration", "dtype", "quantization")
     decides = {name: plan.identity[name] for name in names}
@@ -64,7 +66,9 @@ def shared_row_file(output: Path, plan: RunPlan) -> Path:
     # Which stages are tested later does not change row 0.
     settings = plan.identity["evaluation"]
     decides["evaluation"] = {name: settings[name] for name in settings if name not in ("stages", "zero_shot")}
+    metrics = {task.metric: inspect.getfile(type(METRICS[task.metric])) for task in plan.stream.tasks}
     made_with = {"arithmetic": arithmetic(), "packages": package_versions(), "source": _source_digest()}
+    made_with["metrics"] = {name: file_digest(Path(file)) for name, file in metrics.items()}
     return output / SHARED_ROWS / f"{fingerprint({**decides, **made_with})}.json"
 
 

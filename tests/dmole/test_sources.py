@@ -9,7 +9,7 @@ from rich.console import Console
 
 from dmole.config import RunConfig
 from dmole.config_error import ConfigError
-from dmole.sources import open_model, open_stream, registered
+from dmole.sources import open_model, open_stream
 from mini_cmit.model.tiny import write_tiny_model
 
 
@@ -21,16 +21,6 @@ def screen() -> Console:
 def shown(screen: Console) -> str:
     assert isinstance(screen.file, io.StringIO)
     return screen.file.getvalue()
-
-
-def install(site: Path, entry_points: str, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A package of somebody else, as pip leaves it."""
-    folder = site / "somebody-1.0.dist-info"
-    folder.mkdir(parents=True)
-    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: somebody\nVersion: 1.0\n")
-    (folder / "entry_points.txt").write_text(entry_points)
-    (site / "somebody_streams.py").write_text(code)
-    monkeypatch.syspath_prepend(str(site))
 
 
 def test_a_name_that_nobody_registers_is_refused_with_those_that_are(screen: Console) -> None:
@@ -52,13 +42,3 @@ def test_a_folder_beside_the_names_is_read(tmp_path: Path, toy_folder: Path, scr
     assert own.declaration.rows == "images" and own.source == str(folder)
     assert open_stream(str(toy_folder), screen).name == "toy"
     assert set(open_model(RunConfig(model="tiny")).candidates) == {"vision", "language"}
-
-
-def test_a_stream_of_another_package_is_found_by_its_name(
-    tmp_path: Path, toy_folder: Path, screen: Console, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    code = f"def theirs(say):\n    say('building theirs')\n    return {str(toy_folder)!r}\n"
-    install(tmp_path / "site", "[dmole.streams]\ntheirs = somebody_streams:theirs\n", code, monkeypatch)
-    assert set(registered("dmole.streams")) >= {"mini", "theirs"}
-    assert open_stream("theirs", screen).name == "toy"
-    assert shown(screen) == "building theirs\n"

@@ -10,8 +10,10 @@ import pytest
 import torch
 from rich.console import Console
 
+import dmole
 from dmole.config import RunConfig, load_config
 from dmole.data.images import open_image
+from dmole.runs import rows
 from dmole.runs.checkpoint import CheckpointError
 from dmole.runs.runner import run
 from dmole_kernels import MultiLoRALinear
@@ -152,6 +154,16 @@ def test_row_zero_of_other_threads_or_another_machine_is_another_file(
     monkeypatch.setattr("dmole.runs.rows.arithmetic", lambda: "another CPU")
     run(config.replace(seeds=(2,)), console=quiet())
     assert len(list(shared.iterdir())) == 3
+
+
+def test_row_zero_belongs_to_the_source_of_the_whole_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "metrics").mkdir()
+    for name in ("__init__.py", "metrics/one.py"):
+        (tmp_path / name).write_text("")
+    monkeypatch.setattr(dmole, "__file__", str(tmp_path / "__init__.py"))
+    before = rows._source_digest.__wrapped__()
+    (tmp_path / "metrics" / "one.py").write_text("# changed")
+    assert rows._source_digest.__wrapped__() != before
 
 
 def test_a_row_zero_that_was_edited_and_is_still_json_is_refused(toy_config: Callable[..., RunConfig]) -> None:

@@ -30,8 +30,9 @@ from dmole.methods.base import Method, RoutingRecord
 from dmole.methods.budget import Sizes, check_budget
 from dmole.methods.dmole.allocation import check_vision_floor
 from dmole.methods.dmole.expert_pool import ExpertPool, Placement
+from dmole.methods.dmole.features import FeatureStore, encoded_features, shared_features
 from dmole.methods.dmole.placement import place_experts
-from dmole.methods.dmole.routing import FeatureStore, Router, encoded_features, shared_features, voted
+from dmole.methods.dmole.routing import Router, voted
 from dmole.methods.dmole.settings import DMoLESettings
 from dmole.methods.dmole.stage_memory import StageMemory
 from dmole.methods.settings import MethodSettings

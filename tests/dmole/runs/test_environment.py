@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+import dmole
 from dmole.runs.environment import describe_environment
 
 
@@ -17,6 +18,8 @@ def test_environment_is_complete_and_private() -> None:
     assert environment["packages"]["torch"] == torch.__version__
     assert environment["cores"] >= 1
     assert environment["cpu"]
+    checkout = (Path(dmole.__file__).parents[1] / ".git").exists()
+    assert (environment["commit"] is not None) == checkout, "a number names the commit that made it"
     assert str(Path.home()) not in text
     assert str(Path.cwd()) not in text
     assert getpass.getuser() not in environment

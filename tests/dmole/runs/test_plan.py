@@ -53,13 +53,15 @@ def test_plans_cover_the_grid_and_know_what_matters(
     assert prints("output=elsewhere", "training.save_steps=9") == same
     changes = (
         "training.num_train_epochs=2",
-        "dmole.router.top_k=1",
+        "budget.fraction=0.75",
         "lora.rank=2",
         "evaluation.per_device_eval_batch_size=3",
         "threads=2",
     )
     for override in changes:
         assert not prints(override) & same
+    # The options of one method are no other's business.
+    assert len(prints("dmole.router.top_k=1") & same) == 4
     assert len(prints("seq_ft.mode=merge_and_restart") & same) == 4
 
 

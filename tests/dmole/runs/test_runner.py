@@ -126,7 +126,8 @@ def test_result_tells_where_time_and_samples_went(all_methods: Path) -> None:
 def test_summary_and_step_times(all_methods: Path) -> None:
     rows = {row["method"]: row for row in table(all_methods / "summary.csv")}
     assert set(rows) == {"seq_ft", "finetune", "joint", "zero_shot", "dmole"}
-    assert tuple(rows["dmole"])[: len(SUMMARY_COLUMNS)] == SUMMARY_COLUMNS
+    assert tuple(rows["dmole"]) == (*SUMMARY_COLUMNS, "proxy_seconds", "router_seconds")
+    assert float(rows["dmole"]["proxy_seconds"]) > 0 and rows["seq_ft"]["proxy_seconds"] == ""
     assert rows["finetune"]["AVG"] == rows["joint"]["BWT"] == rows["zero_shot"]["BWT"] == ""
     assert all(row["Last"] for row in rows.values())
     assert all(rows["dmole"][column] for column in SUMMARY_COLUMNS)

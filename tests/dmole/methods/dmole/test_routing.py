@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from dmole.data.collate import collate
 from dmole.data.sample import Sample
-from dmole.methods.dmole.routing import FeatureStore, Router, router_features, train_autoencoder, voted
+from dmole.methods.dmole.features import FeatureStore, router_features
+from dmole.methods.dmole.routing import Router, train_autoencoder, voted
 from dmole.methods.dmole.settings import RouterSettings
 from dmole.models.adapters import add_experts, attach
 from dmole.models.prompts import instruction_ids
@@ -116,7 +117,7 @@ def test_the_store_computes_each_batch_once(
         computed.append(len(samples))
         return router_features(vlm, samples, batch_size=batch_size)
 
-    monkeypatch.setattr("dmole.methods.dmole.routing.router_features", counted)
+    monkeypatch.setattr("dmole.methods.dmole.features.router_features", counted)
     store = FeatureStore(vlm, batch_size=2)
     first = store.features(samples[:3])
     kept = first.clone()
