@@ -94,12 +94,15 @@ class Stream:
                     f"test limit is {test}; task {task.name!r} is scored by {task.metric}, which needs at least "
                     f"{least} test samples. Raise the limit."
                 )
+            kept = _keep(task.test, test)
+            if test is not None and (problems := METRICS[task.metric].check_split(kept)):
+                raise ValueError(f"test limit is {test}; of task {task.name!r} {problems[0]}. Raise the limit.")
             tasks.append(
                 replace(
                     task,
                     train=_keep(task.train, train),
                     validation=_keep(task.validation, validation),
-                    test=_keep(task.test, test),
+                    test=kept,
                 )
             )
         return replace(self, tasks=tuple(tasks))

@@ -217,9 +217,9 @@ def test_budgets_that_cannot_be_met_are_found_before_any_training(
 def test_tasks_check(toy_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert status(["tasks", "check", str(toy_folder)]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "colours: exact_match, 10 train, 0 validation, 4 test",
-        "letters: option_letter, 10 train, 0 validation, 4 test",
-        "captions: cider, 10 train, 0 validation, 4 test",
+        "colours: exact_match, 10 train, 0 validation, 4 test, ceiling 100.0",
+        "letters: option_letter, 10 train, 0 validation, 4 test, ceiling 100.0",
+        "captions: cider, 10 train, 0 validation, 4 test, ceiling 500.0",
         "toy: 3 tasks, nothing wrong",
     ]
 

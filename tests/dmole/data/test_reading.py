@@ -349,6 +349,18 @@ def test_vqa_needs_ten_annotators_where_it_is_scored(stream: Path) -> None:
     assert "answers has 2 entries; the metric vqa needs the 10 annotators' answers" in found[0]
 
 
+def test_a_split_is_checked_as_a_whole(stream: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_jsonl(stream / "captions" / "test.jsonl", [row(10, answers=["a square"]), row(11, answers=["A square."])])
+    found = problems(stream)
+    assert len(found) == 1 and found[0].startswith("captions/test.jsonl: all 2 test samples have the same references")
+    replace_in_yaml("metric: cider", "metric: rouge_l")(stream)
+    monkeypatch.setattr("dmole.metrics.base.find_spec", lambda name: None)
+    assert problems(stream) == [
+        "captions/test.jsonl: the metric rouge_l needs the package rapidfuzz, which is not installed; run pip install "
+        "'dmole[metrics]'"
+    ]
+
+
 def test_boxes_are_checked(stream: Path) -> None:
     replace_in_yaml("metric: cider", "metric: iou")(stream)
     for split, first in (("train", 0), ("validation", 5), ("test", 10)):

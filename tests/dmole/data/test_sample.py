@@ -9,7 +9,7 @@ from dmole.data import Sample, Stream, Task
 
 
 def sample(name: str) -> Sample:
-    return Sample(id=name, images=(Path("/none.png"),), instruction="?", answers=("x",))
+    return Sample(id=name, images=(Path("/none.png"),), instruction="?", answers=(f"picture {name}",))
 
 
 def task(name: str, metric: str = "exact_match", count: int = 20) -> Task:
@@ -60,3 +60,12 @@ def test_limits_that_cannot_work() -> None:
         ValueError, match="test limit is 1; task 'b' is scored by cider, which needs at least 2 test samples"
     ):
         STREAM.limit(test=1)
+
+
+def test_a_limit_that_leaves_equal_captions_is_refused() -> None:
+    samples = tuple(Sample(id=str(i), images=(), instruction="?", answers=(f"a leaf {i // 5}",)) for i in range(10))
+    stream = Stream(name="s", tasks=(Task(name="b", metric="cider", train=samples, validation=(), test=samples),))
+    kept = stream.limit(test=10).task("b").test
+    assert kept == samples
+    with pytest.raises(ValueError, match="test limit is 2; of task 'b' all 2 test samples have the same references"):
+        stream.limit(test=2)

@@ -27,12 +27,25 @@ def test_summary(results: Path) -> None:
 
 def test_last_per_task(results: Path) -> None:
     table = tables.last_table(read_runs(results))
-    assert table.columns == ("task", "finetune", "keeper", "loser")
+    assert table.columns == ("task", "finetune", "keeper", "loser", "ceiling")
     assert table.rows == (
-        ("boxes", "100.00", "100.00 ± 0.00", "0.00 ± 0.00"),
-        ("words", "75.00", "62.50 ± 17.68", "25.00 ± 0.00"),
-        ("letters", "100.00", "100.00 ± 0.00", "100.00 ± 0.00"),
+        ("boxes", "100.00", "100.00 ± 0.00", "0.00 ± 0.00", "100.00"),
+        ("words", "75.00", "62.50 ± 17.68", "25.00 ± 0.00", "100.00"),
+        ("letters", "100.00", "100.00 ± 0.00", "100.00 ± 0.00", "100.00"),
     )
+
+
+def test_a_caption_task_shows_what_its_taught_answers_score(results: Path) -> None:
+    path = results / "runs" / "keeper-seed0-default" / "references.jsonl.gz"
+    rows = [json.loads(line) for line in gzip.decompress(path.read_bytes()).decode().splitlines()]
+    for row in rows[:4]:
+        row.update(metric="cider", answers=[row["id"], f"no {row['id']}"])
+    path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    shown = {row["task"]: row["ceiling"] for row in tables.rows_of(tables.last_table(read_runs(results)))}
+    # One word against itself and against two: a quarter of 10 and a part of that. The other runs have boxes.
+    assert shown["words"] == "100.00"
+    ceilings = [float(points) for points in shown["boxes"].split(" / ")]
+    assert len(ceilings) == 2 and 100.0 in ceilings and 125.0 < max(ceilings) < 250.0
 
 
 def test_well_formed_shares_stand_in_the_same_rows(results: Path) -> None:

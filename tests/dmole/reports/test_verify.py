@@ -100,6 +100,16 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
         edit_lines(REFERENCES, lambda rows: [row.update(metric="bleu") for row in rows[4:8]]),
         f"{REFERENCES}: stage 0, task words: stored bleu, recomputed metric: got 'bleu'; expected one of ",
     ),
+    "a version of a metric": (
+        edit_lines(REFERENCES, lambda rows: [row.update(metric_version=9) for row in rows[4:8]]),
+        f"{REFERENCES}: stage 0, task words: stored exact_match, recomputed exact_match: got version 9; expected one "
+        "of 1, 2. Install a newer release.",
+    ),
+    "references that the metric refuses": (
+        edit_lines(REFERENCES, lambda rows: [row.update(metric="cider") for row in rows[4:8]]),
+        f"{REFERENCES}: stage 0, task words: stored cider, recomputed cider: all 4 test samples have the same "
+        "references ['Europe']",
+    ),
     "a route": (
         edit_lines(PREDICTIONS, lambda rows: rows[-1].update(route=["words", "letters"])),
         f"{RUN}/result.json: routing.3.routing_accuracy: stored 0.75, recomputed 0.6666666666666666",
@@ -179,6 +189,26 @@ def test_an_edit_is_caught(results: Path, case: str) -> None:
     assert not report.ok
     assert any(expected in str(difference) for difference in report.differences), str(report)
     assert str(report).splitlines()[-1].startswith("checked 5 runs, ")
+
+
+def test_a_run_is_scored_with_the_versions_that_it_stores(results: Path) -> None:
+    # The letters that version 2 reads behind markdown, and version 1, which results without a version have, does not.
+    bold = edit_lines(
+        PREDICTIONS, lambda rows: [row.update(prediction="**B**") for row in rows if row["prediction"] == "B"]
+    )
+    bold(results)
+    old = verify_results(results)
+    assert f"{RUN}/matrix.csv: stage 3, task letters: stored 100.0, recomputed 0.0" in map(str, old.differences)
+    edit_lines(REFERENCES, lambda rows: [row.update(metric_version=2) for row in rows if row["task"] == "letters"])(
+        results
+    )
+    new = verify_results(results)
+    assert new.ok, str(new)
+
+
+def test_two_versions_in_one_task_are_refused(results: Path) -> None:
+    edit_lines(REFERENCES, lambda rows: rows[4].update(metric_version=2))(results)
+    assert "task 'words' has an id twice or several metrics" in str(verify_results(results))
 
 
 def truncate(file: str) -> Callable[[Path], None]:

@@ -103,7 +103,10 @@ def test_raw_predictions_are_kept_with_their_routes(all_methods: Path) -> None:
     assert all(line["route"] is None for line in lines("seq_ft", "predictions.jsonl.gz"))
     references = lines("dmole", "references.jsonl.gz")
     assert len(references) == 12
-    assert {line["metric"] for line in references} == {"exact_match", "option_letter", "cider"}
+    versions = {(line["metric"], line["metric_version"]) for line in references}
+    assert versions == {("exact_match", 2), ("option_letter", 2), ("cider", 1)}
+    config = json.loads((all_methods / "runs" / "dmole-seed5-reversed" / "config.json").read_text())
+    assert set(config["identity"]["metrics"].items()) == versions
 
 
 def test_result_tells_where_time_and_samples_went(all_methods: Path) -> None:
