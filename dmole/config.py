@@ -31,6 +31,9 @@ from dmole.config_error import ConfigError, require
 from dmole.methods.dmole.settings import DMoLESettings
 from dmole.methods.settings import LoraSettings, MethodSettings
 from dmole.models.declaration import Declaration, read_declaration
+from dmole.patterns import check_pattern
+from dmole.plain_values import check_plain
+from dmole.strict_yaml import DEEPEST, load_yaml, read_yaml
 from dmole.training.settings import RENAMED, TrainingSettings
 
 T = TypeVar("T")
@@ -154,10 +157,7 @@ class RunConfig:
             require(value is None or value >= least, name, value, f"none (all samples) or an integer from {least} on")
         require(self.heartbeat_seconds >= 0, "heartbeat_seconds", self.heartbeat_seconds, "0 (no lines) or more")
         require(self.threads >= 1, "threads", self.threads, "a number of threads, at least 1: results depend on it")
-        try:
-            re.compile(self.candidates)
-        except re.error as error:
-            raise ConfigError(f"candidates is {self.candidates!r}; expected a regular expression ({error}).") from error
+        check_pattern("candidates", self.candidates)
 
     def method_settings(self, method: str) -> MethodSettings:
         """The settings that the method called `method` is built with."""
@@ -194,6 +194,7 @@ def build_config(plain: Mapping[str, Any]) -> RunConfig:
     """`RunConfig` from nested mappings. Unknown keys and wrong types are `ConfigError`s that name the key."""
     from dmole.methods import method_class, method_names
 
+    check_plain(plain)
     own = {spec.name for spec in dataclasses.fields(RunConfig)} - {"options"}
     options: dict[str, Any] = {}
     rest: dict[str, Any] = {}
@@ -214,11 +215,13 @@ def load_config(path: Path | None = None, *, base: RunConfig | None = None, over
     plain = (base or RunConfig()).to_dict()
     if path is not None:
         try:
-            read = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            read = read_yaml(path)
         except yaml.YAMLError as error:
             raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
         except OSError as error:
             raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
+        except ValueError as error:  # a NUL in the path
+            raise ConfigError(f"{path} cannot be read: {error}.") from error
         if read is None:
             read = {}
         if not isinstance(read, dict):
@@ -229,10 +232,13 @@ def load_config(path: Path | None = None, *, base: RunConfig | None = None, over
         if not equals or not key.strip():
             raise ConfigError(f"--set got {override!r}; expected key=value, such as training.num_train_epochs=3.")
         try:
-            value: Any = yaml.safe_load(text)
+            value: Any = load_yaml(text)
         except yaml.YAMLError as error:
-            raise ConfigError(f"--set {key} got {text!r}, which is not YAML.") from error
-        for part in reversed(key.strip().split(".")):
+            why = getattr(error, "problem", None) or " ".join(str(error).split())
+            raise ConfigError(f"--set {key[:80]} got {text[:80]!r}, which is not YAML: {why}.") from error
+        parts = key.strip().split(".")
+        require(len(parts) <= DEEPEST, "--set", key[:80], f"at most {DEEPEST} names with dots between them")
+        for part in reversed(parts):
             value = {part: value}
         plain = _merge(plain, value)
     return build_config(plain)
