@@ -235,7 +235,9 @@ def load_config(path: Path | None = None, *, base: RunConfig | None = None, over
             value: Any = load_yaml(text)
         except yaml.YAMLError as error:
             why = getattr(error, "problem", None) or " ".join(str(error).split())
-            raise ConfigError(f"--set {key[:80]} got {text[:80]!r}, which is not YAML: {why}.") from error
+            raise ConfigError(
+                f"--set {ascii(key[:80])[1:-1]} got {ascii(text[:80])}, which is not YAML: {why}."
+            ) from error
         parts = key.strip().split(".")
         require(len(parts) <= DEEPEST, "--set", key[:80], f"at most {DEEPEST} names with dots between them")
         for part in reversed(parts):
