@@ -24,7 +24,10 @@ def check_pattern(name: str, pattern: str) -> None:
 
 
 def matches(name: str, pattern: str, text: str, *, whole: bool) -> bool:
-    """Whether `pattern`, the setting `name`, is found in `text`, or matches the whole of it. Raises ConfigError after SECONDS."""
+    """Whether `pattern`, the setting `name`, is found in `text`, or matches the whole of it.
+
+    Raises ConfigError after SECONDS.
+    """
     try:
         match = regex.fullmatch if whole else regex.search
         return match(pattern, text, timeout=SECONDS) is not None

@@ -39,9 +39,9 @@ for _ in range(300):
     DEEP = [DEEP]
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 2, 3, 10**9, 10**30, 10**400, -(2**63), 0.5, 1e308, float("inf"), float("nan"), "",
-    " ", "a", "no", "on", "1:30", "\ud83d", "\ude00x", "\U0001f600", "\0", "x" * 300, "a/" * 3000, 
-    "data:image/png;base64,AA", "https://a.b/c.png", "\ufeff", "(a+)+$", "(a|", "a{99999999999}", "../a.png", "~", ".", "a.png", "<image>", [], {},
-    [None], ["a"], ["a", "a"], [1], {"a": 1}, {"": None}, DEEP,
+    " ", "a", "no", "on", "1:30", "\ud83d", "\ude00x", "\U0001f600", "\0", "x" * 300, "a/" * 3000,
+    "data:image/png;base64,AA", "https://a.b/c.png", "\ufeff", "(a+)+$", "(a|", "a{99999999999}", "../a.png",
+    "~", ".", "a.png", "<image>", [], {}, [None], ["a"], ["a", "a"], [1], {"a": 1}, {"": None}, DEEP,
 )  # fmt: skip
 BYTES = (
     b"\xef\xbb\xbf", b"\0", b"\xff", b"\\ud83d", b"\n", b"\r", b"\xe2\x80\xa8", b"{", b"[" * 2000, b"]", b"}", b'"',
