@@ -35,7 +35,7 @@ class _Loader(yaml.SafeLoader):
             if given:
                 raise _error(f"holds {what}", event)
         self.depth += 1
-        node = super().compose_node(parent, index)  # type: ignore[no-untyped-call]
+        node = super().compose_node(parent, index)
         self.depth -= 1
         return node
 
@@ -49,12 +49,12 @@ def compose_yaml(text: str) -> yaml.Node | None:
         raise yaml.YAMLError(f"holds {len(text)} characters; expected at most {LONGEST}")
     loader = _Loader(text)
     try:
-        node: yaml.Node | None = loader.get_single_node()  # type: ignore[no-untyped-call]
+        node: yaml.Node | None = loader.get_single_node()
     # PyYAML's own slips on damaged escapes (`"\UFFFFFFFF"`) and deep indentation.
     except (ValueError, OverflowError, IndexError, RecursionError) as error:
         raise yaml.YAMLError(f"cannot be read ({type(error).__name__}: {error})") from error
     finally:
-        loader.dispose()  # type: ignore[no-untyped-call]
+        loader.dispose()
     if node is not None:
         _join_surrogates(node)
     return node
