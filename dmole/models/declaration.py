@@ -63,8 +63,9 @@ class Declaration:
             except ConfigError as error:
                 raise ConfigError(f"{error} Give a list for endings, such as [q_proj, v_proj].") from error
         elif self.candidates is not None:
-            fits = len(self.candidates) > 0 and all(isinstance(ending, str) and ending for ending in self.candidates)
-            require(fits, "declaration.candidates", list(self.candidates), "endings of names, such as [q_proj, v_proj]")
+            named = isinstance(self.candidates, tuple | list) and len(self.candidates) > 0
+            fits = named and all(isinstance(ending, str) and ending for ending in self.candidates)
+            require(fits, "declaration.candidates", self.candidates, "endings of names, such as [q_proj, v_proj]")
         require(self.rows in get_args(Rows), "declaration.rows", self.rows, f"one of {', '.join(get_args(Rows))}")
         require(
             self.labels in get_args(Labels), "declaration.labels", self.labels, f"one of {', '.join(get_args(Labels))}"

@@ -70,6 +70,7 @@ def test_a_repeated_key_of_a_configuration_is_named_with_its_line(tmp_path: Path
         ("evaluation.top_k=1" + "0" * 30, "holds an integer of 31 digits; expected one of 64 bits"),
         ("candidates='('", "candidates is '\\('; expected a regular expression"),
         ("a." * 3000 + "b=1", "expected at most 50 names with dots between them"),
+        ("declaration.candidates=7", "declaration.candidates is 7; expected endings of names"),
         ("output=!!bool x", "holds a tag"),
         ("zero_shot={a: &a [*a]}", "holds an anchor or alias"),
     ],
