@@ -267,19 +267,28 @@ def readme(
 def check_tasks(
     folder: Annotated[Path, typer.Argument(help="A folder with stream.yaml.")],
     images: Annotated[bool, typer.Option(help="Decode every image (or only see that it exists).")] = True,
+    everything: Annotated[bool, typer.Option("--all", help="Show all findings instead of the first 20.")] = False,
 ) -> None:
-    """Find everything wrong with a data set, each finding with its file and line."""
-    from dmole.data.reading import read_stream
+    """Find everything wrong with a data set, and what its test splits share with other splits, by file and line."""
+    from dmole.data.leaks import LeakFinder
+    from dmole.data.reading import SHOWN_PROBLEMS, DataError, read_stream
     from dmole.metrics import METRICS
 
-    stream = read_stream(folder, check_images=images)
+    leaks = LeakFinder()
+    try:
+        stream = read_stream(folder, check_images=images, leaks=leaks)
+    except DataError as error:
+        raise (ValueError(error.text()) if everything else error) from error
     for task in stream.tasks:
         sizes = ", ".join(f"{len(getattr(task, split))} {split}" for split in ("train", "validation", "test"))
         ceiling = METRICS[task.metric].ceiling(task.test)
         print(f"{task.name}: {task.metric}, {sizes}, ceiling {ceiling:.1f}")
     for note in stream.notes:
         print(f"note: {note}")
-    print(f"{stream.name}: {len(stream.tasks)} task{'s' * (len(stream.tasks) != 1)}, nothing wrong")
+    for line in leaks.lines(None if everything else SHOWN_PROBLEMS):
+        print(line)
+    found = f"{len(leaks.found)} leaks" if leaks.found else "nothing wrong"
+    print(f"{stream.name}: {len(stream.tasks)} task{'s' * (len(stream.tasks) != 1)}, {found}")
 
 
 @app.command()

@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +28,10 @@ from dmole.methods import method_class, method_names
 from dmole.methods.budget import BudgetSettings
 from dmole.methods.settings import LoraSettings, MethodSettings
 from dmole.models.declaration import Declaration
+from dmole.patterns import check_pattern
+from dmole.plain_values import check_plain
 from dmole.sections import build_section, nearest
+from dmole.strict_yaml import DEEPEST, load_yaml, read_yaml
 from dmole.training.settings import RENAMED, TrainingSettings
 
 T = TypeVar("T")
@@ -151,10 +153,7 @@ class RunConfig:
             require(value is None or value >= least, name, value, f"none (all samples) or an integer from {least} on")
         require(self.heartbeat_seconds >= 0, "heartbeat_seconds", self.heartbeat_seconds, "0 (no lines) or more")
         require(self.threads >= 1, "threads", self.threads, "a number of threads, at least 1: results depend on it")
-        try:
-            re.compile(self.candidates)
-        except re.error as error:
-            raise ConfigError(f"candidates is {self.candidates!r}; expected a regular expression ({error}).") from error
+        check_pattern("candidates", self.candidates)
 
     def method_settings(self, method: str) -> MethodSettings:
         """The settings that the method called `method` is built with."""
@@ -186,6 +185,7 @@ def fingerprint(plain: object) -> str:
 
 def build_config(plain: Mapping[str, Any]) -> RunConfig:
     """`RunConfig` from nested mappings. Unknown keys and wrong types are `ConfigError`s that name the key."""
+    check_plain(plain)
     own = {spec.name for spec in dataclasses.fields(RunConfig)} - {"options"}
     for method in own.intersection(method_names()):
         raise ConfigError(f"methods: got {method!r}, which is the name of a setting; expected another. Rename it.")
@@ -208,11 +208,13 @@ def load_config(path: Path | None = None, *, base: RunConfig | None = None, over
     plain = (base or RunConfig()).to_dict()
     if path is not None:
         try:
-            read = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            read = read_yaml(path)
         except yaml.YAMLError as error:
             raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
         except OSError as error:
             raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
+        except ValueError as error:  # a NUL in the path
+            raise ConfigError(f"{path} cannot be read: {error}.") from error
         if read is None:
             read = {}
         if not isinstance(read, dict):
@@ -223,10 +225,15 @@ def load_config(path: Path | None = None, *, base: RunConfig | None = None, over
         if not equals or not key.strip():
             raise ConfigError(f"--set got {override!r}; expected key=value, such as training.num_train_epochs=3.")
         try:
-            value: Any = yaml.safe_load(text)
+            value: Any = load_yaml(text)
         except yaml.YAMLError as error:
-            raise ConfigError(f"--set {key} got {text!r}, which is not YAML.") from error
-        for part in reversed(key.strip().split(".")):
+            why = getattr(error, "problem", None) or " ".join(str(error).split())
+            raise ConfigError(
+                f"--set {ascii(key[:80])[1:-1]} got {ascii(text[:80])}, which is not YAML: {why}."
+            ) from error
+        parts = key.strip().split(".")
+        require(len(parts) <= DEEPEST, "--set", key[:80], f"at most {DEEPEST} names with dots between them")
+        for part in reversed(parts):
             value = {part: value}
         plain = _merge(plain, value)
     return build_config(plain)

@@ -25,6 +25,8 @@ from dmole.models.declaration import Declaration, read_declaration
 from dmole.models.identity import weight_bytes
 from dmole.models.towers import VISION
 from dmole.models.vision_language import VisionLanguageModel
+from dmole.plain_values import check_plain
+from dmole.strict_yaml import read_yaml
 
 ROWS = {
     "images": "images: every image has as many rows",
@@ -123,13 +125,14 @@ def declaration_from(file: Path | None) -> Declaration:
     if file is None:
         return Declaration()
     try:
-        read: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
+        read: Any = read_yaml(file)
     except yaml.YAMLError as error:
         raise ConfigError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
     if isinstance(read, dict) and isinstance(read.get("declaration"), dict):
         read = read["declaration"]
     if not isinstance(read, dict):
         raise ConfigError(f"{file} holds a {type(read).__name__}; expected a mapping, such as rows: tiles.")
+    check_plain(read)
     return read_declaration(read)
 
 

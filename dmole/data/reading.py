@@ -9,6 +9,7 @@ Cost: images are decoded once each (a truncated JPEG opens well and fails only w
 0.3 ms for a picture of 160 pixels.
 """
 
+import codecs
 import json
 import os
 import re
@@ -24,8 +25,11 @@ from PIL import Image
 
 from dmole.config_error import did_you_mean
 from dmole.data.images import ImageReport, inspect_image
+from dmole.data.leaks import LeakFinder
 from dmole.data.sample import Sample, Stream, Task
+from dmole.data.text_checks import parse_json, path_complaint, text_complaint, text_complaints
 from dmole.metrics import METRICS
+from dmole.strict_yaml import compose_yaml
 
 STREAM_FILE = "stream.yaml"
 SPLITS = ("train", "validation", "test")
@@ -44,11 +48,16 @@ class DataError(ValueError):
 
     def __init__(self, folder: Path, problems: Sequence[str]) -> None:
         self.problems = tuple(problems)
-        shown = list(self.problems[:SHOWN_PROBLEMS])
-        if len(self.problems) > SHOWN_PROBLEMS:
-            shown.append(f"... and {len(self.problems) - SHOWN_PROBLEMS} more")
+        self.folder = folder
+        super().__init__(self.text(SHOWN_PROBLEMS))
+
+    def text(self, most: int | None = None) -> str:
+        """The count and the first `most` findings, or all."""
+        shown = list(self.problems[:most])
+        if len(shown) < len(self.problems):
+            shown.append(f"... and {len(self.problems) - len(shown)} more (dmole tasks check --all shows them)")
         count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
-        super().__init__("\n".join([f"{count} in the data set {folder}:", *shown]))
+        return "\n".join([f"{count} in the data set {self.folder}:", *shown])
 
 
 @dataclass
@@ -60,15 +69,15 @@ class _Problems:
     notes: list[str] = field(default_factory=list)
 
     def add(self, path: Path, line: int | None, text: str) -> None:
-        self.found.append(self._placed(path, line, text))
+        self.found.append(f"{self.place(path, line)}: {text}")
 
     def note(self, path: Path, line: int | None, text: str) -> None:
         """What is used otherwise than somebody may expect, and refuses nothing."""
-        self.notes.append(self._placed(path, line, text))
+        self.notes.append(f"{self.place(path, line)}: {text}")
 
-    def _placed(self, path: Path, line: int | None, text: str) -> str:
+    def place(self, path: Path, line: int | None) -> str:
         shown = path.relative_to(self.folder) if path.is_relative_to(self.folder) else path
-        return f"{shown.as_posix()}{'' if line is None else f':{line}'}: {text}"
+        return f"{shown.as_posix()}{'' if line is None else f':{line}'}"
 
 
 @dataclass(frozen=True)
@@ -80,10 +89,11 @@ class _Row:
     sample: Sample
 
 
-def read_stream(folder: Path | str, *, check_images: bool = True) -> Stream:
+def read_stream(folder: Path | str, *, check_images: bool = True, leaks: LeakFinder | None = None) -> Stream:
     """Read the stream in `folder` (its `stream.yaml` and one directory per task).
 
     check_images: decode every image. Without it, images need only exist.
+    leaks: is shown every row with its place.
     Raises DataError (a ValueError) that lists every problem, each with its file and line.
     """
     folder = Path(folder).resolve()
@@ -99,6 +109,9 @@ def read_stream(folder: Path | str, *, check_images: bool = True) -> Stream:
         task, task_rows = _read_task(folder, entry, problems)
         tasks.append(task)
         rows.extend(task_rows)
+        if leaks is not None:
+            for row in task_rows:
+                leaks.add(entry.name, row.file.stem, problems.place(row.file, row.line), row.sample)
     sizes = _check_images(rows, problems, decode=check_images)
     if problems.found:
         raise DataError(folder, problems.found)
@@ -116,7 +129,7 @@ class _TaskEntry:
 def _read_stream_file(path: Path, problems: _Problems) -> tuple[str, list[_TaskEntry]]:
     """The name and the task entries. Entries with a problem are left out; the problem makes the whole reading fail."""
     try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        root = compose_yaml(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         problems.add(path, None, f"is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8")
         return "", []
@@ -196,6 +209,10 @@ def _yaml_text(path: Path, keys: Mapping[str, yaml.Node], key: str, parent: yaml
             path, node.start_mark.line + 1, f"{key} is not a text; expected something like {key}: icon_captions"
         )
         return ""
+    complaint = text_complaint(str(node.value)) or (path_complaint(str(node.value)) if key != "metric" else None)
+    if complaint:
+        problems.add(path, node.start_mark.line + 1, f"{key} {complaint}")
+        return ""
     return str(node.value)
 
 
@@ -250,22 +267,19 @@ def _check_size(path: Path, split: str, entry: _TaskEntry, count: int, problems:
 def _read_rows(path: Path, metric: str, problems: _Problems, *, test: bool) -> Iterator[_Row]:
     # Split on b"\n" only: str.splitlines also splits on U+2028 and its like, which JSON strings may hold.
     for number, raw in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if number == 1:
+            raw = raw.removeprefix(codecs.BOM_UTF8)
         if not raw.strip():
             continue
         try:
-            text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            text = raw.decode("utf-8")
         except UnicodeDecodeError as error:
             problems.add(path, number, f"is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8")
             continue
         try:
-            value = json.loads(text, object_pairs_hook=_Pairs)
-        except json.JSONDecodeError as error:
-            problems.add(
-                path, number, f"is not JSON: {error.msg} at column {error.colno}; expected one object per line"
-            )
-            continue
-        except RecursionError:
-            problems.add(path, number, "is not a sample: JSON nested too deeply; expected one flat object per line")
+            value = parse_json(text, _Pairs)
+        except ValueError as error:
+            problems.add(path, number, str(error))
             continue
         if not isinstance(value, _Pairs):
             problems.add(path, number, f"is {_kind(value)}; expected one JSON object per line")
@@ -286,7 +300,7 @@ class _Pairs(list[tuple[str, Any]]):
 
 def _parse_sample(pairs: _Pairs, directory: Path) -> tuple[Sample | None, list[str]]:
     """A sample, or None where its fields cannot even be read; and what is wrong."""
-    complaints: list[str] = []
+    complaints = text_complaints(pairs)
     values: dict[str, Any] = {}
     for key, value in pairs:
         if key not in _SAMPLE_KEYS:
@@ -309,6 +323,9 @@ def _parse_sample(pairs: _Pairs, directory: Path) -> tuple[Sample | None, list[s
     for key, least in (("images", 0), ("answers", 1), ("options", 2), ("entities", 0)):
         if key in values:
             complaints.extend(_list_complaints(key, values[key], least))
+    if not complaints:
+        named = [("image", values["image"])] if "image" in values else [("images", path) for path in values["images"]]
+        complaints = [f"{key} {found}" for key, path in named if (found := path_complaint(path))]
     if complaints:
         return None, complaints
     options = tuple(values.get("options", ()))

@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from dmole.config_error import ConfigError, require
 from dmole.methods.budget import BudgetSettings
+from dmole.patterns import matches
+
+# No linear of a known model has a shorter side than this; a number above it is a slip of the keyboard.
+MAXIMUM_RANK = 65536
+
 
 T = TypeVar("T")
 
@@ -28,7 +32,7 @@ class LoraSettings:
     dropout_mode: Literal["shared", "per_expert"] = "shared"
 
     def __post_init__(self) -> None:
-        require(self.rank >= 1, "lora.rank", self.rank, "an integer of at least 1")
+        require(1 <= self.rank <= MAXIMUM_RANK, "lora.rank", self.rank, f"an integer from 1 to {MAXIMUM_RANK}")
         require(self.alpha > 0, "lora.alpha", self.alpha, "a number above 0")
         require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "a number in [0, 1)")
 
@@ -59,8 +63,10 @@ class MethodSettings:
 
 def select_candidates(wanted: str, candidates: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
     """The linears of each tower in whose qualified name the expression `wanted` is found, in the given order."""
-    pattern = re.compile(wanted)
-    chosen = {tower: tuple(name for name in names if pattern.search(name)) for tower, names in candidates.items()}
+    chosen = {
+        tower: tuple(name for name in names if matches("candidates", wanted, name, whole=False))
+        for tower, names in candidates.items()
+    }
     for tower, names in chosen.items():
         if not names:
             example = candidates[tower][0] if candidates[tower] else "none at all"

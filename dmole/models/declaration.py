@@ -12,12 +12,12 @@ Towers, candidates and rows are found by rules that read the model (`dmole.model
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from dmole.config_error import ConfigError, did_you_mean, require
+from dmole.patterns import check_pattern
 
 Rows = Literal["auto", "tokens", "images", "tiles", "padded"]
 Labels = Literal["prefix", "assistant_mask"]
@@ -58,15 +58,13 @@ class Declaration:
             )  # fmt: skip
         if isinstance(self.candidates, str):
             try:
-                re.compile(self.candidates)
-            except re.error as error:
-                raise ConfigError(
-                    f"declaration.candidates is {self.candidates!r}; expected a regular expression ({error}). Give a "
-                    f"list for endings, such as [q_proj, v_proj]."
-                ) from error
+                check_pattern("declaration.candidates", self.candidates)
+            except ConfigError as error:
+                raise ConfigError(f"{error} Give a list for endings, such as [q_proj, v_proj].") from error
         elif self.candidates is not None:
-            fits = len(self.candidates) > 0 and all(isinstance(ending, str) and ending for ending in self.candidates)
-            require(fits, "declaration.candidates", list(self.candidates), "endings of names, such as [q_proj, v_proj]")
+            named = isinstance(self.candidates, tuple | list) and len(self.candidates) > 0
+            fits = named and all(isinstance(ending, str) and ending for ending in self.candidates)
+            require(fits, "declaration.candidates", self.candidates, "endings of names, such as [q_proj, v_proj]")
         require(self.rows in get_args(Rows), "declaration.rows", self.rows, f"one of {', '.join(get_args(Rows))}")
         require(
             self.labels in get_args(Labels), "declaration.labels", self.labels, f"one of {', '.join(get_args(Labels))}"

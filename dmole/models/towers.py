@@ -13,7 +13,6 @@ are no candidates. A subclass of `nn.Linear` is none either: its forward is not 
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from dmole.models.declaration import Declaration
+from dmole.patterns import matches
 
 VISION, LANGUAGE = "vision", "language"
 
@@ -181,8 +181,8 @@ def _one(field: str, names: list[str], modules: Mapping[str, nn.Module]) -> str 
 
 def _chosen(own: Mapping[str, nn.Module], candidates: tuple[str, ...] | str | None) -> tuple[str, ...]:
     if isinstance(candidates, str):
-        pattern = re.compile(candidates)
-        return tuple(name for name, module in own.items() if type(module) is nn.Linear and pattern.fullmatch(name))
+        linears = [name for name, module in own.items() if type(module) is nn.Linear]
+        return tuple(name for name in linears if matches("declaration.candidates", candidates, name, whole=True))
     names = _in_largest_stack(own)
     if candidates is None:
         return names

@@ -329,7 +329,8 @@ def test_all_problems_are_collected_and_the_text_is_capped(stream: Path) -> None
     assert len(caught.value.problems) == 32
     lines = str(caught.value).splitlines()
     assert lines[0] == f"32 problems in the data set {stream}:"
-    assert len(lines) == 22 and lines[-1] == "... and 12 more"
+    assert caught.value.text().splitlines() == [lines[0], *caught.value.problems]
+    assert len(lines) == 22 and lines[-1] == "... and 12 more (dmole tasks check --all shows them)"
 
 
 def test_duplicate_ids_are_found_between_splits_but_not_between_tasks(stream: Path) -> None:
