@@ -113,7 +113,6 @@ class Half(Metric):
     """0.5 for every sample."""
 
     name: ClassVar[str] = "half"
-    title: ClassVar[str] = "Half"
 
     def score_samples(self, predictions, samples):
         return [0.5] * len(samples)

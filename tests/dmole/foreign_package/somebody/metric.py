@@ -14,7 +14,6 @@ class FirstWord(Metric):
     """1 where the first words are equal."""
 
     name: ClassVar[str] = "first_word"
-    title: ClassVar[str] = "First word"
 
     def score_samples(self, predictions: Sequence[str], samples: Sequence[Scorable]) -> list[float]:
         check_lengths(self.name, predictions, samples)
