@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -33,6 +32,7 @@ from dmole.methods.dmole.expert_pool import ExpertPool, Placement
 from dmole.methods.dmole.features import FeatureStore, encoded_features, shared_features
 from dmole.methods.dmole.own_work import own_work
 from dmole.methods.dmole.placement import place_experts
+from dmole.methods.dmole.report import method_report
 from dmole.methods.dmole.routing import Router, voted
 from dmole.methods.dmole.settings import DMoLESettings
 from dmole.methods.dmole.stage_memory import StageMemory
@@ -134,8 +134,7 @@ class DMoLE(Method):
         self._stage = StageMemory(
             ids=tuple(sample.id for sample in task.train), features_ND=features_ND, neighbour_N=neighbour_N
         )
-        names = Counter(self.router.tasks[i] if i >= 0 else "" for i in neighbour_N.tolist())
-        return dataclasses.replace(placement, neighbours=dict(sorted(names.items())))
+        return dataclasses.replace(placement, neighbours=self._stage.counts(self.router.tasks))
 
     def _fresh_features(self, samples: Sequence[Sample]) -> Tensor:
         # Not through the store: each set is asked for once.
@@ -255,21 +254,10 @@ class DMoLE(Method):
         self._stage = StageMemory.from_state(_under(tensors, "stage."), stage) if stage else None
 
     def report(self) -> dict[str, JSON]:
-        counts = {
-            placement.task: sum(p.numel() for p in expert_parameters(self.adapters, placement.expert).values())
-            for placement in self.pool
-        }
-        return {
-            "budget": self.budget,
-            "budget_unit": self.settings.budget.unit,
-            "candidates": {tower: len(names) for tower, names in self.candidates.items()},
-            "experts": self.pool.to_json(),
-            "expert_parameters": counts,
-            "router": {
-                "thresholds": self.router.thresholds,
-                "first_and_last_training_error": {k: list(v) for k, v in self.router.training_errors.items()},
-            },
-        }
+        unit = self.settings.budget.unit
+        return method_report(
+            self.candidates, self.budget, unit, pool=self.pool, router=self.router, adapters=self.adapters
+        )
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

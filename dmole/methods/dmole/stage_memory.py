@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,6 +35,11 @@ class StageMemory:
                 f"task. Call begin_stage with the task that is trained."
             )
         return self.neighbour_N[torch.tensor([self._row[sample] for sample in ids], device="cpu")]
+
+    def counts(self, tasks: Sequence[str]) -> dict[str, int]:
+        """How many samples are nearest to each of the old `tasks`, by name; "" counts those that have none."""
+        names = Counter(tasks[i] if i >= 0 else "" for i in self.neighbour_N.tolist())
+        return dict(sorted(names.items()))
 
     def state(self) -> tuple[dict[str, Tensor], JSON]:
         """Tensors and JSON for `from_state`.
