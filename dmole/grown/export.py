@@ -56,7 +56,7 @@ def export(run: Path, tasks: Sequence[str], to: Path, *, language_only: bool = F
     if not saved.plain_lora:
         raise SavedModelError(
             f"export: the model of {saved.method} in {saved.folder} holds {', '.join(sorted(saved.tensors)[:2])} and "
-            f"more that no LoRA folder can say; expected a model of LoRA experts alone."
+            f"more that is not a LoRA; expected a model of LoRA experts alone."
         )
     if to.exists():
         raise FileExistsError(f"to: {to} exists; expected a new folder. Choose another name, or delete it.")

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One task less: its expert leaves the routing, and the folder.
 
-An expert was trained beside older ones (`Method.trained_beside`): whoever was trained beside the forgotten one was
-corrected for its presence, and answers with it gone may be worse. Samples whose route never held it answer as before,
-to the bit.
+In training, older experts are active beside the new one (`Method.trained_beside`). An expert that was trained beside
+the forgotten one learned what to add to its output, so its answers may be worse afterwards. Samples that did not use
+the forgotten expert get the same answers as before, to the bit.
 """
 
 from __future__ import annotations

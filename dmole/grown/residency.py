@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 
 class Residency:
-    """Many readers or one writer. A waiting writer goes before new readers, so that requests cannot starve it."""
+    """Many readers or one writer. A waiting writer takes precedence over new readers, so requests cannot starve it."""
 
     def __init__(self) -> None:
         self._condition = threading.Condition()

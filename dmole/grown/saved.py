@@ -3,7 +3,7 @@
 
     model/dmole.json             format, base and its digest, processor's digest, method, tasks, routing; sealed
           experts/<expert>/      one stock PEFT LoRA folder for each expert
-          method.safetensors     what no LoRA can say: a router, merged weights; only where the method has any
+          method.safetensors     what is not a LoRA: a router, merged weights; only where the method has any
           README.md              the line that loads it
 
 `dmole.json` holds the sha256 of every other file and of itself, so an edited or truncated file is refused by name. The

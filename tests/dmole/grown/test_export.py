@@ -92,5 +92,5 @@ def test_what_cannot_be_exported_is_refused(finished: Runs, toy_folder: Path, tm
             )
         )
     )  # fmt: skip
-    with pytest.raises(SavedModelError, match="export: the model of seq_ft .* that no LoRA folder can say"):
+    with pytest.raises(SavedModelError, match="export: the model of seq_ft .* that is not a LoRA"):
         export(output, ("colours",), tmp_path / "lora")
