@@ -17,6 +17,7 @@ CXX_FILES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.cpp csrc/*
 
 demo: setup
 	$(BIN)/dmole run mini --recipe demo --output results/demo --resume
+	$(BIN)/dmole ask results/demo/runs/dmole-seed0-default --each-task
 
 test: setup lint aot
 	$(BIN)/python -m pytest -n 2

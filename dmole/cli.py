@@ -9,6 +9,10 @@
     dmole inspect MODEL --check                towers, candidates and budget of a model; does the contract hold for it?
     dmole config                               every setting with its comment
     dmole doctor                               what is installed, what is missing, what to type
+    dmole ask RUN photo.jpg "What is this?"    the answer of the model that a run has left, and which experts it used
+    dmole serve RUN                            the same over HTTP, as OpenAI's chat completions
+    dmole export RUN --task T --to FOLDER      a task's expert as a stock PEFT folder
+    dmole forget RUN --task T                  one task less
 
 Imports happen inside the commands: torch takes seconds, and `dmole --help` should not.
 """
@@ -27,6 +31,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from dmole.grown.commands import register
 from dmole.run_options import earlier_runs, planned_runs, recipe_config, run_config, split_names
 from dmole.runs.interruption import Interrupted
 
@@ -43,6 +48,7 @@ app = typer.Typer(
 )
 tasks_app = typer.Typer(help="Your own tasks.")
 app.add_typer(tasks_app, name="tasks")
+register(app)
 
 RecipeOption = Annotated[str | None, typer.Option(help="Start from a recipe's configuration.")]
 ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file of settings.")]
