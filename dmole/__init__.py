@@ -9,10 +9,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dmole.notices import leave_out_notices
+
 if TYPE_CHECKING:
     from dmole.grown.model import GrownModel
 
 __all__ = ["load"]
+
+# Here, because every process that imports a part of dmole comes by before that part imports transformers.
+leave_out_notices()
 
 
 def load(folder: str | Path, *, base: str | None = None, device_map: Any = None, dtype: Any = None) -> GrownModel:

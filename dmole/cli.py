@@ -19,7 +19,6 @@ Imports happen inside the commands: torch takes seconds, and `dmole --help` shou
 
 from __future__ import annotations
 
-import logging
 import os
 import shlex
 import sys
@@ -63,9 +62,6 @@ USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit. `DMOLE_TRACEBACK=1` shows where an error came from."""
-    # What libraries log about their own builds, which nobody who runs dmole can act on.
-    for library in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(library).setLevel(logging.ERROR)
     code = status(arguments)
     if "RANK" in os.environ:
         # One of several processes. A thread of gloo that frees a tensor while the interpreter shuts down aborts the

@@ -4,6 +4,7 @@
 Importing this package makes transformers' `AutoProcessor` and `AutoImageProcessor` load the folders of both models.
 """
 
+import dmole  # noqa: F401  (before transformers: it leaves out notices, also in processes that a build spawns)
 from mini_cmit.model.processing import register
 
 register()

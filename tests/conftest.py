@@ -11,12 +11,12 @@ image processor of transformers. Nothing here calls its operators, so that their
 from __future__ import annotations
 
 import importlib.util
-import logging
 import os
 
+from dmole.notices import leave_out_notices
+
 os.environ.setdefault("TRITON_INTERPRET", "1")
-for library in ("torchao", "torch.utils._pytree"):
-    logging.getLogger(library).setLevel(logging.ERROR)
+leave_out_notices()
 
 if importlib.util.find_spec("torchvision") is not None:
     try:
