@@ -51,23 +51,38 @@ class Batch:
 
 
 def collate(vlm: VisionLanguageModel, samples: Sequence[Sample], *, with_answers: bool) -> Batch:
-    """`with_answers`: prompt and `answers[0]`, right-padded, labels on it. Else the prompt, left-padded."""
+    """`with_answers`: prompt and `answers[0]`, right-padded, labels on it. Else the prompt, left-padded.
+
+    Of a conversation with several answers the last one has labels, or all where the sample's `taught` is "all".
+    """
     encoded = vlm.encode(
         [conversation(sample, sample.answers[0] if with_answers else None) for sample in samples],
         with_answers=with_answers,
     )
+    if encoded.labels is not None:
+        for row, sample in enumerate(samples):
+            if sample.taught == "last":
+                encoded.labels[row, : encoded.prompt_lengths[row]] = IGNORE
     return Batch(samples=tuple(samples), encoded=encoded, units=vlm.units(encoded))
 
 
 def conversation(sample: Sample, answer: str | None, *, images: Sequence[Image.Image] | None = None) -> Conversation:
-    """transformers' messages: the sample's images in front of its instruction, then the answer if there is one.
+    """transformers' messages: what the sample asks, with its images in their places, then the answer if there is one.
 
     Args:
         images: what stands for the sample's images; None opens their files.
     """
-    shown = [open_image(path) for path in sample.images] if images is None else images
-    asked = [*({"type": "image", "image": image} for image in shown), {"type": "text", "text": sample.instruction}]
-    messages: list[dict[str, Any]] = [{"role": "user", "content": asked}]
+    shown = iter([open_image(path) for path in sample.images] if images is None else images)
+    messages: list[dict[str, Any]] = [
+        {
+            "role": turn.role,
+            "content": [
+                {"type": "image", "image": next(shown)} if part is None else {"type": "text", "text": part}
+                for part in turn.parts
+            ],
+        }
+        for turn in sample.asked
+    ]
     if answer is not None:
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     return messages

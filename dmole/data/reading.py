@@ -3,27 +3,38 @@
 
 The schema is in `README.md` beside this file. Nothing is repaired and nothing is skipped: a line is either a sample or
 a problem with its file and line, and one problem anywhere means no stream. All problems are collected first, so that a
-file with forty bad lines is mended once.
+file with forty bad lines is mended once. JSON lines, Parquet and folders of `datasets` (`dmole.data.tables`) all become
+rows that pass the same `_check_row`.
+
+With `rows="disk"` a sample is written to the disk when its row has passed, and what has to be remembered of all rows,
+such as their ids, is there too: memory does not grow with the rows.
 
 Cost: images are decoded once each (a truncated JPEG opens well and fails only when decoded), in a few threads; about
 0.3 ms for a picture of 160 pixels.
 """
 
 import difflib
+import hashlib
 import json
 import os
 import re
+import sqlite3
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from PIL import Image
 
-from dmole.data.sample import Sample, Stream, Task
+from dmole.data.messages import RowPairs as _Pairs
+from dmole.data.messages import image_complaint, plain_fields, row_keys
+from dmole.data.messages import kind as _kind
+from dmole.data.sample import Sample, Stream, Task, Turn
+from dmole.data.stored import SampleWriter
+from dmole.data.tables import Table, table_rows, tables_of
 from dmole.metrics import METRICS
 
 STREAM_FILE = "stream.yaml"
@@ -34,8 +45,11 @@ MINIMUM_TRAIN = 2
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _STREAM_KEYS = ("name", "tasks")
 _TASK_KEYS = ("name", "metric", "directory")
+TAUGHT = ("last", "all")
 _SAMPLE_KEYS = ("id", "image", "images", "instruction", "answers", "options", "entities")
 _REQUIRED_KEYS = ("id", "instruction", "answers")
+# Rows whose pictures are checked together.
+CHECKED_TOGETHER = 4096
 
 
 class DataError(ValueError):
@@ -71,10 +85,13 @@ class _Row:
     sample: Sample
 
 
-def read_stream(folder: Path | str, *, check_images: bool = True) -> Stream:
+def read_stream(folder: Path | str, *, check_images: bool = True, rows: Literal["memory", "disk"] = "memory") -> Stream:
     """Read the stream in `folder` (its `stream.yaml` and one directory per task).
 
-    check_images: decode every image. Without it, images need only exist.
+    Args:
+        check_images: decode every image. Without it, images need only exist.
+        rows: where the samples stay, see `dmole.data.stored`. The samples, their order and all findings are the same.
+
     Raises DataError (a ValueError) that lists every problem, each with its file and line.
     """
     folder = Path(folder).resolve()
@@ -84,16 +101,44 @@ def read_stream(folder: Path | str, *, check_images: bool = True) -> Stream:
         problems.add(stream_file, None, f"file is missing; a data set is a folder with a {STREAM_FILE} in it")
         raise DataError(folder, problems.found)
     name, entries = _read_stream_file(stream_file, problems)
-    tasks: list[Task] = []
-    rows: list[_Row] = []
-    for entry in entries:
-        task, task_rows = _read_task(folder, entry, problems)
-        tasks.append(task)
-        rows.extend(task_rows)
-    _check_images(rows, problems, decode=check_images)
+    with _Seen() as seen:
+        tasks = [_read_task(folder, entry, problems, seen, decode=check_images, rows=rows) for entry in entries]
     if problems.found:
         raise DataError(folder, problems.found)
     return Stream(name=name, tasks=tuple(tasks))
+
+
+class _Seen:
+    """What was met before, in a table that SQLite moves to the disk as it grows."""
+
+    def __init__(self) -> None:
+        self._table = sqlite3.connect("")
+        self._table.execute("CREATE TABLE seen (key BLOB PRIMARY KEY, place TEXT) WITHOUT ROWID")
+
+    def __enter__(self) -> "_Seen":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._table.close()
+
+    def first(self, kind: str, text: str, place: str) -> str | None:
+        """Where (kind, text) was met first; None, and `place` is kept, if this is the first time."""
+        key = _seen_key(kind, text)
+        if self._table.execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", (key, place)).rowcount:
+            return None
+        return self._place(key)
+
+    def known(self, kind: str, text: str) -> bool:
+        """Whether (kind, text) was met."""
+        return self._place(_seen_key(kind, text)) is not None
+
+    def _place(self, key: bytes) -> str | None:
+        found = self._table.execute("SELECT place FROM seen WHERE key = ?", (key,)).fetchone()
+        return None if found is None else str(found[0])
+
+
+def _seen_key(kind: str, text: str) -> bytes:
+    return hashlib.sha256(f"{kind}\0{text}".encode("utf-8", "surrogatepass")).digest()[:16]
 
 
 @dataclass(frozen=True)
@@ -102,6 +147,7 @@ class _TaskEntry:
     metric: str
     directory: str
     line: int
+    taught: Literal["last", "all"] = "last"
 
 
 def _read_stream_file(path: Path, problems: _Problems) -> tuple[str, list[_TaskEntry]]:
@@ -137,7 +183,7 @@ def _read_stream_file(path: Path, problems: _Problems) -> tuple[str, list[_TaskE
         if not isinstance(node, yaml.MappingNode):
             problems.add(path, line, "expected a task like {name: a, metric: cider, directory: a}")
             continue
-        keys = _yaml_keys(path, node, _TASK_KEYS, problems)
+        keys = _yaml_keys(path, node, (*_TASK_KEYS, "taught"), problems)
         values = {key: _yaml_text(path, keys, key, node, problems) for key in _TASK_KEYS}
         if values["metric"] and values["metric"] not in METRICS:
             given, expected = values["metric"], ", ".join(METRICS)
@@ -154,12 +200,19 @@ def _read_stream_file(path: Path, problems: _Problems) -> tuple[str, list[_TaskE
             )
         if values["name"] in ("stage", "zero_shot"):
             problems.add(path, line, f"name is {values['name']!r}, a word of the result tables; choose another")
+        taught = _yaml_text(path, keys, "taught", node, problems) if "taught" in keys else "last"
+        if taught and taught not in TAUGHT:
+            problems.add(
+                path,
+                keys["taught"].start_mark.line + 1,
+                f"taught is {taught!r}; expected last (the last answer of a conversation is trained) or all",
+            )
         if values["name"] and values["name"] in seen:
             problems.add(path, line, f"task {values['name']!r} is already defined on line {seen[values['name']]}")
             continue
         seen[values["name"]] = line
         if all(values.values()):
-            entries.append(_TaskEntry(values["name"], values["metric"], values["directory"], line))
+            entries.append(_TaskEntry(**values, line=line, taught="all" if taught == "all" else "last"))
     return name, entries
 
 
@@ -195,35 +248,88 @@ def _nearest(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def _read_task(folder: Path, entry: _TaskEntry, problems: _Problems) -> tuple[Task, list[_Row]]:
+def _read_task(
+    folder: Path, entry: _TaskEntry, problems: _Problems, seen: _Seen, *, decode: bool, rows: Literal["memory", "disk"]
+) -> Task:
     directory = folder / entry.directory
-    splits: dict[str, tuple[Sample, ...]] = {split: () for split in SPLITS}
-    rows: list[_Row] = []
+    splits: dict[str, Sequence[Sample]] = dict.fromkeys(SPLITS, ())
     if not directory.is_dir():
         problems.add(folder / STREAM_FILE, entry.line, f"task {entry.name!r}: directory {entry.directory!r} is missing")
-    else:
-        seen: dict[str, _Row] = {}
-        for split in SPLITS:
-            path = directory / f"{split}.jsonl"
-            if not path.is_file():
-                if split != "validation":
-                    problems.add(path, None, f"file is missing; task {entry.name!r} needs a {split} split")
-                continue
-            before = len(problems.found)
-            parsed = list(_read_rows(path, entry.metric, problems, test=split != "train"))
-            for row in parsed:
-                first = seen.setdefault(row.sample.id, row)
-                if first is not row:
-                    where = f"{first.file.name}:{first.line}"
-                    problems.add(
-                        path, row.line, f"id {row.sample.id!r} is already used in {where}; ids are unique in a task"
-                    )
-            # A file whose lines were rejected is not also reported as too small: the lines are what to mend.
-            if len(problems.found) == before:
-                _check_size(path, split, entry, len(parsed), problems)
-            splits[split] = tuple(row.sample for row in parsed)
-            rows.extend(parsed)
-    return Task(name=entry.name, metric=entry.metric, **splits), rows
+        return Task(name=entry.name, metric=entry.metric, **splits)
+    for split in SPLITS:
+        found = tables_of(directory, split)
+        if not found:
+            if split != "validation":
+                path = directory / f"{split}.jsonl"
+                problems.add(path, None, f"file is missing; task {entry.name!r} needs a {split} split")
+            continue
+        if len(found) > 1:
+            others = " and ".join(table.path.relative_to(directory).as_posix() for table in found[1:])
+            problems.add(found[0].path, None, f"the {split} split is also in {others}; expected one of them")
+            continue
+        before = len(problems.found)
+        parsed = _checked_rows(found[0], split, entry, problems, seen, decode=decode)
+        count = 0
+        if rows == "disk":
+            with SampleWriter() as writer:
+                for sample in parsed:
+                    writer.add(sample)
+            splits[split], count = writer.samples, writer.count
+        else:
+            splits[split] = tuple(parsed)
+            count = len(splits[split])
+        # A file whose lines were rejected is not also reported as too small: the lines are what to mend.
+        if len(problems.found) == before:
+            _check_size(found[0].path, split, entry, count, problems)
+    return Task(name=entry.name, metric=entry.metric, **splits)
+
+
+def _checked_rows(
+    table: Table, split: str, entry: _TaskEntry, problems: _Problems, seen: _Seen, *, decode: bool
+) -> Iterator[Sample]:
+    """The samples of a split; every finding about a row is in `problems` when the last one has been taken."""
+    waiting: list[_Row] = []
+    for number, pairs in _numbered_rows(table, problems):
+        sample = _check_row(table, number, pairs, split, entry, problems)
+        if sample is None:
+            continue
+        first = seen.first(f"id {entry.name}", sample.id, f"{table.path.name}:{number}")
+        if first is not None:
+            problems.add(table.path, number, f"id {sample.id!r} is already used in {first}; ids are unique in a task")
+        waiting.append(_Row(table.path, number, sample))
+        if len(waiting) == CHECKED_TOGETHER:
+            _check_new_images(waiting, problems, seen, decode=decode)
+            waiting = []
+        yield sample
+    _check_new_images(waiting, problems, seen, decode=decode)
+
+
+def _check_new_images(rows: Sequence[_Row], problems: _Problems, seen: _Seen, *, decode: bool) -> None:
+    """Check the images of rows, without those that earlier rows had and that were sound."""
+    found: dict[str, bool] = {}
+    for row in rows:
+        for image in row.sample.images:
+            found.setdefault(str(image), seen.known("image", str(image)))
+    unknown = [row for row in rows if not all(found[str(image)] for image in row.sample.images)]
+    before = len(problems.found)
+    _check_images(unknown, problems, decode=decode)
+    if len(problems.found) == before:
+        for name in found:
+            seen.first("image", name, "")
+
+
+def _check_row(
+    table: Table, number: int, pairs: _Pairs, split: str, entry: _TaskEntry, problems: _Problems
+) -> Sample | None:
+    """The sample of one row of whatever format, or None where its fields cannot even be read. Adds its findings."""
+    sample, complaints = _parse_sample(pairs, table.folder, f"{split}-{number}")
+    if sample is not None:
+        sample = replace(sample, taught=entry.taught)
+        judge = METRICS[entry.metric]
+        complaints = [*complaints, *judge.check_options(sample), *judge.check(sample, test=split != "train")]
+    for complaint in complaints:
+        problems.add(table.path, number, complaint)
+    return sample
 
 
 def _check_size(path: Path, split: str, entry: _TaskEntry, count: int, problems: _Problems) -> None:
@@ -235,54 +341,70 @@ def _check_size(path: Path, split: str, entry: _TaskEntry, count: int, problems:
     problems.add(path, None, f"the {split} split {has}; {why} needs at least {least}")
 
 
-def _read_rows(path: Path, metric: str, problems: _Problems, *, test: bool) -> Iterator[_Row]:
-    # Split on b"\n" only: str.splitlines also splits on U+2028 and its like, which JSON strings may hold.
-    for number, raw in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if not raw.strip():
-            continue
-        try:
-            text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            problems.add(path, number, f"is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8")
-            continue
-        try:
-            value = json.loads(text, object_pairs_hook=_Pairs)
-        except json.JSONDecodeError as error:
-            problems.add(
-                path, number, f"is not JSON: {error.msg} at column {error.colno}; expected one object per line"
-            )
-            continue
-        except RecursionError:
-            problems.add(path, number, "is not a sample: JSON nested too deeply; expected one flat object per line")
-            continue
-        if not isinstance(value, _Pairs):
-            problems.add(path, number, f"is {_kind(value)}; expected one JSON object per line")
-            continue
-        sample, complaints = _parse_sample(value, path.parent)
-        if sample is not None:
-            judge = METRICS[metric]
-            complaints = [*complaints, *judge.check_options(sample), *judge.check(sample, test=test)]
-        for complaint in complaints:
-            problems.add(path, number, complaint)
-        if sample is not None:
-            yield _Row(path, number, sample)
+def _numbered_rows(table: Table, problems: _Problems) -> Iterator[tuple[int, _Pairs]]:
+    """(line or row number, fields) of every row that can be read; findings for the others."""
+    if table.kind == "jsonl":
+        yield from _json_lines(table.path, problems)
+        return
+    try:
+        yield from table_rows(table)
+    # What pyarrow and datasets raise for damaged files, and for tables whose parts differ.
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        problems.add(table.path, None, f"cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
 
 
-class _Pairs(list[tuple[str, Any]]):
-    """A JSON object as its pairs, so that a key given twice can be seen."""
+def _json_lines(path: Path, problems: _Problems) -> Iterator[tuple[int, _Pairs]]:
+    with path.open("rb") as file:
+        # A file's lines end with b"\n" only: str.splitlines also splits on U+2028 and its like, which JSON may hold.
+        for number, raw in enumerate(file, start=1):
+            if not raw.strip():
+                continue
+            try:
+                text = raw.removesuffix(b"\n").decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                problems.add(
+                    path, number, f"is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
+                )
+                continue
+            try:
+                value = json.loads(text, object_pairs_hook=_Pairs)
+            except json.JSONDecodeError as error:
+                problems.add(
+                    path, number, f"is not JSON: {error.msg} at column {error.colno}; expected one object per line"
+                )
+                continue
+            except RecursionError:
+                problems.add(path, number, "is not a sample: JSON nested too deeply; expected one flat object per line")
+                continue
+            if not isinstance(value, _Pairs):
+                problems.add(path, number, f"is {_kind(value)}; expected one JSON object per line")
+                continue
+            yield number, value
 
 
-def _parse_sample(pairs: _Pairs, directory: Path) -> tuple[Sample | None, list[str]]:
-    """A sample, or None where its fields cannot even be read; and what is wrong."""
+def _parse_sample(pairs: _Pairs, directory: Path, name: str) -> tuple[Sample | None, list[str]]:
+    """A sample, or None where its fields cannot even be read; and what is wrong. `name`: its id if it may have none."""
     complaints: list[str] = []
     values: dict[str, Any] = {}
+    known = row_keys(key for key, _ in pairs) or _SAMPLE_KEYS
     for key, value in pairs:
-        if key not in _SAMPLE_KEYS:
-            complaints.append(f"unknown key {key!r}; expected {', '.join(_SAMPLE_KEYS)}{_nearest(key, _SAMPLE_KEYS)}")
+        if key == "conversations":
+            complaints.append(
+                "key 'conversations' is LLaVA's and ShareGPT's; make rows of the file with dmole tasks import"
+            )
+        elif key not in known:
+            complaints.append(f"unknown key {key!r}; expected {', '.join(known)}{_nearest(key, known)}")
         elif key in values:
             complaints.append(f"key {key!r} is given twice")
         else:
             values[key] = value
+    turns: tuple[Turn, ...] = ()
+    if known is not _SAMPLE_KEYS:
+        values, wrong = plain_fields(values, name)
+        complaints.extend(wrong)
+        if complaints:
+            return None, complaints
+        turns = values.pop("turns")
     complaints.extend(f"key {key!r} is missing" for key in _REQUIRED_KEYS if key not in values)
     if "image" not in values and "images" not in values:
         complaints.append("key 'image' is missing; expected a path, or images: a list of paths, [] for text alone")
@@ -305,6 +427,9 @@ def _parse_sample(pairs: _Pairs, directory: Path) -> tuple[Sample | None, list[s
     if len(options) > 26:
         complaints.append(f"options has {len(options)} entries; expected at most 26, one per letter")
     shown = [values["image"]] if "image" in values else values["images"]
+    refused = [f"images[{place}] {why}" for place, image in enumerate(shown) if (why := image_complaint(image))]
+    if refused:
+        return None, [*complaints, *refused]
     sample = Sample(
         id=values["id"],
         images=tuple(Path(os.path.abspath(directory / image)) for image in shown),
@@ -312,6 +437,7 @@ def _parse_sample(pairs: _Pairs, directory: Path) -> tuple[Sample | None, list[s
         answers=tuple(values["answers"]),
         options=options,
         entities=tuple(values.get("entities", ())),
+        turns=turns,
     )
     return sample, complaints
 
@@ -328,17 +454,6 @@ def _list_complaints(key: str, value: object, least: int) -> list[str]:
         elif not item.strip():
             complaints.append(f"{key}[{index}] is empty; expected some text")
     return complaints
-
-
-def _kind(value: object) -> str:
-    """How to name a JSON value in a message."""
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    if isinstance(value, int | float):
-        return f"the number {value}"
-    if isinstance(value, str):
-        return f"the string {value[:40]!r}"
-    return "an object" if isinstance(value, _Pairs) else "a list"
 
 
 def _check_images(rows: Sequence[_Row], problems: _Problems, *, decode: bool) -> None:
