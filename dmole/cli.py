@@ -142,6 +142,9 @@ def run(
     output: Annotated[str | None, typer.Option("--output", "-o", help="Where results go.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what is in the output folder.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete earlier runs of the same names first.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, count samples, steps and weights; train nothing.")
+    ] = False,
 ) -> None:
     """Learn the tasks of a stream one after another with each method, testing all tasks after every stage.
 
@@ -161,6 +164,12 @@ def run(
         settings=settings or [],
         output=output,
     )
+    if dry_run:
+        from dmole.recipes import layout_findings
+        from dmole.runs.runner import run as check_all
+
+        check_all(chosen, dry_run=lambda stream: layout_findings(recipe, stream))
+        return
     # Of several processes (torchrun) the first one speaks, and it alone looks for what is there before it writes.
     first = os.environ.get("RANK", "0") == "0"
     earlier = earlier_runs(chosen) if first else []
@@ -250,7 +259,11 @@ def run_config(
         # The benchmark by its name is the benchmark as published: its training, but one seed and another folder.
         plain = RunConfig()
         base = RECIPES["mini"]().replace(methods=plain.methods, seeds=plain.seeds, output=plain.output)
-    return load_config(config, base=recipe_config(recipe) or base, overrides=[*overrides, *settings])
+    chosen = load_config(config, base=recipe_config(recipe) or base, overrides=[*overrides, *settings])
+    for name, what in (("stream", "a folder with its tasks (dmole tasks import)"), ("model", "--model")):
+        if not getattr(chosen, name):
+            raise ValueError(f"{name}: got none, and the recipe {recipe!r} has none; expected {what}. Give it.")
+    return chosen
 
 
 def _split(option: str, values: Sequence[str]) -> list[str]:

@@ -31,15 +31,15 @@ def registered(group: Group) -> dict[str, EntryPoint]:
     return {point.name: point for point in sorted(entry_points(group=group), key=lambda point: point.name)}
 
 
-def open_stream(name: str, console: Console) -> Stream:
-    """A registered stream, or a folder with stream.yaml."""
+def open_stream(name: str, console: Console, *, rows: Literal["memory", "disk"] = "memory") -> Stream:
+    """A registered stream, or a folder with stream.yaml. `rows`: where its samples stay."""
     known = registered("dmole.streams")
     if name in known:
         folder = known[name].load()(lambda line: console.print(line, highlight=False))
         # Checked by the package that made it; decoding every image again would cost seconds for nothing.
-        return read_stream(Path(folder), check_images=False)
+        return read_stream(Path(folder), check_images=False, rows=rows)
     _check_folder("stream", "stream.yaml", name, known)
-    return read_stream(Path(name))
+    return read_stream(Path(name), rows=rows)
 
 
 def open_model(config: RunConfig) -> VisionLanguageModel:

@@ -87,9 +87,11 @@ class SampleWriter:
         if kind is not None or self.count == 0:
             self._partial.unlink(missing_ok=True)
             return
+        digest = hashlib.sha256()
         with self._partial.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        self._path = self._folder / f"{digest}.arrow"
+            while block := file.read(2**20):
+                digest.update(block)
+        self._path = self._folder / f"{digest.hexdigest()}.arrow"
         os.replace(self._partial, self._path)
 
     @property

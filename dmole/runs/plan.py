@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -134,17 +135,17 @@ def order_label(order: str) -> str:
 def stream_digest(stream: Stream) -> str:
     """Which data a run used: the sha256 over all samples and their images' bytes, whatever the order of the tasks."""
     digest = hashlib.sha256()
-    images: dict[Path, str] = {}
+    file_digest = functools.lru_cache(maxsize=2**16)(checkpoint.file_digest)
     for task in sorted(stream.tasks, key=lambda task: task.name):
         for split in ("train", "validation", "test"):
             for sample in getattr(task, split):
-                for image in sample.images:
-                    if image not in images:
-                        # Its bytes and not its name: a picture drawn anew under the old name is other data.
-                        images[image] = checkpoint.file_digest(image)
-                shown = [images[image] for image in sample.images]
-                parts = (task.name, task.metric, split, sample.id, shown, sample.instruction)
-                digest.update(json.dumps([*parts, sample.answers, sample.options]).encode())
+                # A picture's bytes and not its name: one that is drawn anew under the old name is other data.
+                shown = [file_digest(image) for image in sample.images]
+                parts = [task.name, task.metric, split, sample.id, shown, sample.instruction]
+                parts += [sample.answers, sample.options]
+                if sample.turns:
+                    parts += [[(turn.role, turn.parts) for turn in sample.turns], sample.taught]
+                digest.update(json.dumps(parts).encode())
     return digest.hexdigest()
 
 
