@@ -404,6 +404,24 @@ def check_tasks(
     print(f"{stream.name}: {len(stream.tasks)} task{'s' * (len(stream.tasks) != 1)}, nothing wrong")
 
 
+@tasks_app.command("import")
+def import_command(
+    layout: Annotated[str, typer.Argument(help="llava, paper, coin, ucit, or one data set: textcaps, iconqa, ...")],
+    source: Annotated[Path, typer.Argument(help="The folder of the data set as it was published.")],
+    target: Annotated[Path, typer.Argument(help="The folder of the stream, made if it is not there.")],
+    images: Annotated[Path | None, typer.Option(help="What image paths are relative to, if not the source.")] = None,
+    name: Annotated[str | None, typer.Option(help="What the task is called.")] = None,
+    metric: Annotated[str | None, typer.Option(help="What the task is scored by.")] = None,
+) -> None:
+    """Make tasks of a published layout: rows, task.yaml, stream.yaml, and a report of what was left out and why."""
+    from dmole.data.importing import import_tasks
+
+    for report in import_tasks(layout, source, target, images=images, name=name, metric=metric):
+        for line in report.lines():
+            print(line)
+    print(f"{target}: check it with dmole tasks check {shlex.quote(str(target))}")
+
+
 @app.command()
 def inspect(
     model: Annotated[str, typer.Argument(help="A folder or hub id of a vision-language model of transformers.")],

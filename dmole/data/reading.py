@@ -322,14 +322,26 @@ def _check_row(
     table: Table, number: int, pairs: _Pairs, split: str, entry: _TaskEntry, problems: _Problems
 ) -> Sample | None:
     """The sample of one row of whatever format, or None where its fields cannot even be read. Adds its findings."""
-    sample, complaints = _parse_sample(pairs, table.folder, f"{split}-{number}")
-    if sample is not None:
-        sample = replace(sample, taught=entry.taught)
-        judge = METRICS[entry.metric]
-        complaints = [*complaints, *judge.check_options(sample), *judge.check(sample, test=split != "train")]
+    name = f"{split}-{number}"
+    sample, complaints = _parsed_and_judged(pairs, table.folder, name, entry.metric, test=split != "train")
     for complaint in complaints:
         problems.add(table.path, number, complaint)
-    return sample
+    return None if sample is None else replace(sample, taught=entry.taught)
+
+
+def _parsed_and_judged(
+    pairs: _Pairs, directory: Path, name: str, metric: str, *, test: bool
+) -> tuple[Sample | None, list[str]]:
+    sample, complaints = _parse_sample(pairs, directory, name)
+    if sample is not None:
+        judge = METRICS[metric]
+        complaints = [*complaints, *judge.check_options(sample), *judge.check(sample, test=test)]
+    return sample, complaints
+
+
+def row_findings(pairs: _Pairs, directory: Path, metric: str, *, test: bool) -> list[str]:
+    """What a reading would say of a row by itself; its images are not opened."""
+    return _parsed_and_judged(pairs, directory, "row", metric, test=test)[1]
 
 
 def _check_size(path: Path, split: str, entry: _TaskEntry, count: int, problems: _Problems) -> None:
