@@ -13,6 +13,7 @@ stored in a table becomes a file of the cache, named by its content: everything 
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import logging
 from collections.abc import Iterator
@@ -30,16 +31,18 @@ _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Where the rows of a split are. `path` is what messages name; `files` are its parts."""
+    """Where the rows of a split are.
+
+    Attributes:
+        path: what messages name.
+        files: its parts.
+        folder: the task's, which paths of pictures in the rows are relative to.
+    """
 
     kind: Literal["jsonl", "parquet", "saved", "imagefolder"]
     path: Path
     files: tuple[Path, ...]
-
-    @property
-    def folder(self) -> Path:
-        """What the paths of pictures in the rows are relative to."""
-        return self.path if self.kind == "imagefolder" else self.path.parent
+    folder: Path
 
 
 def tables_of(directory: Path, split: str) -> list[Table]:
@@ -47,17 +50,17 @@ def tables_of(directory: Path, split: str) -> list[Table]:
     found = []
     lines = directory / f"{split}.jsonl"
     if lines.is_file():
-        found.append(Table(kind="jsonl", path=lines, files=(lines,)))
+        found.append(Table(kind="jsonl", path=lines, files=(lines,), folder=directory))
     for place in (directory, directory / "data"):
         parts = sorted({*place.glob(f"{split}.parquet"), *place.glob(f"{split}-*-of-*.parquet")})
         if parts:
             name = parts[0] if len(parts) == 1 else place / f"{split}-*.parquet"
-            found.append(Table(kind="parquet", path=name, files=tuple(parts)))
+            found.append(Table(kind="parquet", path=name, files=tuple(parts), folder=directory))
     folder = directory / split
     if (folder / "state.json").is_file():
-        found.append(Table(kind="saved", path=folder, files=(folder,)))
+        found.append(Table(kind="saved", path=folder, files=(folder,), folder=directory))
     elif any((folder / name).is_file() for name in _METADATA):
-        found.append(Table(kind="imagefolder", path=folder, files=(folder,)))
+        found.append(Table(kind="imagefolder", path=folder, files=(folder,), folder=directory))
     return found
 
 
@@ -73,10 +76,11 @@ def table_rows(table: Table) -> Iterator[tuple[int, RowPairs]]:
         if table.kind == "saved":
             source = datasets.load_from_disk(str(table.path))
         else:
+            # Patterns: without them, the library guesses the split from the folder's name.
+            rest = "/**" if table.kind == "imagefolder" else ""
             source = datasets.load_dataset(
                 table.kind,
-                data_dir=str(table.path) if table.kind == "imagefolder" else None,
-                data_files=[str(file) for file in table.files] if table.kind == "parquet" else None,
+                data_files={"train": [glob.escape(str(file)) + rest for file in table.files]},
                 split="train",
                 streaming=True,
                 cache_dir=str(cache_folder() / "datasets"),
