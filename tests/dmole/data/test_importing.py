@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import layout_samples
 import pytest
 import yaml
 
@@ -16,6 +15,8 @@ from dmole.data.importing import import_tasks
 from dmole.data.layouts import LAYOUTS, PAPER
 from dmole.data.layouts.coin import unpadded
 from dmole.recipes import PUBLISHED, layout_findings
+
+from . import layout_samples
 
 VQA = "\nAnswer the question using a single word or phrase."
 CAPTION = "Provide a one-sentence caption for the provided image."
@@ -178,7 +179,7 @@ def test_ucit(tmp_path: Path) -> None:
         ("0 of 2", "1 of 2"),
     ]
     (report,) = [report for report in reports if report.name == "Flickr30k"]
-    assert report.splits["test"].dropped == {"no captions in val_coco_type_...json": 1}
+    assert report.splits["test"].dropped == {"no captions in val_coco_type_....json": 1}
 
 
 def llava(source: Path) -> None:
@@ -258,7 +259,7 @@ WRONG: dict[str, tuple[Spoil, dict[str, Any], str]] = {
     "name of many": (
         lambda root: None,
         {"layout": "coin", "name": "x"},
-        "name, metric: got one for the 8 tasks of coin; expected none. Drop them.",
+        "name and metric: got them for coin, which has 8 tasks; expected none. Drop them.",
     ),
     "no folder": (
         lambda root: None,
