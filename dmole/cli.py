@@ -6,6 +6,7 @@
     dmole report results/mini                 the tables again
     dmole readme README.md --check            tables inside Markdown files against committed results
     dmole tasks check my_stream               find everything wrong with a data set
+    dmole tasks import llava data my_stream   make tasks of a published layout
     dmole inspect MODEL --check               towers, candidates and budget of a model; does the contract hold for it?
     dmole config                              every setting with its comment
     dmole doctor                              what is installed, what is missing, what to type
