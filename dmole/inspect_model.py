@@ -6,7 +6,7 @@ towers, candidates, the rule of the vision tower's rows, the budget, how many we
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,9 +50,7 @@ def inspect(vlm: VisionLanguageModel, config: RunConfig | None = None, *, full: 
     model = vlm.model
     settings = {name: config.method_settings(name) for name in method_names()}
     candidates = settings["dmole"].select_candidates(vlm.candidates)
-    sizes = {
-        tower: {name: sum(_sides(model.get_submodule(name))) for name in names} for tower, names in candidates.items()
-    }
+    sizes = expert_sizes(vlm, candidates)
     dmole = config.method_settings("dmole").dmole
     room = capacities(candidates, dmole.unit)
     budget = total_budget(candidates, fraction=dmole.budget_fraction, unit=dmole.unit)
@@ -85,6 +83,14 @@ def inspect(vlm: VisionLanguageModel, config: RunConfig | None = None, *, full: 
         methods=tuple((name, method_class(name).trained_weights(settings[name], sizes)) for name in method_names()),
         parameters=parameters,
     )
+
+
+def expert_sizes(vlm: VisionLanguageModel, candidates: Mapping[str, Sequence[str]]) -> dict[str, dict[str, int]]:
+    """By tower and linear, in + out: the weights of an expert of rank 1 there, for `Method.trained_weights`."""
+    return {
+        tower: {name: sum(_sides(vlm.model.get_submodule(name))) for name in names}
+        for tower, names in candidates.items()
+    }
 
 
 def show(console: Console, found: Inspection) -> None:

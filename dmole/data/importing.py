@@ -150,6 +150,13 @@ def _import_task(task: str, metric: str, layout: Layout, source: Path, target: P
         }
         write_atomically(partial / "import.json", (json.dumps({**plain, "splits": kept}, indent=2) + "\n").encode())
         os.replace(partial, folder)
+    # What a layout's code raises for a record that lacks a field or has one of another kind.
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        _remove(partial)
+        what = f"lacks {error}" if isinstance(error, KeyError) else f"is of another form ({error})"
+        raise ValueError(
+            f"{source}: got a record that {what}; expected those of {layout.files}. Check the layout's name."
+        ) from error
     except FileNotFoundError as error:
         _remove(partial)
         raise ValueError(f"{source}: {error}; expected {layout.files}. Check the folder, or fetch the file.") from None
@@ -177,9 +184,9 @@ def _sound_rows(
             report.drop(row.where, row.why)
             continue
         findings = row_findings(_pairs(row), images, metric, test=split != "train")
-        missing = [image for image in row["images"] if not (images / image).is_file()]
+        missing = [] if findings else [image for image in row["images"] if not (images / image).is_file()]
         if missing:
-            findings.insert(0, f"image {missing[0]!r} is missing")
+            findings = [f"image {missing[0]!r} is missing"]
         if findings:
             report.drop(str(row["id"]), findings[0])
             continue

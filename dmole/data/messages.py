@@ -142,7 +142,7 @@ class _Reader:
             return ()
         of = fields.get("type")
         refused = [key for key in (str(of), *fields) if key in _REFUSED_KEYS]
-        if refused or of not in _PART_KEYS:
+        if refused or not isinstance(of, str) or of not in _PART_KEYS:
             what = f"is of the kind {refused[0]!r}" if refused else f"has type {kind(of)}"
             self.complaints.append(f"{where} {what}; expected a text, or an image by its path. Write pictures to files")
             return ()

@@ -14,11 +14,9 @@ Cost: images are decoded once each (a truncated JPEG opens well and fails only w
 """
 
 import difflib
-import hashlib
 import json
 import os
 import re
-import sqlite3
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +31,7 @@ from dmole.data.messages import RowPairs as _Pairs
 from dmole.data.messages import image_complaint, plain_fields, row_keys
 from dmole.data.messages import kind as _kind
 from dmole.data.sample import Sample, Stream, Task, Turn
+from dmole.data.seen import Seen
 from dmole.data.stored import SampleWriter
 from dmole.data.tables import Table, table_rows, tables_of
 from dmole.metrics import METRICS
@@ -101,44 +100,11 @@ def read_stream(folder: Path | str, *, check_images: bool = True, rows: Literal[
         problems.add(stream_file, None, f"file is missing; a data set is a folder with a {STREAM_FILE} in it")
         raise DataError(folder, problems.found)
     name, entries = _read_stream_file(stream_file, problems)
-    with _Seen() as seen:
+    with Seen() as seen:
         tasks = [_read_task(folder, entry, problems, seen, decode=check_images, rows=rows) for entry in entries]
     if problems.found:
         raise DataError(folder, problems.found)
     return Stream(name=name, tasks=tuple(tasks))
-
-
-class _Seen:
-    """What was met before, in a table that SQLite moves to the disk as it grows."""
-
-    def __init__(self) -> None:
-        self._table = sqlite3.connect("")
-        self._table.execute("CREATE TABLE seen (key BLOB PRIMARY KEY, place TEXT) WITHOUT ROWID")
-
-    def __enter__(self) -> "_Seen":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._table.close()
-
-    def first(self, kind: str, text: str, place: str) -> str | None:
-        """Where (kind, text) was met first; None, and `place` is kept, if this is the first time."""
-        key = _seen_key(kind, text)
-        if self._table.execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", (key, place)).rowcount:
-            return None
-        return self._place(key)
-
-    def known(self, kind: str, text: str) -> bool:
-        """Whether (kind, text) was met."""
-        return self._place(_seen_key(kind, text)) is not None
-
-    def _place(self, key: bytes) -> str | None:
-        found = self._table.execute("SELECT place FROM seen WHERE key = ?", (key,)).fetchone()
-        return None if found is None else str(found[0])
-
-
-def _seen_key(kind: str, text: str) -> bytes:
-    return hashlib.sha256(f"{kind}\0{text}".encode("utf-8", "surrogatepass")).digest()[:16]
 
 
 @dataclass(frozen=True)
@@ -249,7 +215,7 @@ def _nearest(word: str, known: Iterable[str]) -> str:
 
 
 def _read_task(
-    folder: Path, entry: _TaskEntry, problems: _Problems, seen: _Seen, *, decode: bool, rows: Literal["memory", "disk"]
+    folder: Path, entry: _TaskEntry, problems: _Problems, seen: Seen, *, decode: bool, rows: Literal["memory", "disk"]
 ) -> Task:
     directory = folder / entry.directory
     splits: dict[str, Sequence[Sample]] = dict.fromkeys(SPLITS, ())
@@ -273,7 +239,9 @@ def _read_task(
         if rows == "disk":
             with SampleWriter() as writer:
                 for sample in parsed:
-                    writer.add(sample)
+                    # A finding means no stream, and a text with a finding may be one that no file can hold.
+                    if not problems.found:
+                        writer.add(sample)
             splits[split], count = writer.samples, writer.count
         else:
             splits[split] = tuple(parsed)
@@ -285,7 +253,7 @@ def _read_task(
 
 
 def _checked_rows(
-    table: Table, split: str, entry: _TaskEntry, problems: _Problems, seen: _Seen, *, decode: bool
+    table: Table, split: str, entry: _TaskEntry, problems: _Problems, seen: Seen, *, decode: bool
 ) -> Iterator[Sample]:
     """The samples of a split; every finding about a row is in `problems` when the last one has been taken."""
     waiting: list[_Row] = []
@@ -304,7 +272,7 @@ def _checked_rows(
     _check_new_images(waiting, problems, seen, decode=decode)
 
 
-def _check_new_images(rows: Sequence[_Row], problems: _Problems, seen: _Seen, *, decode: bool) -> None:
+def _check_new_images(rows: Sequence[_Row], problems: _Problems, seen: Seen, *, decode: bool) -> None:
     """Check the images of rows, without those that earlier rows had and that were sound."""
     found: dict[str, bool] = {}
     for row in rows:

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
-
-from torch import nn
 
 from dmole.config import RunConfig
 from dmole.data.sample import Stream
+from dmole.inspect_model import expert_sizes
 from dmole.methods import method_class
 from dmole.methods.base import Stage
 from dmole.models.vision_language import VisionLanguageModel
@@ -55,7 +53,8 @@ def description(
     for plan in plans:
         own = stages[plan.folder]
         settings = config.method_settings(plan.method)
-        weights = method_class(plan.method).trained_weights(settings, _sizes(model, config, plan.method)) if own else 0
+        linears = expert_sizes(model, settings.select_candidates(model.candidates))
+        weights = method_class(plan.method).trained_weights(settings, linears) if own else 0
         tests = {task.name: len(task.test) for task in plan.stream.tasks}
         answers = sum(tests[name] for stage in own for name in stage.evaluates)
         trained = "weights known after its start" if weights is None else f"about {weights:,} trained weights a stage"
@@ -68,15 +67,3 @@ def description(
 
 def _steps(settings: TrainingSettings, stages: Sequence[Stage], processes: int) -> int:
     return sum(stage_steps(settings, stage, processes=processes) for stage in stages)
-
-
-def _sizes(model: VisionLanguageModel, config: RunConfig, method: str) -> dict[str, dict[str, int]]:
-    chosen = config.method_settings(method).select_candidates(model.candidates)
-    layers = {
-        tower: {name: cast(nn.Linear, model.model.get_submodule(name)) for name in names}
-        for tower, names in chosen.items()
-    }
-    return {
-        tower: {name: layer.in_features + layer.out_features for name, layer in linears.items()}
-        for tower, linears in layers.items()
-    }

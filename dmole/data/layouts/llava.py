@@ -28,8 +28,13 @@ def records(path: Path) -> Iterator[tuple[str, Any]]:
     if path.suffix == ".jsonl":
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield f"{path.name}:{number}", json.loads(line)
+                if not line.strip():
+                    continue
+                try:
+                    record = json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"{path}:{number}: got no JSON ({error}); expected one object a line.") from None
+                yield f"{path.name}:{number}", record
         return
     for number, record in enumerate(read_json(path)):
         yield f"{path.name}[{number}]", record

@@ -272,6 +272,21 @@ WRONG: dict[str, tuple[Spoil, dict[str, Any], str]] = {
         "got no test.json or test.jsonl; expected train.json, test.json, the images. Check the folder, or fetch",
     ),
     "no json": (lambda root: (root / "train.json").write_text("{"), {}, "train.json: got no JSON ("),
+    "no json line": (
+        lambda root: (root / "test.jsonl").write_text("{}\n{"),
+        {},
+        "test.jsonl:2: got no JSON (",
+    ),
+    "another layout": (
+        lambda root: layout_samples.write_json(root / "dataset.json", {"a": {"split": 1}}),
+        {"layout": "ocr_vqa"},
+        "got a record that lacks 'imageURL'; expected those of dataset.json, images/. Check the layout's",
+    ),
+    "records of another form": (
+        lambda root: (root / "train.json").write_text("[3]"),
+        {},
+        "got a record that is of another form (",
+    ),
     "nothing left": (
         lambda root: (root / "train.json").write_text('[{"image": "a.jpg"}]'),
         {},
