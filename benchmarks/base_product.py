@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.machine import dtype_name, this_machine
+from benchmarks.machine import this_machine
 from dmole_kernels import multi_lora
-from dmole_kernels.testing import threads
+from dmole_kernels.testing import dtype_name, threads
 
 DTYPES = (torch.float32, torch.bfloat16)
 WIDTHS = ((96, 64), (1024, 1024), (2048, 2048), (4096, 11008))

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from benchmarks.machine import Machine, dtype_name
+from benchmarks.machine import Machine
 from benchmarks.memory import peak_memory_mib
 from benchmarks.records import Row
 from benchmarks.timing import interleaved, paired_ratio, percentiles_ms
+from dmole_kernels.testing import dtype_name
 from dmole_kernels.testing import threads as with_threads
 
 

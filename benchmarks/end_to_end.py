@@ -28,10 +28,11 @@ from dmole.data.sample import Sample, Stream
 from dmole.methods import method_class
 from dmole.methods.base import Stage
 from dmole.models.vision_language import VisionLanguageModel
+from dmole.profile import Profile
 from dmole.runs.evaluation import generation_queue, predict
 from dmole.runs.plan import fresh_copy
 from dmole.training.acceleration import make_accelerator
-from dmole.training.stage_training import Profile, StageTraining, stage_steps
+from dmole.training.stage_training import StageTraining, stage_steps
 from dmole_kernels.testing import threads as with_threads
 
 LOSS_TOLERANCE = 0.02

@@ -16,15 +16,12 @@ import torch.nn.functional as F
 from benchmarks.records import Row
 from dmole.runs.environment import describe_environment
 from dmole_kernels import BACKENDS, cpu
+from dmole_kernels.testing import dtype_name
 from dmole_kernels.testing import threads as with_threads
 
 # (rows, in, out): the larger one is fastest in most libraries, the smaller one saves time on slow machines.
 PEAK_SHAPES = ((1024, 1024, 1024), (2048, 2048, 2048))
 COPY_BYTES = 2**28  # far beyond every cache
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 @dataclass

@@ -8,6 +8,7 @@ package too, so it takes nothing from it but what both have.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import inspect
 import io
 import sys
@@ -30,7 +31,6 @@ def training(method_name: str, *, bf16: bool) -> Any:
     from dmole.methods import method_class
     from dmole.recipes import mini_small
     from dmole.sources import open_model, open_stream
-    from dmole.training.stage_training import Profile, StageTraining
 
     config = load_config(base=mini_small(), overrides=[f"training.bf16={str(bf16).lower()}"])
     console = Console(file=io.StringIO())
@@ -41,7 +41,11 @@ def training(method_name: str, *, bf16: bool) -> Any:
     method = method_class(method_name)(model, config.method_settings(method_name), seed=0)
     stage = method.stages(stream)[0]
     method.begin_stage(stage.index, stage.task)
-    return StageTraining(method, stage, config.training, seed=0, profile=Profile())
+    try:
+        home: Any = importlib.import_module("dmole.training.stage_training")
+    except ImportError:
+        home = importlib.import_module("dmole.training")  # an older checkout's
+    return home.StageTraining(method, stage, config.training, seed=0, profile=home.Profile())
 
 
 def opened(open_model: Callable[..., Any], config: Any, console: Any) -> Any:

@@ -23,9 +23,10 @@ import json
 import os
 import platform
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
+
+from dmole.machine import processor
 
 # Variables by which the libraries below torch are told to take other code.
 VARIABLES = ("ATEN_", "DNNL_", "MKL_", "ONEDNN_")
@@ -46,12 +47,6 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def usable_cores() -> int:
-    """How many cores this process may use."""
-    # Python 3.13 has os.process_cpu_count(); where there is no affinity (macOS) the count of cores is it.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def arithmetic() -> str:
     """The sha256 of everything but inputs and threads that decides the bits of torch's operators on this CPU.
 
@@ -69,21 +64,15 @@ def arithmetic() -> str:
             for place in (torch.backends, mkldnn, getattr(mkldnn, "conv", None), getattr(mkldnn, "matmul", None))
         ],
     }
-    described = {"processor": _processor(), "torch": _torch_build(), "variables": variables, "settings": settings}
+    fields = {key: value for key, value in processor().items() if key in PROCESSOR_FIELDS}
+    own = {"machine": platform.machine(), "processor": platform.processor(), **fields}
+    described = {
+        "processor": own,
+        "torch": _torch_build(),
+        "variables": variables,
+        "settings": settings,
+    }
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
-
-
-@functools.cache
-def _processor() -> dict[str, str]:
-    found = {"machine": platform.machine(), "processor": platform.processor()}
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        first = info.read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
-        for line in first.splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() in PROCESSOR_FIELDS:
-                found[key.strip()] = value.strip()
-    return found
 
 
 @functools.cache

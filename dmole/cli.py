@@ -402,6 +402,8 @@ def check_tasks(
     for task in stream.tasks:
         sizes = ", ".join(f"{len(getattr(task, split))} {split}" for split in ("train", "validation", "test"))
         print(f"{task.name}: {task.metric}, {sizes}")
+    for note in stream.notes:
+        print(f"note: {note}")
     print(f"{stream.name}: {len(stream.tasks)} task{'s' * (len(stream.tasks) != 1)}, nothing wrong")
 
 

@@ -15,7 +15,8 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+
+from dmole.machine import memory_gib, usable_cores
 
 MINIMUM_PYTHON = (3, 10)
 MINIMUM_MEMORY_GIB = 6.0
@@ -147,8 +148,7 @@ def _backend() -> Finding:
 
 
 def _machine() -> list[Finding]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = f"{cores} cores"
+    threads = f"{usable_cores()} cores"
     if importlib.util.find_spec("torch") is not None:
         import torch
 
@@ -168,17 +168,6 @@ def _machine() -> list[Finding]:
             )
         )
     return findings
-
-
-def memory_gib() -> float | None:
-    """Physical memory, or the control group's limit if that is lower; None where neither can be read."""
-    limits = []
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    group = Path("/sys/fs/cgroup/memory.max")
-    if group.is_file() and (text := group.read_text().strip()).isdecimal():
-        limits.append(int(text))
-    return min(limits) / 2**30 if limits else None
 
 
 def _cache() -> Finding:

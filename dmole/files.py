@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 from pathlib import Path
+from typing import Any
+
+JSON = Any  # what json.dumps takes: dict, list, str, int, float, bool, None
 
 
 def write_atomically(path: Path, data: bytes, *, durable: bool = True) -> None:
@@ -27,3 +31,8 @@ def write_atomically(path: Path, data: bytes, *, durable: bool = True) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def write_json(path: Path, document: JSON) -> None:
+    """Indented JSON, atomically."""
+    write_atomically(path, (json.dumps(document, indent=1) + "\n").encode())

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from dmole.config import RunConfig
 from dmole.config_error import ConfigError
-from dmole.data.reading import read_stream
+from dmole.data.reading import SHOWN_PROBLEMS, read_stream
 from dmole.data.sample import Stream
 from dmole.models.loading import load
 from dmole.models.vision_language import VisionLanguageModel
@@ -39,7 +39,10 @@ def open_stream(name: str, console: Console, *, rows: Literal["memory", "disk"] 
         # Checked by the package that made it; decoding every image again would cost seconds for nothing.
         return read_stream(Path(folder), check_images=False, rows=rows)
     _check_folder("stream", "stream.yaml", name, known)
-    return read_stream(Path(name), rows=rows)
+    stream = read_stream(Path(name), rows=rows)
+    for note in stream.notes[:SHOWN_PROBLEMS]:
+        console.print(f"note: {note}", highlight=False, markup=False)
+    return stream
 
 
 def open_model(config: RunConfig) -> VisionLanguageModel:

@@ -24,6 +24,7 @@ from dmole_kernels._masked_pool import masked_max_pool
 from dmole_kernels._multi_lora import multi_lora
 from dmole_kernels._multi_lora_linear import MultiLoRALinear
 from dmole_kernels._philox import dropout_keep_mask
+from dmole_kernels._reduce_gradients import reduce_gradients
 from dmole_kernels._router_score import router_score, router_select
 from dmole_kernels.cpu import RowMap
 
@@ -54,6 +55,7 @@ __all__ = [
     "load_experts",
     "masked_max_pool",
     "multi_lora",
+    "reduce_gradients",
     "router_score",
     "router_select",
     "save_experts",

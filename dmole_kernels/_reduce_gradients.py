@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
     grad  <-  1 / P sum_p grad_p        over the P processes of a group; a process without a gradient counts as zero
+    grad  <-  sum_p grad_p              with reduction="sum"
 
 Gradients of experts that are on every process, of which each process may have used others.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor, distributed
@@ -18,8 +20,30 @@ BUCKET = 2**24
 _COMPARED = 8  # elements of A that are compared between the processes
 
 
-def reduce_gradients(parameters: Mapping[str, Tensor], group: distributed.ProcessGroup | None = None) -> None:
-    """Averages the gradients of these Parameters, the same ones in the same order on every process. In place."""
+def reduce_gradients(
+    parameters: Mapping[str, Tensor],
+    group: distributed.ProcessGroup | None = None,
+    *,
+    reduction: Literal["mean", "sum"] = "mean",
+) -> None:
+    """grad <- 1 / P sum_p grad_p, over the P processes of `group`, in place. With `reduction="sum"`: without 1 / P.
+
+    `ExpertHandle.reduce_gradients` calls this for all trainable experts of a model. A process without a gradient
+    counts as zero, and a parameter that no process has a gradient for keeps none, as in one process. Small collectives
+    compare the processes' parameters first; gradients then travel in flat tensors.
+
+    Args:
+        parameters: Parameters that every process holds as a whole, by names that end in the expert's and `lora_a` or
+            `lora_b` ("layer/expert/lora_a", or as in the model's `state_dict`); the same ones in the same order on
+            every process.
+        group: the processes; None is all.
+
+    Raises:
+        ValueError: without a process group; for another `reduction`; on every process when the parameters differ in
+            names, shapes, dtypes or values.
+    """
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction: got {reduction!r}; expected 'mean' or 'sum'. Choose one of them.")
     if not (distributed.is_available() and distributed.is_initialized()):
         raise ValueError(
             "reduce_gradients: no process group is initialised; expected several processes. Call "
@@ -38,10 +62,11 @@ def reduce_gradients(parameters: Mapping[str, Tensor], group: distributed.Proces
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
         distributed.all_reduce(flat, distributed.ReduceOp.SUM, group)
-        flat /= processes
-        means = torch.split(flat, [p.numel() for p in bucket])
-        for parameter, gradient, mean in zip(bucket, gradients, means, strict=True):
-            parameter.grad = gradient.copy_(mean.view_as(gradient))
+        if reduction == "mean":
+            flat /= processes
+        parts = torch.split(flat, [p.numel() for p in bucket])
+        for parameter, gradient, part in zip(bucket, gradients, parts, strict=True):
+            parameter.grad = gradient.copy_(part.view_as(gradient))
 
 
 def _buckets(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
@@ -78,7 +103,7 @@ def _check_same(parameters: Mapping[str, Tensor], group: distributed.ProcessGrou
     if not parameters:
         return
     # One A of each expert: enough to see that add() drew other numbers on another process.
-    one = {name.rsplit("/", 2)[1]: p for name, p in parameters.items() if name.endswith("lora_a")}
+    one = {_expert_of(name): p for name, p in parameters.items() if name.endswith("lora_a")}
     if not one:
         return
     values = torch.cat([p.detach().reshape(-1)[:_COMPARED].to(device, torch.float64) for p in one.values()])
@@ -91,6 +116,10 @@ def _check_same(parameters: Mapping[str, Tensor], group: distributed.ProcessGrou
             "reduce_gradients: the experts have other values on another process; expected the same start on all. Pass "
             "add(..., generator=torch.Generator().manual_seed(0)) on every process, or load_experts the same folder."
         )
+
+
+def _expert_of(name: str) -> str:
+    return name.rsplit("/" if "/" in name else ".", 2)[-2]
 
 
 def _device_of(group: distributed.ProcessGroup | None) -> str:

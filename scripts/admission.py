@@ -30,12 +30,13 @@ from dmole.config import RunConfig, load_config
 from dmole.data.sample import Sample, Stream, Task
 from dmole.methods import method_class
 from dmole.metrics import METRICS
+from dmole.profile import Profile
 from dmole.recipes import RECIPES
 from dmole.reports import admission
 from dmole.runs.evaluation import evaluate, generation_queue
 from dmole.sources import open_model, open_stream
 from dmole.training.acceleration import make_accelerator
-from dmole.training.stage_training import Profile, StageTraining
+from dmole.training.stage_training import StageTraining
 
 MARGIN = 10.0
 COLUMNS = (*admission.COLUMNS, "well_formed", "constant_answer")

@@ -33,6 +33,7 @@ from dmole_kernels.testing import (
     LoraInputs,
     Results,
     Workload,
+    dtype_name,
     expected_errors,
     few_roundings,
     judge,
@@ -90,11 +91,11 @@ def checks(device: str, *, tiny: bool = False) -> Iterator[Check]:
                 yield _lora_check(f"triton {name}", partial(run, device), workload, dtype, every=not tiny)
         if device in (BACKENDS.get("cuda") or ()):
             for workload in DECODE:
-                yield Check(name=f"cuda multi_lora {workload.name} {_short(dtype)}",
+                yield Check(name=f"cuda multi_lora {workload.name} {dtype_name(dtype)}",
                             complaints=partial(_decode, device, workload, dtype))  # fmt: skip
         for name, op, shapes in _other_ops():
             check = partial(_compared, op, shapes, dtype, device)
-            yield Check(name=f"triton {name} {_short(dtype)}", complaints=check)
+            yield Check(name=f"triton {name} {dtype_name(dtype)}", complaints=check)
 
 
 def _lora_check(
@@ -102,7 +103,7 @@ def _lora_check(
 ) -> Check:
     draws = max(4, 16 // max(1, workload.leading[0])) if every or dtype == torch.float32 else 1
     return Check(
-        name=f"{name} {workload.name} {_short(dtype)}",
+        name=f"{name} {workload.name} {dtype_name(dtype)}",
         complaints=lambda: rejected(judge_run(run, workload, dtype, draws=draws)),
     )
 
@@ -282,10 +283,6 @@ def _without_waiting(device: str) -> list[str]:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return []
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 if __name__ == "__main__":

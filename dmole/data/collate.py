@@ -5,19 +5,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from dmole.data.images import open_image
 from dmole.data.sample import Sample
 from dmole.models.chat_template import Conversation
 from dmole.models.prompts import IGNORE, Encoded
 from dmole.models.vision_language import VisionLanguageModel
 
-__all__ = ["IGNORE", "Batch", "collate", "conversation", "open_image"]
+__all__ = ["IGNORE", "Batch", "collate", "conversation"]
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,3 @@ def conversation(sample: Sample, answer: str | None, *, images: Sequence[Image.I
     if answer is not None:
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     return messages
-
-
-def open_image(path: Path) -> Image.Image:
-    """The picture in RGB."""
-    with Image.open(path) as image:
-        return image.convert("RGB")

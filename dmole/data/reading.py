@@ -27,6 +27,7 @@ from typing import Any, Literal
 import yaml
 from PIL import Image
 
+from dmole.data.images import ImageReport, inspect_image
 from dmole.data.messages import RowPairs as _Pairs
 from dmole.data.messages import image_complaint, plain_fields, row_keys
 from dmole.data.messages import kind as _kind
@@ -69,10 +70,18 @@ class _Problems:
 
     folder: Path
     found: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def add(self, path: Path, line: int | None, text: str) -> None:
+        self.found.append(self._placed(path, line, text))
+
+    def note(self, path: Path, line: int | None, text: str) -> None:
+        """What is used otherwise than somebody may expect, and refuses nothing."""
+        self.notes.append(self._placed(path, line, text))
+
+    def _placed(self, path: Path, line: int | None, text: str) -> str:
         shown = path.relative_to(self.folder) if path.is_relative_to(self.folder) else path
-        self.found.append(f"{shown.as_posix()}{'' if line is None else f':{line}'}: {text}")
+        return f"{shown.as_posix()}{'' if line is None else f':{line}'}: {text}"
 
 
 @dataclass(frozen=True)
@@ -100,11 +109,13 @@ def read_stream(folder: Path | str, *, check_images: bool = True, rows: Literal[
         problems.add(stream_file, None, f"file is missing; a data set is a folder with a {STREAM_FILE} in it")
         raise DataError(folder, problems.found)
     name, entries = _read_stream_file(stream_file, problems)
+    # Sizes of all pictures would grow with the rows.
+    sizes: dict[Path, tuple[int, int]] | None = {} if rows == "memory" else None
     with Seen() as seen:
-        tasks = [_read_task(folder, entry, problems, seen, decode=check_images, rows=rows) for entry in entries]
+        tasks = [_read_task(folder, entry, problems, seen, sizes, decode=check_images, rows=rows) for entry in entries]
     if problems.found:
         raise DataError(folder, problems.found)
-    return Stream(name=name, tasks=tuple(tasks))
+    return Stream(name=name, tasks=tuple(tasks), notes=tuple(problems.notes), image_sizes=sizes or {})
 
 
 @dataclass(frozen=True)
@@ -215,7 +226,14 @@ def _nearest(word: str, known: Iterable[str]) -> str:
 
 
 def _read_task(
-    folder: Path, entry: _TaskEntry, problems: _Problems, seen: Seen, *, decode: bool, rows: Literal["memory", "disk"]
+    folder: Path,
+    entry: _TaskEntry,
+    problems: _Problems,
+    seen: Seen,
+    sizes: dict[Path, tuple[int, int]] | None,
+    *,
+    decode: bool,
+    rows: Literal["memory", "disk"],
 ) -> Task:
     directory = folder / entry.directory
     splits: dict[str, Sequence[Sample]] = dict.fromkeys(SPLITS, ())
@@ -234,7 +252,7 @@ def _read_task(
             problems.add(found[0].path, None, f"the {split} split is also in {others}; expected one of them")
             continue
         before = len(problems.found)
-        parsed = _checked_rows(found[0], split, entry, problems, seen, decode=decode)
+        parsed = _checked_rows(found[0], split, entry, problems, seen, sizes, decode=decode)
         count = 0
         if rows == "disk":
             with SampleWriter() as writer:
@@ -253,7 +271,14 @@ def _read_task(
 
 
 def _checked_rows(
-    table: Table, split: str, entry: _TaskEntry, problems: _Problems, seen: Seen, *, decode: bool
+    table: Table,
+    split: str,
+    entry: _TaskEntry,
+    problems: _Problems,
+    seen: Seen,
+    sizes: dict[Path, tuple[int, int]] | None,
+    *,
+    decode: bool,
 ) -> Iterator[Sample]:
     """The samples of a split; every finding about a row is in `problems` when the last one has been taken."""
     waiting: list[_Row] = []
@@ -266,21 +291,30 @@ def _checked_rows(
             problems.add(table.path, number, f"id {sample.id!r} is already used in {first}; ids are unique in a task")
         waiting.append(_Row(table.path, number, sample))
         if len(waiting) == CHECKED_TOGETHER:
-            _check_new_images(waiting, problems, seen, decode=decode)
+            _check_new_images(waiting, problems, seen, sizes, decode=decode)
             waiting = []
         yield sample
-    _check_new_images(waiting, problems, seen, decode=decode)
+    _check_new_images(waiting, problems, seen, sizes, decode=decode)
 
 
-def _check_new_images(rows: Sequence[_Row], problems: _Problems, seen: Seen, *, decode: bool) -> None:
-    """Check the images of rows, without those that earlier rows had and that were sound."""
+def _check_new_images(
+    rows: Sequence[_Row],
+    problems: _Problems,
+    seen: Seen,
+    sizes: dict[Path, tuple[int, int]] | None,
+    *,
+    decode: bool,
+) -> None:
+    """Check the images of rows, without those that earlier rows had and that were sound; note their sizes if asked."""
     found: dict[str, bool] = {}
     for row in rows:
         for image in row.sample.images:
             found.setdefault(str(image), seen.known("image", str(image)))
     unknown = [row for row in rows if not all(found[str(image)] for image in row.sample.images)]
     before = len(problems.found)
-    _check_images(unknown, problems, decode=decode)
+    found_sizes = _check_images(unknown, problems, decode=decode)
+    if sizes is not None:
+        sizes.update(found_sizes)
     if len(problems.found) == before:
         for name in found:
             seen.first("image", name, "")
@@ -436,42 +470,35 @@ def _list_complaints(key: str, value: object, least: int) -> list[str]:
     return complaints
 
 
-def _check_images(rows: Sequence[_Row], problems: _Problems, *, decode: bool) -> None:
-    """Report every row whose image is missing or cannot be decoded; each file is opened once."""
+def _check_images(rows: Sequence[_Row], problems: _Problems, *, decode: bool) -> dict[Path, tuple[int, int]]:
+    """Report every row whose image is missing or cannot be decoded; each file is opened once. The sizes of the rest."""
     users: dict[Path, list[_Row]] = {}
     for row in rows:
         for image in dict.fromkeys(row.sample.images):
             users.setdefault(image, []).append(row)
     with warnings.catch_warnings(), ThreadPoolExecutor(max_workers=4) as pool:
-        # Pillow only warns about a suspiciously large picture; for an unattended run that is a defect of the data.
+        # Pillow only warns about a suspiciously large picture; for an unattended run that is a defect of the data. Its
+        # other warnings are about metadata.
+        warnings.simplefilter("ignore", UserWarning)
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        complaints = pool.map(_decode_complaint if decode else _missing_complaint, users)
-        for path, complaint in zip(users, complaints, strict=True):
-            for row in users[path] if complaint is not None else ():
-                problems.add(row.file, row.line, f"image {_shown(path, row.file.parent)} {complaint}")
+        reports = dict(zip(users, pool.map(_decoded if decode else _exists, users), strict=True))
+    for path, report in reports.items():
+        for row in users[path]:
+            shown = f"image {_shown(path, row.file.parent)}"
+            if report.complaint is not None:
+                problems.add(row.file, row.line, f"{shown} {report.complaint}")
+        for note in report.notes:
+            problems.note(users[path][0].file, users[path][0].line, f"{shown} {note}")
+    return {path: report.size for path, report in reports.items() if report.size is not None}
 
 
 def _shown(path: Path, directory: Path) -> str:
     return path.relative_to(directory).as_posix() if path.is_relative_to(directory) else str(path)
 
 
-def _missing_complaint(path: Path) -> str | None:
-    return None if path.is_file() else "is missing; paths are relative to the .jsonl file"
+def _exists(path: Path) -> ImageReport:
+    return ImageReport(complaint=None if path.is_file() else "is missing; paths are relative to the .jsonl file")
 
 
-def _decode_complaint(path: Path) -> str | None:
-    if not path.is_file():
-        return _missing_complaint(path)
-    try:
-        # `verify` reads a PNG's checksums to its last chunk, which decoding does not; a JPEG only fails when decoded.
-        with Image.open(path) as image:
-            image.verify()
-        with Image.open(path) as image:
-            image.load()
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        return f"is too large ({error}); scale it down"
-    # Pillow's decoders report damage as any of these: OSError for truncation and unknown formats, SyntaxError for a
-    # broken PNG chunk, ValueError, IndexError, KeyError or EOFError for headers that contradict themselves.
-    except (OSError, SyntaxError, ValueError, IndexError, KeyError, EOFError, TypeError, OverflowError) as error:
-        return f"cannot be decoded ({type(error).__name__}: {' '.join(str(error).split())}); replace the file"
-    return None
+def _decoded(path: Path) -> ImageReport:
+    return inspect_image(path) if path.is_file() else _exists(path)

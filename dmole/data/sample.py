@@ -10,8 +10,8 @@ import hashlib
 import heapq
 from abc import abstractmethod
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Literal, overload
@@ -122,10 +122,16 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Stream:
-    """Tasks in the order in which they will be learned."""
+    """Tasks in the order in which they will be learned.
+
+    `notes`: what a reader should know and nothing refuses, each with its file and line. `image_sizes`: (width, height)
+    of the images that have been decoded already.
+    """
 
     name: str
     tasks: tuple[Task, ...]
+    notes: tuple[str, ...] = field(default=(), compare=False)
+    image_sizes: Mapping[Path, tuple[int, int]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def task_names(self) -> tuple[str, ...]:
@@ -148,14 +154,6 @@ class Stream:
                 f"order is {', '.join(names)}; expected every task of stream {self.name!r} once "
                 f"(missing: {', '.join(missing) or 'none'}; unknown: {', '.join(unknown) or 'none'}; "
                 f"repeated: {', '.join(repeated) or 'none'}). Name each of {', '.join(self.task_names)} once."
-            )
-        return replace(self, tasks=tuple(self.task(name) for name in names))
-
-    def select(self, names: Sequence[str]) -> "Stream":
-        """Only the tasks named, in the order given."""
-        if not names or len(set(names)) != len(names):
-            raise ValueError(
-                f"tasks is {', '.join(names) or 'empty'}; expected at least one task, each once. Fix the list."
             )
         return replace(self, tasks=tuple(self.task(name) for name in names))
 

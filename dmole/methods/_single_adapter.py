@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from dmole.methods.base import JSON, Method, RoutingRecord, Sizes
+from dmole.files import JSON
+from dmole.methods.base import Method, RoutingRecord, Sizes
 from dmole.methods.dmole.allocation import capacities, check_budget, total_budget
 from dmole.methods.dmole.settings import DMoLESettings
 from dmole.methods.settings import MethodSettings

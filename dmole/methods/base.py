@@ -19,10 +19,8 @@ stage is taken after `begin_stage`, so `load_state` must restore what `begin_sta
 
 from __future__ import annotations
 
-import contextlib
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -30,14 +28,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from dmole.data.collate import Batch
+from dmole.files import JSON
 from dmole.methods.settings import MethodSettings
+from dmole.profile import Profile
 
 if TYPE_CHECKING:
     from dmole.data.sample import Stream, Task
     from dmole.models.vision_language import VisionLanguageModel
 
 Sizes = Mapping[str, Mapping[str, int]]
-JSON = Any  # what json.dumps takes: dict, list, str, int, float, bool, None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +76,8 @@ class Method(ABC):
         self.settings = settings
         self.seed = seed
         self.candidates = settings.select_candidates(vlm.candidates)
-        self.seconds: dict[str, float] = {}
+        # Seconds of the method's own work; the runner keeps them across a resume.
+        self.profile = Profile()
 
     def check(self, stream: Stream) -> None:  # noqa: B027 - an optional hook
         """Raise `ValueError` for settings that this stream and model cannot satisfy. Called before any training."""
@@ -146,16 +146,7 @@ class Method(ABC):
 
     def timings(self) -> dict[str, float]:
         """Seconds spent in the method's own work (`proxy_seconds`, `router_seconds`), summed over the run."""
-        return dict(self.seconds)
-
-    @contextlib.contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Add the seconds spent inside to `self.seconds[name]`; the runner keeps them across a resume."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        return dict(self.profile.seconds)
 
 
 def answer_loss(vlm: VisionLanguageModel, batch: Batch) -> Tensor:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from dmole.files import JSON
 from dmole.methods._single_adapter import ADAPTER, SingleAdapter
-from dmole.methods.base import JSON
 from dmole.methods.settings import MethodSettings
 from dmole.models.adapters import remove_expert
 

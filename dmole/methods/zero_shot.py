@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
-from dmole.methods.base import JSON, Method, RoutingRecord, Sizes, Stage
+from dmole.files import JSON
+from dmole.methods.base import Method, RoutingRecord, Sizes, Stage
 from dmole.methods.settings import MethodSettings
 
 if TYPE_CHECKING:

@@ -117,11 +117,6 @@ def remove_expert(adapters: Mapping[str, MultiLoRALinear], expert: str) -> None:
             adapter.bank.remove(expert)
 
 
-def linears_of(adapters: Mapping[str, MultiLoRALinear], expert: str) -> tuple[str, ...]:
-    """The qualified names of the linears where ``expert`` sits, in depth order."""
-    return tuple(name for name, adapter in adapters.items() if expert in adapter.bank)
-
-
 def expert_parameters(adapters: Mapping[str, MultiLoRALinear], expert: str | None = None) -> dict[str, nn.Parameter]:
     """Parameters by the name they have in the model: of ``expert``, or of every expert."""
     return {

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
@@ -178,12 +178,14 @@ class VisionLanguageModel:
         module = self.towers[LANGUAGE] if self.declaration.text_features is None else self.declaration.text_features
         return features.text_features(self.model, module, ids.to(self.device), mask.to(self.device))
 
-    def decode(self, ids: Sequence[int] | Tensor) -> str:
-        """Generated tokens as text, cut at the first end token."""
-        tokens = [int(i) for i in (ids.tolist() if isinstance(ids, Tensor) else ids)]
-        ends = self.end_token_ids
-        cut = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
-        return cast(str, self.tokenizer.decode(tokens[:cut], skip_special_tokens=True)).strip()
+    def decode(self, rows: Iterable[Sequence[int]]) -> list[tuple[str, bool]]:
+        """Each row of generated tokens as text up to its first end token, and whether it has one."""
+        ends, answers = self.end_token_ids, []
+        for ids in rows:
+            length = next((place for place, token in enumerate(ids) if token in ends), None)
+            text = cast(str, self.tokenizer.decode(ids[:length], skip_special_tokens=True)).strip()
+            answers.append((text, length is not None))
+        return answers
 
     @property
     def tokenizer(self) -> Any:

@@ -13,13 +13,12 @@ import math
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from dmole.files import JSON
 from dmole.metrics.continual import Array
 
-JSON = Any
 FINISHED = "result.json"
 
 

@@ -20,6 +20,7 @@ from typing import Any
 from dmole.config import fingerprint
 from dmole.metrics import METRICS
 from dmole.metrics.continual import aggregates
+from dmole.reports.routing_statistics import routing_statistics
 from dmole.reports.stored import (
     ResultsError,
     StoredPrediction,
@@ -241,28 +242,6 @@ def _verify_routing(
     for column in ("routing_accuracy", "base_model_share"):
         _expect(report, file, f"summary.{column}", run.summary.get(column), last.get(column))
         report.aggregates += 1
-
-
-def routing_statistics(predictions: Sequence[StoredPrediction], learned: Sequence[str]) -> dict[str, float]:
-    """How the samples of one stage were served, as shares; {} for an unrouted method.
-
-    routing_accuracy: the first choice is the sample's own task; routing_accuracy_any: it is among those chosen;
-    base_model_share: no expert was chosen; all three over the samples of tasks already learned. For tasks not learned
-    yet the base model is the right answer: unseen_base_model_share.
-    """
-    routed = [(p.task, p.route) for p in predictions if p.route is not None]
-    known = [(task, route) for task, route in routed if task in learned]
-    unseen = [route for task, route in routed if task not in learned]
-    if not routed:
-        return {}
-    shares: dict[str, float] = {"samples": len(known)}
-    if known:
-        shares["routing_accuracy"] = sum(route[:1] == (task,) for task, route in known) / len(known)
-        shares["routing_accuracy_any"] = sum(task in route for task, route in known) / len(known)
-        shares["base_model_share"] = sum(not route for _, route in known) / len(known)
-    if unseen:
-        shares["unseen_base_model_share"] = sum(not route for route in unseen) / len(unseen)
-    return shares
 
 
 def _verify_tree(report: Verification, file: str, name: str, stored: Any, expected: Any) -> None:

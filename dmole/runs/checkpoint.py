@@ -22,7 +22,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dmole.methods.base import JSON
+from dmole.files import JSON
 
 MANIFEST = "manifest.json"
 VERSION = 1

@@ -31,10 +31,9 @@ from torch import nn
 from dmole.config import RunConfig
 from dmole.data.collate import collate
 from dmole.data.sample import Sample, Stream
-from dmole.doctor import memory_gib
+from dmole.machine import memory_gib, peak_memory_gib
 from dmole.methods.base import Stage, answer_loss
 from dmole.models.vision_language import VisionLanguageModel
-from dmole.runs.environment import peak_memory_gib
 from dmole.runs.generation import generate
 from dmole.runs.plan import RunPlan
 from dmole.runs.progress import Costs, clock

@@ -22,10 +22,10 @@ from dmole.data.collate import collate
 from dmole.data.sample import Sample, Task
 from dmole.methods.base import Method, Stage
 from dmole.metrics import METRICS
+from dmole.profile import Profile
 from dmole.runs.generation import generate
 from dmole.seeding import derived_generator
 from dmole.training.processes import gathered, is_sharded, process
-from dmole.training.stage_training import Profile
 
 if TYPE_CHECKING:
     from dmole.models.vision_language import VisionLanguageModel

@@ -116,13 +116,5 @@ def generate(
         generation_config=generation_config(vlm, settings),
         logits_processor=sampling(settings, names),
     )
-    return _answers(vlm, cast(Tensor, output)[:, batch.input_ids.shape[1] :])
-
-
-def _answers(vlm: VisionLanguageModel, tokens_BT: Tensor) -> list[Answer]:
-    ends = vlm.end_token_ids
-    answers = []
-    for ids in tokens_BT.tolist():
-        length = next((place for place, token in enumerate(ids) if token in ends), None)
-        answers.append(Answer(text=vlm.decode(ids[:length]), cut=length is None))
-    return answers
+    tokens_BT = cast(Tensor, output)[:, batch.input_ids.shape[1] :]
+    return [Answer(text=text, cut=not ended) for text, ended in vlm.decode(tokens_BT.tolist())]

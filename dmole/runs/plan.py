@@ -22,9 +22,11 @@ from PIL import Image
 from dmole.config import ORDER_HELP, RunConfig, fingerprint
 from dmole.config_error import ConfigError
 from dmole.data.collate import conversation
+from dmole.data.images import image_size
 from dmole.data.sample import Stream
+from dmole.files import JSON
 from dmole.methods import method_class
-from dmole.methods.base import JSON, Stage
+from dmole.methods.base import Stage
 from dmole.models.chat_template import Conversation
 from dmole.models.prompt_checks import check_conversations
 from dmole.models.vision_language import VisionLanguageModel
@@ -180,13 +182,17 @@ def check_samples(stream: Stream, vlm: VisionLanguageModel, max_new_tokens: int)
     """Raise `ConfigError` for a sample that cannot be trained on or answered: longer than the model's positions, with a
     special token in its text, or with a reference that takes more than `max_new_tokens` tokens.
 
-    Of images the sizes alone are read.
+    Of images the sizes alone are read, each file's once.
     """
+    read_size = functools.lru_cache(maxsize=2**16)(image_size)
+
+    def unread(path: Path) -> _Unread:
+        return _Unread(stream.image_sizes.get(path) or read_size(path))
 
     def conversations(split: str) -> Iterator[tuple[str, Conversation]]:
         for task in stream.tasks:
             for sample in getattr(task, split):
-                shown = [_Unread(path) for path in sample.images]
+                shown = [unread(path) for path in sample.images]
                 for answer in sample.answers[:1] if split == "train" else sample.answers:
                     yield f"{task.name}/{split} sample {sample.id!r}", conversation(sample, answer, images=shown)
 
@@ -197,12 +203,11 @@ def check_samples(stream: Stream, vlm: VisionLanguageModel, max_new_tokens: int)
 
 
 class _Unread(Image.Image):
-    """An image file of which only the header is read."""
+    """A picture of which only the size is known."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, size: tuple[int, int]) -> None:
         super().__init__()
-        with Image.open(path) as image:
-            self._size = image.size
+        self._size = size
 
 
 def check_folder(plan: RunPlan) -> None:

@@ -25,8 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from dmole.data.sample import Stream
-from dmole.files import write_atomically
-from dmole.methods.base import JSON
+from dmole.files import JSON, write_atomically
 from dmole.metrics.continual import aggregates
 from dmole.runs.evaluation import Prediction
 
@@ -45,11 +44,6 @@ SUMMARY_COLUMNS = (
     "base_model_share",
 )
 PROFILE_PARTS = ("data", "forward", "backward", "optimizer")
-
-
-def write_json(path: Path, document: JSON) -> None:
-    """Indented JSON, atomically."""
-    write_atomically(path, (json.dumps(document, indent=1) + "\n").encode())
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -116,29 +110,6 @@ def prediction_line(stage: int, prediction: Prediction) -> dict[str, JSON]:
         "route": route,
         "cut": prediction.cut,
     }
-
-
-def routing_statistics(predictions: Sequence[Prediction], learned: Sequence[str]) -> dict[str, float | int] | None:
-    """How the router served the samples of one stage; None for an unrouted method.
-
-    routing_accuracy          samples of learned tasks whose first choice is their own task, as a share
-    routing_accuracy_any      ... whose own task is among those chosen
-    base_model_share          samples of learned tasks that got no expert
-    unseen_base_model_share   samples of tasks not learned yet that got no expert (absent after the last stage)
-    """
-    routed = [(prediction.task, prediction.route) for prediction in predictions if prediction.route is not None]
-    if not routed:
-        return None
-    known = [(task, route) for task, route in routed if task in learned]
-    unseen = [route for task, route in routed if task not in learned]
-    statistics: dict[str, float | int] = {"samples": len(known)}
-    if known:
-        statistics["routing_accuracy"] = sum(route[:1] == (task,) for task, route in known) / len(known)
-        statistics["routing_accuracy_any"] = sum(task in route for task, route in known) / len(known)
-        statistics["base_model_share"] = sum(route == () for _, route in known) / len(known)
-    if unseen:
-        statistics["unseen_base_model_share"] = sum(route == () for route in unseen) / len(unseen)
-    return statistics
 
 
 def summary_row(result: Mapping[str, JSON]) -> list[object]:

@@ -21,16 +21,15 @@ from accelerate import PartialState
 
 from dmole.arithmetic import arithmetic
 from dmole.config import RunConfig, fingerprint
-from dmole.files import write_atomically
+from dmole.files import JSON, write_atomically
 from dmole.methods import method_class
-from dmole.methods.base import JSON
 from dmole.models.vision_language import VisionLanguageModel
+from dmole.profile import Profile
 from dmole.runs.checkpoint import CheckpointError
 from dmole.runs.environment import package_versions
 from dmole.runs.evaluation import Evaluation, Prediction, evaluate, generation_queue
 from dmole.runs.plan import RunPlan, fresh_copy
 from dmole.training.acceleration import make_accelerator
-from dmole.training.stage_training import Profile
 
 ZERO_SHOT = "zero_shot"
 

@@ -27,9 +27,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from dmole.arithmetic import usable_cores
 from dmole.config import RunConfig
 from dmole.data.sample import Stream
+from dmole.machine import usable_cores
 from dmole.methods.base import Stage
 from dmole.models.vision_language import VisionLanguageModel
 from dmole.runs.dry_run import cuts, description

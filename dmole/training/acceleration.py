@@ -1,31 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """accelerate's `Accelerator` for a run: device, precision, processes and trackers.
 
-The model itself is not given to `Accelerator.prepare`. That would leave its `forward` wrapped in autocast, so that what
-runs between two stages (proxy, router features, evaluation) computed in another precision than after a restart, and
-would wrap it in DistributedDataParallel, which refuses reentrant checkpointing while experts stay unused. Optimizer and
-schedule are prepared, `Accelerator.autocast` covers the loss alone, and `sum_gradients` adds up the gradients of all
-processes.
+What `Accelerator.prepare` gets is a stage's loss as a module (`StageLoss`), not the model. A prepared model would keep
+its `forward` wrapped in autocast, so that what runs between two stages (proxy, router features, evaluation) computed in
+another precision than after a restart. The module has the trained parameters alone: DistributedDataParallel then
+neither broadcasts the frozen base at each stage nor its buffers at each step.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker, get_available_trackers
-from accelerate.utils import DistributedType, GradientAccumulationPlugin
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradientAccumulationPlugin
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dmole.config_error import ConfigError
+from dmole.training.processes import is_sharded
 from dmole.training.settings import TrainingSettings
+
+if TYPE_CHECKING:
+    from dmole.data.collate import Batch
+    from dmole.methods.base import Method
 
 LOGS = "logs"
 # What accelerate may be launched with. Its own FSDP and DeepSpeed engines take the model away from the stage loop.
@@ -61,10 +65,12 @@ def make_accelerator(
         mixed_precision=precision,
         # Where there is no device but the CPU, accelerate takes torchrun's processes for one each unless told.
         cpu=not torch.accelerator.is_available(),
-        # The loop divides by the tokens of the whole window; a number of steps would be divided by once more.
+        # The loop says with each window how many batches it has (`StageTraining`).
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
         # Batches are split over the processes before they reach accelerate: the schedule moves once a step.
         dataloader_config=DataLoaderConfiguration(split_batches=True),
+        # Processes use different experts, and a batch of texts none of the vision tower's.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         log_with=chosen or None,
         project_dir=None if folder is None else str(folder / LOGS),
     )
@@ -180,19 +186,28 @@ def _needs_gradient(name: str) -> Any:
     return hook
 
 
-def sum_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter]) -> None:
-    """Every parameter's gradient becomes the sum over the processes, in place; one collective for all of them.
+class StageLoss(nn.Module):
+    """A stage's loss as a function of a batch, with the parameters that the stage trains and no others."""
 
-    A parameter that no process has a gradient for keeps none, as in one process: the optimizer leaves it alone.
+    def __init__(self, method: Method, parameters: Iterable[nn.Parameter]) -> None:
+        super().__init__()
+        self.trained = nn.ParameterList(parameters)
+        self.method = method
+
+    def forward(self, batch: Batch) -> Tensor:
+        loss: Tensor = self.method.loss(batch)
+        return loss
+
+
+def reduced_by_ddp(model: nn.Module, settings: TrainingSettings) -> bool:
+    """Whether DistributedDataParallel can reduce the gradients of several processes.
+
+    Not beside a base that is sharded: its gathers in backward and the reductions of processes that use different
+    experts would meet in different orders. Not with reentrant checkpoints: they hide from DistributedDataParallel
+    which parameters a loss depends on, so that it takes all of them for unused.
     """
-    if accelerator.num_processes == 1:
-        return
-    has = torch.tensor([float(p.grad is not None) for p in parameters], device=accelerator.device)
-    parts = [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters]
-    whole = accelerator.reduce(torch.cat([has, *parts]), reduction="sum")
-    found, *sums = torch.split(whole, [len(parameters), *(part.numel() for part in parts)])
-    for parameter, some, total in zip(parameters, found.tolist(), sums, strict=True):
-        parameter.grad = total.view_as(parameter).clone() if some else None
+    reentrant = settings.activation_checkpointing and settings.activation_checkpointing_kwargs.get("use_reentrant")
+    return not (reentrant or is_sharded(model))
 
 
 def summed(accelerator: Accelerator, *values: float) -> list[float]:

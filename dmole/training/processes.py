@@ -17,8 +17,7 @@ import torch.distributed as dist
 from accelerate.utils import gather_object
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dmole.config_error import ConfigError
@@ -67,7 +66,8 @@ def shard(model: nn.Module, device_type: str) -> None:
 
     Experts that are added later are plain parameters in every process, and their gradients are summed by the loop:
     sharded ones would be reduced by position, which mixes up the gradients of processes that use different experts.
-    Each layer is its own root, because towers are also called by themselves. Embeddings and head stay whole.
+    Each layer is its own root, because towers are also called by themselves, and gives the others' parts back after
+    each forward pass. Embeddings and head stay whole.
 
     Raises ConfigError for one process, and for a model without layers of transformers' `GradientCheckpointingLayer`.
     """
@@ -82,9 +82,10 @@ def shard(model: nn.Module, device_type: str) -> None:
         )
     mesh = init_device_mesh(device_type, (process()[1],))
     for layer in layers:
-        fully_shard(layer, mesh=mesh)
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether some parameter of `model` is spread over processes."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    """Whether `shard` has spread some of the model's weights over processes."""
+    # By the modules: between forward and backward FSDP2 shows plain tensors.
+    return any(isinstance(module, FSDPModule) for module in model.modules())

@@ -3,25 +3,24 @@
 
     for step in 0 .. total - 1:
         for batch in window(step):                        gradient_accumulation_steps batches in each process
-            with gates(batch):                            around forward AND backward
+            with accumulate(loss), gates(batch):          around forward AND backward
                 backward(loss(batch) * tokens(batch) / tokens(window))
-        sum the gradients over the processes, clip, optimizer step, schedule step
+        clip, optimizer step, schedule step
 
-loss(batch) is a mean over the batch's answer tokens, so the window's gradient is that of the one big batch, however its
-answers are spread. Gates stay open during backward, because activation checkpointing runs the layers again there.
+loss(batch) is a mean over the batch's answer tokens and tokens(window) is counted over all processes, so the window's
+gradient is that of the one big batch, however its answers are spread. Gates stay open during backward, because
+activation checkpointing runs the layers again there.
 
-Device, precision, loss scaling and trackers are accelerate's (`acceleration`), schedules are transformers', optimizers
-torch's (`optimization`). window(step) follows from (seed, stage, epoch) alone (`batches`). What a resume needs besides
-the method's own state is in `StageTraining.state`.
+Device, precision, loss scaling, accumulation, DistributedDataParallel and trackers are accelerate's (`acceleration`),
+schedules are transformers', optimizers torch's (`optimization`). window(step) follows from (seed, stage, epoch) alone
+(`batches`). What a resume needs besides the method's own state is in `StageTraining.state`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-import time
-from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,14 +29,17 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 
 from dmole.config_error import ConfigError
-from dmole.methods.base import JSON, Method, Stage
+from dmole.files import JSON
+from dmole.methods.base import Method, Stage
+from dmole.profile import Profile
 from dmole.seeding import derived_seed
 from dmole.training.acceleration import (
+    StageLoss,
     activation_checkpointing,
     make_accelerator,
     random_state,
+    reduced_by_ddp,
     set_random_state,
-    sum_gradients,
     summed,
 )
 from dmole.training.batches import Piece, answer_tokens, load, steps_per_epoch, windows
@@ -50,25 +52,10 @@ from dmole.training.optimization import (
 )
 from dmole.training.settings import TrainingSettings
 from dmole.training.validation import Validation, validation_loss
+from dmole_kernels import reduce_gradients
 
 if TYPE_CHECKING:
     from dmole.data.collate import Batch
-
-
-@dataclass
-class Profile:
-    """Seconds by part of the work: data, forward, backward, optimizer, generation, scoring, checkpoint."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextlib.contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Add the time spent inside to `name`."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 def stage_steps(settings: TrainingSettings, stage: Stage, *, processes: int = 1) -> int:
@@ -129,6 +116,10 @@ class StageTraining:
         self.optimizer, self.schedule = self.accelerator.prepare(
             optimizer, make_schedule(settings, optimizer, self.total)
         )
+        self._ddp = self.accelerator.num_processes == 1 or reduced_by_ddp(method.vlm.model, settings)
+        self.loss = self.accelerator.prepare_model(
+            StageLoss(method, self.parameters.values()), device_placement=False, evaluation_mode=not self._ddp
+        )
         self.validation = Validation(settings, self.parameters)
         # From here on dropout draws from torch's global state; `load_state` overwrites it on resume.
         process = self.accelerator.process_index
@@ -187,21 +178,25 @@ class StageTraining:
         accelerator, profile = self.accelerator, self.profile
         tokens = [answer_tokens(batch) * piece.counts for piece, batch in window]
         (count,) = summed(accelerator, sum(tokens))
+        # DistributedDataParallel takes the mean over the processes, and `backward` divides by the number of batches.
+        accelerator.step, accelerator.gradient_accumulation_steps = 0, len(window)
+        whole = accelerator.num_processes * len(window)
         losses: list[Tensor] = []
         for (_, batch), own in zip(window, tokens, strict=True):
-            with contextlib.ExitStack() as gates:
+            with contextlib.ExitStack() as inside:
+                inside.enter_context(accelerator.accumulate(self.loss))
                 with profile.part("forward"):
                     batch = send_to_device(batch, accelerator.device)
-                    gates.enter_context(self.method.training_gates(batch))
-                    with accelerator.autocast():
-                        loss = self.method.loss(batch)
+                    inside.enter_context(self.method.training_gates(batch))
+                    loss = self.loss(batch)
                     if own != count:
                         loss = loss * (own / count)
                     losses.append(loss.detach())
                 with profile.part("backward"):
-                    accelerator.backward(loss)
+                    accelerator.backward(loss * whole)
         with profile.part("optimizer"):
-            sum_gradients(accelerator, list(self.parameters.values()))
+            if not self._ddp:
+                reduce_gradients(self.parameters)
             (value,) = summed(accelerator, sum(float(loss) for loss in losses))
             if not math.isfinite(value):
                 raise ValueError(

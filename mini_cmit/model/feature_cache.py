@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmole.arithmetic import arithmetic, one_thread, usable_cores
+from dmole.arithmetic import arithmetic, one_thread
 from dmole.files import write_atomically
+from dmole.machine import usable_cores
 
 _DIGEST_BYTES = 32
 

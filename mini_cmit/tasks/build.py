@@ -21,7 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final
 
-from dmole.arithmetic import usable_cores
+from dmole.machine import usable_cores
 from mini_cmit.tasks.building import SPLITS, BuildContext, TaskRows, write_task
 
 STREAM_NAME: Final = "mini"

@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from dmole.arithmetic import arithmetic, one_thread, usable_cores
+from dmole.arithmetic import arithmetic, one_thread
 
 
 def test_one_thread_is_put_back_after_an_error() -> None:
@@ -44,7 +44,3 @@ def test_the_arithmetic_is_named_by_settings_and_not_by_threads(monkeypatch: pyt
     finally:
         torch.set_float32_matmul_precision(precision)
     assert arithmetic() == name
-
-
-def test_usable_cores_is_a_number_of_cores() -> None:
-    assert usable_cores() >= 1

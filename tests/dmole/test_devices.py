@@ -16,9 +16,10 @@ from dmole.data.sample import Stream
 from dmole.methods import method_class
 from dmole.methods.dmole.settings import DMoLESettings, RouterSettings
 from dmole.methods.settings import LoraSettings, MethodSettings
+from dmole.profile import Profile
 from dmole.runs.evaluation import evaluate, generation_queue
 from dmole.training.settings import TrainingSettings
-from dmole.training.stage_training import Profile, StageTraining
+from dmole.training.stage_training import StageTraining
 from mini_cmit.model.tiny import build_tiny_model
 
 SETTINGS = TrainingSettings(

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from dmole.config import RunConfig, load_config
-from dmole.data.collate import open_image
+from dmole.data.images import open_image
 from dmole.runs.checkpoint import CheckpointError
 from dmole.runs.runner import run
 from dmole_kernels import MultiLoRALinear

@@ -98,6 +98,12 @@ def test_accumulated_gradients_are_reduced_once(
             assert got is None if gradient is None else distance(got, gradient) < 1e-6
 
 
+def test_a_gradient_that_one_process_lacks_counts_as_zero(seen: list[dict[str, Any]]) -> None:
+    for rank in range(2):
+        assert seen[rank]["reduced"] == {"mean": [0.25, 25.0, None], "sum": [0.5, 50.0, None]}
+        assert seen[rank]["other"] == "reduction: got 'max'; expected 'mean' or 'sum'. Choose one of them."
+
+
 @pytest.mark.parametrize("place", ["use", "use_after_forward", "explicit", "reduce", "partly"])
 def test_sharded_experts_are_refused(seen: list[dict[str, Any]], place: str) -> None:
     """When a block is opened (also while FSDP2 shows plain tensors), with an explicit gate, when only B is sharded."""

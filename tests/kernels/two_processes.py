@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from dmole_kernels import ExpertBank, ExpertHandle, convert, load_experts, save_experts
+from dmole_kernels import ExpertBank, ExpertHandle, convert, load_experts, reduce_gradients, save_experts
 
 NAMES = ["a", "b", "c"]
 SAMPLES = 8
@@ -140,6 +140,14 @@ def accumulated(rows: slice, with_ddp: bool) -> dict[str, Any]:
     return {"gradients": {k: None if p.grad is None else p.grad.clone() for k, p in named(experts).items()}}
 
 
+def reduced(rank: int, reduction: Any) -> list[float | None]:
+    """Parameter i has a gradient in process i alone, the third one in none."""
+    parameters = {f"layer.experts.{name}.lora_a": nn.Parameter(torch.zeros(2)) for name in NAMES}
+    list(parameters.values())[rank].grad = torch.full((2,), 0.5 if rank == 0 else 50.0)
+    reduce_gradients(parameters, reduction=reduction)
+    return [None if p.grad is None else float(p.grad[0]) for p in parameters.values()]
+
+
 def sharded_experts(rank: int) -> dict[str, Any]:
     """fully_shard without ignored_params: what is refused, and what would happen."""
     model, experts = build()
@@ -246,6 +254,8 @@ def main(rank: int, store: str, folder: Path) -> None:
         seen[f"replicated-{kind}"] = replicated(rows, kind)
     for with_ddp in (False, True):
         seen[f"accumulated-{with_ddp}"] = accumulated(rows, with_ddp)
+    seen["reduced"] = {reduction: reduced(rank, reduction) for reduction in ("mean", "sum")}
+    seen["other"] = message(lambda: reduced(rank, "max"))
     seen["sharded_experts"] = sharded_experts(rank)
     seen["files"] = files(rank, folder)
     seen["mistakes"] = mistakes(rank)

@@ -77,12 +77,6 @@ class ExpertPool:
         del self._placements[task]
         return placement
 
-    def allocation(self) -> dict[str, dict[str, bool]]:
-        """``{linear: {task: has an expert there}}`` for every linear that has any: the allocation heatmap."""
-        linears = dict.fromkeys(name for placement in self for name in placement.all_linears)
-        taken = {placement.task: set(placement.all_linears) for placement in self}
-        return {name: {task: name in names for task, names in taken.items()} for name in linears}
-
     def to_json(self) -> list[dict[str, Any]]:
         """Everything, as JSON takes it."""
         return [

@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from dmole.methods.base import JSON, Method, RoutingRecord, Sizes, answer_loss
+from dmole.files import JSON
+from dmole.methods.base import Method, RoutingRecord, Sizes, answer_loss
 from dmole.methods.dmole.allocation import (
     allocate,
     allocate_uniformly,
@@ -101,7 +102,7 @@ class DMoLE(Method):
         self.router = Router(self.options.router)
         self._features = FeatureStore(vlm, batch_size=self.options.router.feature_batch_size)
         self._stage: _StageMemory | None = None
-        self.seconds = {"proxy_seconds": 0.0, "router_seconds": 0.0}
+        self.profile.seconds = {"proxy_seconds": 0.0, "router_seconds": 0.0}
 
     @property
     def _routed(self) -> bool:
@@ -137,10 +138,10 @@ class DMoLE(Method):
     def begin_stage(self, stage: int, task: Task) -> None:
         if self._stage is not None:
             raise ValueError(f"stage: got {stage} while another one is open; expected end_stage first.")
-        with self.timed("proxy_seconds"):
+        with self.profile.part("proxy_seconds"):
             placement = self._place(stage, task)
         if self._routed:
-            with self.timed("router_seconds"):
+            with self.profile.part("router_seconds"):
                 placement = self._open_stage(task, placement)
         self.pool.add(placement)
         add_experts(
@@ -270,7 +271,7 @@ class DMoLE(Method):
 
     def end_stage(self, stage: int, task: Task) -> None:
         if self._stage is not None:
-            with self.timed("router_seconds"):
+            with self.profile.part("router_seconds"):
                 held_out = self.options.router.threshold_from == "validation"
                 self.router.add_task(
                     task.name,
@@ -294,7 +295,7 @@ class DMoLE(Method):
             with experts_on(self.gates, gate_SE, experts, units=batch.units):
                 yield None
             return
-        with self.timed("router_seconds"):
+        with self.profile.part("router_seconds"):
             features_ND = self._features.features(batch.samples)
             routes = self.router.select(features_ND, mode=self.options.routing)
         # During a stage the pool is one task ahead of the router, which is trained at its end.

@@ -33,13 +33,10 @@ def test_reorder() -> None:
         STREAM.reorder(["a", "b", "c", "a"])
 
 
-def test_task_and_select() -> None:
+def test_task_by_name() -> None:
     assert STREAM.task("b").metric == "cider"
-    assert STREAM.select(["c", "a"]).task_names == ("c", "a")
     with pytest.raises(ValueError, match="task is 'd'; stream 's' has a, b, c"):
-        STREAM.select(["a", "d"])
-    with pytest.raises(ValueError, match="tasks is empty; expected at least one task"):
-        STREAM.select([])
+        STREAM.task("d")
 
 
 def test_limit_keeps_order_and_nests() -> None:

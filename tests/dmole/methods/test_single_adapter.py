@@ -136,9 +136,9 @@ def test_zero_shot_trains_nothing(toy_stream: Stream) -> None:
 
 def test_timed_work_adds_up() -> None:
     method = built("zero_shot")
-    with method.timed("proxy_seconds"):
+    with method.profile.part("proxy_seconds"):
         pass
     once = method.timings()["proxy_seconds"]
-    with method.timed("proxy_seconds"):
+    with method.profile.part("proxy_seconds"):
         pass
     assert method.timings()["proxy_seconds"] > once > 0

@@ -200,9 +200,7 @@ def test_answers_are_cut_at_the_end_of_turn(vlm: VisionLanguageModel) -> None:
     end = tokenizer.convert_tokens_to_ids("<end_of_utterance>")
     assert end in vlm.end_token_ids
     more = tokenizer.encode("and more", add_special_tokens=False)
-    assert vlm.decode([*ids, end, *more]) == "A red boat."
-    assert vlm.decode(torch.tensor([*ids, end, *more])) == "A red boat."
-    assert vlm.decode(ids) == "A red boat."
+    assert vlm.decode([[*ids, end, *more], ids]) == [("A red boat.", True), ("A red boat.", False)]
 
 
 def test_the_digest_of_inputs_follows_what_makes_them(vlm: VisionLanguageModel, folder_of: FolderOf) -> None:

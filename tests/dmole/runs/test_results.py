@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
+from dmole.reports.routing_statistics import routing_statistics
 from dmole.runs.evaluation import Prediction
 from dmole.runs.results import (
     SUMMARY_COLUMNS,
     aggregate_columns,
     matrix_of,
-    routing_statistics,
     write_csv,
     write_lines,
     write_matrix,
@@ -40,8 +40,8 @@ def test_routing_by_hand() -> None:
         "base_model_share": 0.25,
         "unseen_base_model_share": 0.5,
     }
-    assert "unseen_base_model_share" not in (routing_statistics(predictions, ["a", "b", "c"]) or {})
-    assert routing_statistics([said("a", None)], ["a"]) is None
+    assert "unseen_base_model_share" not in (routing_statistics(predictions, ["a", "b", "c"]))
+    assert routing_statistics([said("a", None)], ["a"]) == {}
 
 
 def test_matrix_with_cells_that_were_not_measured(tmp_path: Path) -> None:

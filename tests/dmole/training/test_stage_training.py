@@ -15,9 +15,10 @@ from dmole.methods import method_class
 from dmole.methods.base import Method, answer_loss
 from dmole.methods.settings import LoraSettings, MethodSettings
 from dmole.models.vision_language import VisionLanguageModel
+from dmole.profile import Profile
 from dmole.training.optimization import make_optimizer, make_schedule
 from dmole.training.settings import TrainingSettings
-from dmole.training.stage_training import Profile, StageTraining, stage_steps
+from dmole.training.stage_training import StageTraining, stage_steps
 from mini_cmit.model.tiny import build_tiny_model
 
 SETTINGS = TrainingSettings(num_train_epochs=2.0, per_device_train_batch_size=4)

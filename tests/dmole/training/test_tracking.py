@@ -17,10 +17,11 @@ from dmole.config_error import ConfigError
 from dmole.data.sample import Stream
 from dmole.methods import method_class
 from dmole.methods.settings import LoraSettings, MethodSettings
+from dmole.profile import Profile
 from dmole.runs.runner import run
 from dmole.training.acceleration import make_accelerator, tracking
 from dmole.training.settings import TrainingSettings
-from dmole.training.stage_training import Profile, StageTraining
+from dmole.training.stage_training import StageTraining
 from mini_cmit.model.tiny import build_tiny_model
 
 INSTALLED = {str(name) for name in get_available_trackers()}

@@ -18,9 +18,10 @@ from dmole.methods.base import Method, answer_loss
 from dmole.methods.dmole.allocation import layer_scores
 from dmole.methods.dmole.settings import DMoLESettings, RouterSettings
 from dmole.methods.settings import LoraSettings, MethodSettings
+from dmole.profile import Profile
 from dmole.training.batches import answer_tokens
 from dmole.training.settings import TrainingSettings
-from dmole.training.stage_training import Profile, StageTraining
+from dmole.training.stage_training import StageTraining
 from mini_cmit.model.tiny import build_tiny_model
 
 SETTINGS = TrainingSettings(num_train_epochs=1.0, per_device_train_batch_size=4, warmup_steps=0.0)

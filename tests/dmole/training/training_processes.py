@@ -3,14 +3,23 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as distributed
 from rich.console import Console
 from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from dmole.config import load_config
 from dmole.data.reading import read_stream
@@ -19,22 +28,24 @@ from dmole.methods.base import answer_loss
 from dmole.methods.dmole.allocation import layer_scores
 from dmole.methods.dmole.settings import DMoLESettings, RouterSettings
 from dmole.methods.settings import LoraSettings, MethodSettings
+from dmole.profile import Profile
 from dmole.runs.evaluation import evaluate, generation_queue
 from dmole.runs.runner import run
 from dmole.runs.single_run import SingleRun
-from dmole.training.acceleration import make_accelerator, set_random_state, sum_gradients
-from dmole.training.processes import process, shard
+from dmole.training.acceleration import make_accelerator, set_random_state
+from dmole.training.processes import is_sharded, process, shard
 from dmole.training.settings import TrainingSettings
-from dmole.training.stage_training import Profile, StageTraining
+from dmole.training.stage_training import StageTraining
 from mini_cmit.model.tiny import build_tiny_model
 
 GLOBAL_BATCH = 4
 
 
-def settings(processes: int, **changes: Any) -> TrainingSettings:
+def settings(processes: int, *, batches: int = 1, **changes: Any) -> TrainingSettings:
     return TrainingSettings(
         num_train_epochs=20 / 3,  # 10 samples in windows of 4: 20 steps
-        per_device_train_batch_size=GLOBAL_BATCH // processes,
+        per_device_train_batch_size=GLOBAL_BATCH // (processes * batches),
+        gradient_accumulation_steps=batches,
         per_device_eval_batch_size=2,
         eval_strategy="steps",
         eval_steps=7,
@@ -80,6 +91,12 @@ def numbers(folder: Path, method_name: str, *, sharded: bool = False, **changes:
             gradients = keep_first_gradients(running)
             running.run(lambda running: None)
             found |= {"gradients": gradients, "losses": running.losses, "validation": running.validation.history}
+            found["loss"] = type(running.loss).__name__
+            wrapper = weakref.ref(running.loss)
+            del running
+            gc.collect()
+            left = ("forward", "_is_accelerate_prepared")
+            found["left"] = [wrapper() is not None, *(name in vars(model.model) for name in left)]
         method.end_stage(stage.index, stage.task)
     return found
 
@@ -97,13 +114,63 @@ def keep_first_gradients(running: StageTraining) -> list[Tensor]:
     return gradients
 
 
-def sums_where_processes_use_different_parameters(accelerator: Any) -> list[float | None]:
-    """Parameter i has a gradient in process i alone; the third in none."""
-    parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
-    rank = accelerator.process_index
-    parameters[rank].grad = torch.full((2,), 0.5 if rank == 0 else 50.0)
-    sum_gradients(accelerator, parameters)
-    return [None if p.grad is None else float(p.grad[0]) for p in parameters]
+def reentrant_under_ddp() -> str:
+    """The error of DistributedDataParallel where a parameter is used inside a reentrant checkpoint."""
+    outer = torch.nn.Sequential(inner := torch.nn.Linear(2, 2))
+    outer.forward = lambda x: checkpoint(inner, x, use_reentrant=True)
+    wrapped = DistributedDataParallel(outer, find_unused_parameters=True)
+    try:
+        wrapped(torch.ones(1, 2, requires_grad=True)).sum().backward()
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+class Branches(torch.nn.Module):
+    """Two sharded layers, each with an expert beside it; a process uses the expert of one of them."""
+
+    def __init__(self, used: int) -> None:
+        super().__init__()
+        self.layers = [torch.nn.Linear(4, 4).requires_grad_(False) for _ in range(2)]
+        self.experts = torch.nn.ParameterList(torch.nn.Parameter(torch.ones(4)) for _ in range(2))
+        self.used = used
+
+    def forward(self, x: Tensor) -> Tensor:
+        for place, layer in enumerate(self.layers):
+            x = layer(x) + (x * self.experts[place] if place == self.used else 0)
+        return x.sum()
+
+
+def collectives_of_one_backward(rank: int) -> list[str]:
+    """The order in which a backward gathers a sharded base and DistributedDataParallel reduces experts, which are given
+    process groups of their own here: in one group, the first of one process would meet the second of the other."""
+    branches = Branches(used=rank)
+    order: list[str] = []
+    mesh = init_device_mesh("cpu", (2,))
+    for place, layer in enumerate(branches.layers):
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+        layer.register_full_backward_pre_hook(lambda *_, place=place: order.append(f"gather layer {place}"))
+    wrapped = DistributedDataParallel(
+        branches, find_unused_parameters=True, bucket_cap_mb=1e-6, process_group=distributed.new_group()
+    )
+
+    def reduced(bucket: Any) -> Any:
+        order.append(f"reduce expert {1 - bucket.index()}")  # the last parameter is in the first bucket
+        return default_hooks.allreduce_hook(wrapped.process_group, bucket)
+
+    wrapped.register_comm_hook(None, lambda _, bucket: reduced(bucket))  # it refuses annotations that are text
+    wrapped(torch.ones(1, 4, requires_grad=True)).backward()
+    return order
+
+
+def weights_after_a_forward_are_sharded() -> bool:
+    """Whether the layers of a sharded base give the others' parts back, here where nothing is to come backward."""
+    model = build_tiny_model(0)
+    shard(model.model, "cpu")
+    layer = next(module for module in model.model.modules() if isinstance(module, FSDPModule))
+    features = model.text_features(["Which colour?"])
+    assert features.isfinite().all() and is_sharded(model.model)
+    return all(isinstance(parameter, DTensor) for parameter in layer.parameters())
 
 
 EVALUATION = load_config(overrides=["evaluation={per_device_eval_batch_size: 4, max_new_tokens: 3}"]).evaluation
@@ -152,10 +219,14 @@ def main(folder: Path, output: Path) -> None:
     for name in ("seq_ft", "dmole"):
         results[name] = numbers(folder, name)
         results[f"{name}_sharded"] = numbers(folder, name, sharded=True)
-    results["unused"] = sums_where_processes_use_different_parameters(accelerator)
-    results["dmole_checkpointing"] = numbers(
+    results["dmole_accumulated"] = numbers(folder, "dmole", batches=2)
+    results["dmole_checkpointing"] = numbers(folder, "dmole", activation_checkpointing=True)
+    results["dmole_reentrant"] = numbers(
         folder, "dmole", activation_checkpointing=True, activation_checkpointing_kwargs={"use_reentrant": True}
     )
+    results["order"] = collectives_of_one_backward(rank)
+    results["resharded"] = weights_after_a_forward_are_sharded()
+    results["reentrant_under_ddp"] = reentrant_under_ddp()
     try:
         set_random_state(accelerator, torch.get_rng_state()[None])
     except ValueError as error:

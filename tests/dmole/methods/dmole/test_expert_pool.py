@@ -33,18 +33,6 @@ def test_json_round_trip() -> None:
     assert again["charts"].all_linears == ("v.1.q", "l.0.q")
 
 
-def test_allocation_table() -> None:
-    pool = ExpertPool()
-    pool.add(placement("maps"))
-    pool.add(placement("charts", linears={"vision": ("v.1.q",), "language": ("l.0.q",)}))
-    assert pool.allocation() == {
-        "v.0.q": {"maps": True, "charts": False},
-        "l.0.q": {"maps": True, "charts": True},
-        "l.1.q": {"maps": True, "charts": False},
-        "v.1.q": {"maps": False, "charts": True},
-    }
-
-
 def test_names_are_module_names() -> None:
     assert expert_name(3, "VQA 2.0") == "t03_VQA_2_0"
     assert expert_name(1, "a.b") != expert_name(2, "a_b")
