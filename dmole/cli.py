@@ -6,6 +6,7 @@
     dmole report RESULTS                       the tables again
     dmole readme README.md --check             tables inside Markdown files against committed results
     dmole tasks check my_stream                find everything wrong with a data set
+    dmole tasks import llava data my_stream    make tasks of a published layout
     dmole inspect MODEL --check                towers, candidates and budget of a model; does the contract hold for it?
     dmole config                               every setting with its comment
     dmole doctor                               what is installed, what is missing, what to type
@@ -152,6 +153,9 @@ def run(
     output: Annotated[str | None, typer.Option("--output", "-o", help="Where results go.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what is in the output folder.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete earlier runs of the same names first.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, count samples, steps and weights; train nothing.")
+    ] = False,
 ) -> None:
     """Learn the tasks of a stream one after another with each method, testing all tasks after every stage.
 
@@ -171,6 +175,12 @@ def run(
         settings=settings or [],
         output=output,
     )
+    if dry_run:
+        from dmole.published import layout_findings
+        from dmole.runs.runner import run as check_all
+
+        check_all(chosen, dry_run=lambda stream: layout_findings(recipe, stream))
+        return
     # Of several processes (torchrun) the first one speaks, and it alone looks for what is there before it writes.
     first = os.environ.get("RANK", "0") == "0"
     earlier = earlier_runs(chosen) if first else []
@@ -291,6 +301,24 @@ def check_tasks(
         print(line)
     found = f"{len(leaks.found)} leaks" if leaks.found else "nothing wrong"
     print(f"{stream.name}: {len(stream.tasks)} task{'s' * (len(stream.tasks) != 1)}, {found}")
+
+
+@tasks_app.command("import")
+def import_command(
+    layout: Annotated[str, typer.Argument(help="llava, paper, coin, ucit, or one data set: textcaps, iconqa, ...")],
+    source: Annotated[Path, typer.Argument(help="The folder of the data set as it was published.")],
+    target: Annotated[Path, typer.Argument(help="The folder of the stream, made if it is not there.")],
+    images: Annotated[Path | None, typer.Option(help="What image paths are relative to, if not the source.")] = None,
+    name: Annotated[str | None, typer.Option(help="What the task is called.")] = None,
+    metric: Annotated[str | None, typer.Option(help="What the task is scored by.")] = None,
+) -> None:
+    """Make tasks of a published layout: rows, task.yaml, stream.yaml, and a report of what was left out and why."""
+    from dmole.data.importing import import_tasks
+
+    for report in import_tasks(layout, source, target, images=images, name=name, metric=metric):
+        for line in report.lines():
+            print(line)
+    print(f"{target}: check it with dmole tasks check {shlex.quote(str(target))}")
 
 
 @app.command()

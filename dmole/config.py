@@ -118,6 +118,8 @@ class RunConfig:
     validation_samples: int | None = None
     # The same for test samples.
     test_samples: int | None = None
+    # Where samples stay while a run works: disk for data that does not fit in memory. The numbers are the same.
+    rows: Literal["memory", "disk"] = "memory"
     lora: LoraSettings = field(default_factory=LoraSettings)
     budget: BudgetSettings = field(default_factory=BudgetSettings)
     # Regular expression searched in the qualified names of the linears that may carry experts; "" keeps all of them.

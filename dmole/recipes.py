@@ -29,8 +29,9 @@ FIVE_EPOCHS = ("sk_vg", "vizwiz_vqa", "iconqa")
 def paper() -> RunConfig:
     """D-MoLE's published set-up (ICML 2025, section 5.1 and appendix A) for a stream and a model of the user's.
 
-    Published for InternVL2-2B on nine data sets; the tasks that train five epochs must be called as in `FIVE_EPOCHS`
-    or be named with `training.epochs_of`. The batch is that of 8 GPUs with 10 samples each.
+    Published for InternVL2-2B on nine data sets (`PUBLISHED`), which `dmole tasks import` makes a stream of; the tasks
+    that train five epochs must be called as in `FIVE_EPOCHS` or be named with `training.epochs_of`. The batch is that
+    of 8 GPUs with 10 samples each.
     """
     return RunConfig(
         methods=("zero_shot", "finetune", "joint", "seq_ft", "dmole"),
@@ -67,6 +68,28 @@ def released_code() -> RunConfig:
     )
     return paper().replace(
         options={"dmole": dmole, "seq_ft": SeqFtOptions(mode="merge_and_restart")}, output="results/released_code"
+    )
+
+
+def coin() -> RunConfig:
+    """CoIN's published set-up (arXiv 2403.08350, and the table of BranchLoRA) on its eight tasks, in its order.
+
+    Published for LLaVA-1.5-7B: rank 128, learning rate 2e-4, one epoch, batch 128, the seven linears of every layer of
+    the language model. Unlike CoIN: the attention of the vision tower carries adapters too, because every method here
+    chooses among the linears of both towers.
+    """
+    return RunConfig(
+        methods=("zero_shot", "finetune", "joint", "seq_ft", "dmole"),
+        lora=LoraSettings(rank=128, alpha=256.0, dropout=0.05, dropout_mode="per_expert"),
+        candidates=r"\.([qkvo]_proj|out_proj|gate_proj|up_proj|down_proj)$",
+        training=TrainingSettings(
+            num_train_epochs=1.0,
+            per_device_train_batch_size=128,
+            learning_rate=2e-4,
+            warmup_steps=0.03,
+            weight_decay=0.0,
+        ),
+        output="results/coin",
     )
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from importlib.metadata import EntryPoint
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 
@@ -41,15 +41,15 @@ def check_named(config: RunConfig) -> None:
         method_class(method)  # before any data is read
 
 
-def open_stream(name: str, console: Console) -> Stream:
-    """A registered stream, or a folder with stream.yaml."""
+def open_stream(name: str, console: Console, *, rows: Literal["memory", "disk"] = "memory") -> Stream:
+    """A registered stream, or a folder with stream.yaml. `rows`: where its samples stay."""
     known = registered("dmole.streams")
     if name in known:
         folder = _folder(known[name], lambda line: console.print(line, highlight=False))
         # Checked by the package that made it; decoding every image again would cost seconds for nothing.
-        return read_stream(folder, check_images=False)
+        return read_stream(folder, check_images=False, rows=rows)
     _check_folder("stream", "stream.yaml", name, known)
-    stream = read_stream(Path(name))
+    stream = read_stream(Path(name), rows=rows)
     for note in stream.notes[:SHOWN_PROBLEMS]:
         console.print(f"note: {note}", highlight=False, markup=False)
     return stream

@@ -16,6 +16,7 @@ import csv
 import dataclasses
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Annotated
@@ -49,7 +50,7 @@ def on_validation(task: Task) -> Task:
 def blinded(task: Task, image: Path) -> Task:
     """The task with one gray picture everywhere."""
 
-    def blind(samples: tuple[Sample, ...]) -> tuple[Sample, ...]:
+    def blind(samples: Sequence[Sample]) -> tuple[Sample, ...]:
         return tuple(dataclasses.replace(sample, images=(image,)) for sample in samples)
 
     return dataclasses.replace(task, train=blind(task.train), validation=blind(task.validation), test=blind(task.test))

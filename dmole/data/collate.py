@@ -51,7 +51,10 @@ class Batch:
 
 
 def collate(vlm: VisionLanguageModel, samples: Sequence[Sample], *, with_answers: bool) -> Batch:
-    """`with_answers`: prompt and `answers[0]`, right-padded, labels on it. Else the prompt, left-padded."""
+    """`with_answers`: prompt and `answers[0]`, right-padded, labels on it. Else the prompt, left-padded.
+
+    Of a conversation with several answers the last one has labels, or all where the sample's `taught` is "all".
+    """
     made = encoded(vlm, samples, with_answers=with_answers)
     return Batch(samples=tuple(samples), encoded=made, units=vlm.units(made))
 
@@ -59,18 +62,31 @@ def collate(vlm: VisionLanguageModel, samples: Sequence[Sample], *, with_answers
 def encoded(vlm: VisionLanguageModel, samples: Sequence[Sample], *, with_answers: bool) -> Encoded:
     """What of a batch the processor makes: no weight of the model is read."""
     conversations = [conversation(sample, sample.answers[0] if with_answers else None) for sample in samples]
-    return vlm.encode(conversations, with_answers=with_answers)
+    made = vlm.encode(conversations, with_answers=with_answers)
+    if made.labels is not None:
+        for row, sample in enumerate(samples):
+            if sample.taught == "last":
+                made.labels[row, : made.prompt_lengths[row]] = IGNORE
+    return made
 
 
 def conversation(sample: Sample, answer: str | None, *, images: Sequence[Image.Image] | None = None) -> Conversation:
-    """transformers' messages: the sample's images in front of its instruction, then the answer if there is one.
+    """transformers' messages: what the sample asks, with its images in their places, then the answer if there is one.
 
     Args:
         images: what stands for the sample's images; None opens their files.
     """
-    shown = [open_image(path) for path in sample.images] if images is None else images
-    asked = [*({"type": "image", "image": image} for image in shown), {"type": "text", "text": sample.instruction}]
-    messages: list[dict[str, Any]] = [{"role": "user", "content": asked}]
+    shown = iter([open_image(path) for path in sample.images] if images is None else images)
+    messages: list[dict[str, Any]] = [
+        {
+            "role": turn.role,
+            "content": [
+                {"type": "image", "image": next(shown)} if part is None else {"type": "text", "text": part}
+                for part in turn.parts
+            ],
+        }
+        for turn in sample.asked
+    ]
     if answer is not None:
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     return messages

@@ -3,22 +3,25 @@
 
 The schema is in `README.md` beside this file. Nothing is repaired and nothing is skipped: a line is either a sample or
 a problem with its file and line, and one problem anywhere means no stream. All problems are collected first, so that a
-file with forty bad lines is mended once.
+file with forty bad lines is mended once. JSON lines, Parquet and folders of `datasets` (`dmole.data.tables`) all become
+rows that pass the same `_check_row`.
+
+With `rows="disk"` a sample is written to the disk when its row has passed, and what has to be remembered of all rows,
+such as their ids, is there too: memory does not grow with the rows.
 
 Cost: images are decoded once each (a truncated JPEG opens well and fails only when decoded), in a few threads; about
 0.3 ms for a picture of 160 pixels.
 """
 
 import codecs
-import json
 import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from PIL import Image
@@ -26,7 +29,13 @@ from PIL import Image
 from dmole.config_error import did_you_mean
 from dmole.data.images import ImageReport, inspect_image
 from dmole.data.leaks import LeakFinder
-from dmole.data.sample import Sample, Stream, Task
+from dmole.data.messages import RowPairs as _Pairs
+from dmole.data.messages import kind as _kind
+from dmole.data.messages import plain_fields, row_keys
+from dmole.data.sample import Sample, Stream, Task, Turn
+from dmole.data.seen import Seen
+from dmole.data.stored import SampleWriter
+from dmole.data.tables import Table, table_rows, tables_of
 from dmole.data.text_checks import parse_json, path_complaint, text_complaint, text_complaints
 from dmole.metrics import METRICS
 from dmole.strict_yaml import compose_yaml
@@ -39,8 +48,11 @@ MINIMUM_TRAIN = 2
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _STREAM_KEYS = ("name", "tasks")
 _TASK_KEYS = ("name", "metric", "directory")
+TAUGHT = ("last", "all")
 _SAMPLE_KEYS = ("id", "image", "images", "instruction", "answers", "options", "entities")
 _REQUIRED_KEYS = ("id", "instruction", "answers")
+# Rows whose pictures are checked together.
+CHECKED_TOGETHER = 4096
 
 
 class DataError(ValueError):
@@ -89,11 +101,20 @@ class _Row:
     sample: Sample
 
 
-def read_stream(folder: Path | str, *, check_images: bool = True, leaks: LeakFinder | None = None) -> Stream:
+def read_stream(
+    folder: Path | str,
+    *,
+    check_images: bool = True,
+    rows: Literal["memory", "disk"] = "memory",
+    leaks: LeakFinder | None = None,
+) -> Stream:
     """Read the stream in `folder` (its `stream.yaml` and one directory per task).
 
-    check_images: decode every image. Without it, images need only exist.
-    leaks: is shown every row with its place.
+    Args:
+        check_images: decode every image. Without it, images need only exist.
+        rows: where the samples stay, see `dmole.data.stored`. The samples, their order and all findings are the same.
+        leaks: is shown every row with its place.
+
     Raises DataError (a ValueError) that lists every problem, each with its file and line.
     """
     folder = Path(folder).resolve()
@@ -103,19 +124,15 @@ def read_stream(folder: Path | str, *, check_images: bool = True, leaks: LeakFin
         problems.add(stream_file, None, f"file is missing; a data set is a folder with a {STREAM_FILE} in it")
         raise DataError(folder, problems.found)
     name, entries = _read_stream_file(stream_file, problems)
-    tasks: list[Task] = []
-    rows: list[_Row] = []
-    for entry in entries:
-        task, task_rows = _read_task(folder, entry, problems)
-        tasks.append(task)
-        rows.extend(task_rows)
-        if leaks is not None:
-            for row in task_rows:
-                leaks.add(entry.name, row.file.stem, problems.place(row.file, row.line), row.sample)
-    sizes = _check_images(rows, problems, decode=check_images)
+    # Sizes of all pictures would grow with the rows.
+    sizes: dict[Path, tuple[int, int]] | None = {} if rows == "memory" else None
+    with Seen() as seen:
+        tasks = [
+            _read_task(folder, entry, problems, seen, sizes, leaks, decode=check_images, rows=rows) for entry in entries
+        ]
     if problems.found:
         raise DataError(folder, problems.found)
-    return Stream(name=name, tasks=tuple(tasks), notes=tuple(problems.notes), image_sizes=sizes)
+    return Stream(name=name, tasks=tuple(tasks), notes=tuple(problems.notes), image_sizes=sizes or {})
 
 
 @dataclass(frozen=True)
@@ -124,6 +141,7 @@ class _TaskEntry:
     metric: str
     directory: str
     line: int
+    taught: Literal["last", "all"] = "last"
 
 
 def _read_stream_file(path: Path, problems: _Problems) -> tuple[str, list[_TaskEntry]]:
@@ -159,7 +177,7 @@ def _read_stream_file(path: Path, problems: _Problems) -> tuple[str, list[_TaskE
         if not isinstance(node, yaml.MappingNode):
             problems.add(path, line, "expected a task like {name: a, metric: cider, directory: a}")
             continue
-        keys = _yaml_keys(path, node, _TASK_KEYS, problems)
+        keys = _yaml_keys(path, node, (*_TASK_KEYS, "taught"), problems)
         values = {key: _yaml_text(path, keys, key, node, problems) for key in _TASK_KEYS}
         if values["metric"] and values["metric"] not in METRICS:
             given, expected = values["metric"], ", ".join(METRICS)
@@ -176,12 +194,19 @@ def _read_stream_file(path: Path, problems: _Problems) -> tuple[str, list[_TaskE
             )
         if values["name"] in ("stage", "zero_shot"):
             problems.add(path, line, f"name is {values['name']!r}, a word of the result tables; choose another")
+        taught = _yaml_text(path, keys, "taught", node, problems) if "taught" in keys else "last"
+        if taught and taught not in TAUGHT:
+            problems.add(
+                path,
+                keys["taught"].start_mark.line + 1,
+                f"taught is {taught!r}; expected last (the last answer of a conversation is trained) or all",
+            )
         if values["name"] and values["name"] in seen:
             problems.add(path, line, f"task {values['name']!r} is already defined on line {seen[values['name']]}")
             continue
         seen[values["name"]] = line
         if all(values.values()):
-            entries.append(_TaskEntry(values["name"], values["metric"], values["directory"], line))
+            entries.append(_TaskEntry(**values, line=line, taught="all" if taught == "all" else "last"))
     return name, entries
 
 
@@ -221,38 +246,132 @@ def _nearest(word: str, known: Iterable[str]) -> str:
     return f" ({hint})" if hint else ""
 
 
-def _read_task(folder: Path, entry: _TaskEntry, problems: _Problems) -> tuple[Task, list[_Row]]:
+def _read_task(
+    folder: Path,
+    entry: _TaskEntry,
+    problems: _Problems,
+    seen: Seen,
+    sizes: dict[Path, tuple[int, int]] | None,
+    leaks: LeakFinder | None,
+    *,
+    decode: bool,
+    rows: Literal["memory", "disk"],
+) -> Task:
     directory = folder / entry.directory
-    splits: dict[str, tuple[Sample, ...]] = {split: () for split in SPLITS}
-    rows: list[_Row] = []
+    splits: dict[str, Sequence[Sample]] = dict.fromkeys(SPLITS, ())
     if not directory.is_dir():
         problems.add(folder / STREAM_FILE, entry.line, f"task {entry.name!r}: directory {entry.directory!r} is missing")
-    else:
-        seen: dict[str, _Row] = {}
-        for split in SPLITS:
-            path = directory / f"{split}.jsonl"
-            if not path.is_file():
-                if split != "validation":
-                    problems.add(path, None, f"file is missing; task {entry.name!r} needs a {split} split")
-                continue
-            before = len(problems.found)
-            parsed = list(_read_rows(path, entry.metric, problems, test=split != "train"))
-            for row in parsed:
-                first = seen.setdefault(row.sample.id, row)
-                if first is not row:
-                    where = f"{first.file.name}:{first.line}"
-                    problems.add(
-                        path, row.line, f"id {row.sample.id!r} is already used in {where}; ids are unique in a task"
-                    )
-            # A file whose lines were rejected is not also reported as too small: the lines are what to mend.
-            if len(problems.found) == before:
-                _check_size(path, split, entry, len(parsed), problems)
-                if split == "test":
-                    for complaint in METRICS[entry.metric].check_split([row.sample for row in parsed]):
-                        problems.add(path, None, complaint)
-            splits[split] = tuple(row.sample for row in parsed)
-            rows.extend(parsed)
-    return Task(name=entry.name, metric=entry.metric, **splits), rows
+        return Task(name=entry.name, metric=entry.metric, **splits)
+    for split in SPLITS:
+        found = tables_of(directory, split)
+        if not found:
+            if split != "validation":
+                path = directory / f"{split}.jsonl"
+                problems.add(path, None, f"file is missing; task {entry.name!r} needs a {split} split")
+            continue
+        if len(found) > 1:
+            others = " and ".join(table.path.relative_to(directory).as_posix() for table in found[1:])
+            problems.add(found[0].path, None, f"the {split} split is also in {others}; expected one of them")
+            continue
+        before = len(problems.found)
+        parsed = _checked_rows(found[0], split, entry, problems, seen, sizes, leaks, decode=decode)
+        count = 0
+        if rows == "disk":
+            with SampleWriter() as writer:
+                for sample in parsed:
+                    # A finding means no stream, and a text with a finding may be one that no file can hold.
+                    if not problems.found:
+                        writer.add(sample)
+            splits[split], count = writer.samples, writer.count
+        else:
+            splits[split] = tuple(parsed)
+            count = len(splits[split])
+        # A file whose lines were rejected is not also reported as too small: the lines are what to mend.
+        if len(problems.found) == before:
+            _check_size(found[0].path, split, entry, count, problems)
+            if split == "test":
+                for complaint in METRICS[entry.metric].check_split(splits[split]):
+                    problems.add(found[0].path, None, complaint)
+    return Task(name=entry.name, metric=entry.metric, **splits)
+
+
+def _checked_rows(
+    table: Table,
+    split: str,
+    entry: _TaskEntry,
+    problems: _Problems,
+    seen: Seen,
+    sizes: dict[Path, tuple[int, int]] | None,
+    leaks: LeakFinder | None,
+    *,
+    decode: bool,
+) -> Iterator[Sample]:
+    """The samples of a split; every finding about a row is in `problems` when the last one has been taken."""
+    waiting: list[_Row] = []
+    for number, pairs in _numbered_rows(table, problems):
+        sample = _check_row(table, number, pairs, split, entry, problems)
+        if sample is None:
+            continue
+        first = seen.first(f"id {entry.name}", sample.id, f"{table.path.name}:{number}")
+        if first is not None:
+            problems.add(table.path, number, f"id {sample.id!r} is already used in {first}; ids are unique in a task")
+        if leaks is not None:
+            leaks.add(entry.name, split, problems.place(table.path, number), sample)
+        waiting.append(_Row(table.path, number, sample))
+        if len(waiting) == CHECKED_TOGETHER:
+            _check_new_images(waiting, problems, seen, sizes, decode=decode)
+            waiting = []
+        yield sample
+    _check_new_images(waiting, problems, seen, sizes, decode=decode)
+
+
+def _check_new_images(
+    rows: Sequence[_Row],
+    problems: _Problems,
+    seen: Seen,
+    sizes: dict[Path, tuple[int, int]] | None,
+    *,
+    decode: bool,
+) -> None:
+    """Check the images of rows, without those that earlier rows had and that were sound; note their sizes if asked."""
+    found: dict[str, bool] = {}
+    for row in rows:
+        for image in row.sample.images:
+            found.setdefault(str(image), seen.known("image", str(image)))
+    unknown = [row for row in rows if not all(found[str(image)] for image in row.sample.images)]
+    before = len(problems.found)
+    found_sizes = _check_images(unknown, problems, decode=decode)
+    if sizes is not None:
+        sizes.update(found_sizes)
+    if len(problems.found) == before:
+        for name in found:
+            seen.first("image", name, "")
+
+
+def _check_row(
+    table: Table, number: int, pairs: _Pairs, split: str, entry: _TaskEntry, problems: _Problems
+) -> Sample | None:
+    """The sample of one row of whatever format, or None where its fields cannot even be read. Adds its findings."""
+    name = f"{split}-{number}"
+    sample, complaints = _parsed_and_judged(pairs, table.folder, name, entry.metric, test=split != "train")
+    for complaint in complaints:
+        problems.add(table.path, number, complaint)
+    return None if sample is None else replace(sample, taught=entry.taught)
+
+
+def _parsed_and_judged(
+    pairs: _Pairs, directory: Path, name: str, metric: str, *, test: bool
+) -> tuple[Sample | None, list[str]]:
+    sample, complaints = _parse_sample(pairs, directory, name)
+    if sample is not None:
+        judge = METRICS[metric]
+        complaints = [*complaints, *judge.check_options(sample), *judge.check(sample, test=test)]
+    return sample, complaints
+
+
+def row_findings(pairs: _Pairs, directory: Path, metric: str, *, test: bool) -> list[str]:
+    """What a reading would say of a row by itself; its images are not opened."""
+    return _parsed_and_judged(pairs, directory, "row", metric, test=test)[1]
 
 
 def _check_size(path: Path, split: str, entry: _TaskEntry, count: int, problems: _Problems) -> None:
@@ -264,51 +383,67 @@ def _check_size(path: Path, split: str, entry: _TaskEntry, count: int, problems:
     problems.add(path, None, f"the {split} split {has}; {why} needs at least {least}")
 
 
-def _read_rows(path: Path, metric: str, problems: _Problems, *, test: bool) -> Iterator[_Row]:
-    # Split on b"\n" only: str.splitlines also splits on U+2028 and its like, which JSON strings may hold.
-    for number, raw in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if number == 1:
-            raw = raw.removeprefix(codecs.BOM_UTF8)
-        if not raw.strip():
-            continue
-        try:
-            text = raw.decode("utf-8")
-        except UnicodeDecodeError as error:
-            problems.add(path, number, f"is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8")
-            continue
-        try:
-            value = parse_json(text, _Pairs)
-        except ValueError as error:
-            problems.add(path, number, str(error))
-            continue
-        if not isinstance(value, _Pairs):
-            problems.add(path, number, f"is {_kind(value)}; expected one JSON object per line")
-            continue
-        sample, complaints = _parse_sample(value, path.parent)
-        if sample is not None:
-            judge = METRICS[metric]
-            complaints = [*complaints, *judge.check_options(sample), *judge.check(sample, test=test)]
-        for complaint in complaints:
-            problems.add(path, number, complaint)
-        if sample is not None:
-            yield _Row(path, number, sample)
+def _numbered_rows(table: Table, problems: _Problems) -> Iterator[tuple[int, _Pairs]]:
+    """(line or row number, fields) of every row that can be read; findings for the others."""
+    if table.kind == "jsonl":
+        yield from _json_lines(table.path, problems)
+        return
+    try:
+        yield from table_rows(table)
+    # What pyarrow and datasets raise for damaged files, and for tables whose parts differ.
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        problems.add(table.path, None, f"cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
 
 
-class _Pairs(list[tuple[str, Any]]):
-    """A JSON object as its pairs, so that a key given twice can be seen."""
+def _json_lines(path: Path, problems: _Problems) -> Iterator[tuple[int, _Pairs]]:
+    with path.open("rb") as file:
+        # A file's lines end with b"\n" only: str.splitlines also splits on U+2028 and its like, which JSON may hold.
+        for number, raw in enumerate(file, start=1):
+            if number == 1:
+                raw = raw.removeprefix(codecs.BOM_UTF8)
+            if not raw.strip():
+                continue
+            try:
+                text = raw.removesuffix(b"\n").decode("utf-8")
+            except UnicodeDecodeError as error:
+                problems.add(
+                    path, number, f"is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
+                )
+                continue
+            try:
+                value = parse_json(text, _Pairs)
+            except ValueError as error:
+                problems.add(path, number, str(error))
+                continue
+            if not isinstance(value, _Pairs):
+                problems.add(path, number, f"is {_kind(value)}; expected one JSON object per line")
+                continue
+            yield number, value
 
 
-def _parse_sample(pairs: _Pairs, directory: Path) -> tuple[Sample | None, list[str]]:
-    """A sample, or None where its fields cannot even be read; and what is wrong."""
+def _parse_sample(pairs: _Pairs, directory: Path, name: str) -> tuple[Sample | None, list[str]]:
+    """A sample, or None where its fields cannot even be read; and what is wrong. `name`: its id if it may have none."""
     complaints = text_complaints(pairs)
     values: dict[str, Any] = {}
+    known = row_keys(key for key, _ in pairs) or _SAMPLE_KEYS
     for key, value in pairs:
-        if key not in _SAMPLE_KEYS:
-            complaints.append(f"unknown key {key!r}; expected {', '.join(_SAMPLE_KEYS)}{_nearest(key, _SAMPLE_KEYS)}")
+        if key == "conversations":
+            complaints.append(
+                "key 'conversations' is LLaVA's and ShareGPT's; make rows of the file with dmole tasks import"
+            )
+        elif key not in known:
+            complaints.append(f"unknown key {key!r}; expected {', '.join(known)}{_nearest(key, known)}")
         elif key in values:
             complaints.append(f"key {key!r} is given twice")
         else:
             values[key] = value
+    turns: tuple[Turn, ...] = ()
+    if known is not _SAMPLE_KEYS:
+        values, wrong = plain_fields(values, name)
+        complaints.extend(wrong)
+        if complaints:
+            return None, complaints
+        turns = values.pop("turns")
     complaints.extend(f"key {key!r} is missing" for key in _REQUIRED_KEYS if key not in values)
     if "image" not in values and "images" not in values:
         complaints.append("key 'image' is missing; expected a path, or images: a list of paths, [] for text alone")
@@ -341,6 +476,7 @@ def _parse_sample(pairs: _Pairs, directory: Path) -> tuple[Sample | None, list[s
         answers=tuple(values["answers"]),
         options=options,
         entities=tuple(values.get("entities", ())),
+        turns=turns,
     )
     return sample, complaints
 
@@ -357,17 +493,6 @@ def _list_complaints(key: str, value: object, least: int) -> list[str]:
         elif not item.strip():
             complaints.append(f"{key}[{index}] is empty; expected some text")
     return complaints
-
-
-def _kind(value: object) -> str:
-    """How to name a JSON value in a message."""
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    if isinstance(value, int | float):
-        return f"the number {value}"
-    if isinstance(value, str):
-        return f"the string {value[:40]!r}"
-    return "an object" if isinstance(value, _Pairs) else "a list"
 
 
 def _check_images(rows: Sequence[_Row], problems: _Problems, *, decode: bool) -> dict[Path, tuple[int, int]]:

@@ -2,15 +2,29 @@
 """A stream is a sequence of tasks; a task is three splits of samples; a sample is images, an instruction and answers.
 
 Plain frozen data, no behaviour beyond choosing an order and a size. `dmole.data.reading` makes streams from folders and
-has already rejected whatever could not be trained on or scored.
+has already rejected whatever could not be trained on or scored. A split is a sequence: a tuple in memory, or `Rows`
+that are read from the disk one by one (`dmole.data.stored`).
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import heapq
+from abc import abstractmethod
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
+from typing import Literal, overload
 
 from dmole.metrics import METRICS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """A message before the answer. A part is text, or None for the next of the sample's images."""
+
+    role: Literal["system", "user", "assistant"]
+    parts: tuple[str | None, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +33,10 @@ class Sample:
 
     `answers[0]` is what training teaches; all answers are references at test. Multiple choice: `options` holds the
     texts, `answers[0]` the letter. `entities` names what the sample shows, so that leaks between splits can be found.
+
+    `turns` holds everything before the answer where that is more than the images and then the instruction: a system
+    message, earlier turns, images between texts. `instruction` is then the text of the last question. `taught` says
+    which answers of several turns are trained: the last one, or all; the test asks for the last one alone.
     """
 
     id: str
@@ -27,6 +45,68 @@ class Sample:
     answers: tuple[str, ...]
     options: tuple[str, ...] = ()
     entities: tuple[str, ...] = ()
+    turns: tuple[Turn, ...] = ()
+    taught: Literal["last", "all"] = "last"
+
+    @property
+    def asked(self) -> tuple[Turn, ...]:
+        """The messages before the answer."""
+        return self.turns or (Turn(role="user", parts=(*(None for _ in self.images), self.instruction)),)
+
+
+class Rows(Sequence[Sample]):
+    """Samples that are made when they are asked for. A slice is a tuple."""
+
+    @abstractmethod
+    def row(self, place: int) -> Sample:
+        """The sample at 0 <= place < len(self)."""
+
+    @overload
+    def __getitem__(self, place: int) -> Sample: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> tuple[Sample, ...]: ...
+
+    def __getitem__(self, place: int | slice) -> Sample | tuple[Sample, ...]:
+        if isinstance(place, slice):
+            return tuple(self.row(each) for each in range(*place.indices(len(self))))
+        return self.row(range(len(self))[place])
+
+
+class _Picked(Rows):
+    """Some samples of others, by their places."""
+
+    def __init__(self, samples: Sequence[Sample], places: Sequence[int]) -> None:
+        self._samples, self._places = samples, places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def row(self, place: int) -> Sample:
+        return self._samples[self._places[place]]
+
+
+class _Joined(Rows):
+    """Several sequences of samples, one after another."""
+
+    def __init__(self, parts: Sequence[Sequence[Sample]]) -> None:
+        self._parts = [part for part in parts if part]
+        self._ends = list(accumulate(map(len, self._parts)))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def row(self, place: int) -> Sample:
+        part = bisect_right(self._ends, place)
+        return self._parts[part][place - (self._ends[part - 1] if part else 0)]
+
+
+def joined(parts: Iterable[Sequence[Sample]]) -> Sequence[Sample]:
+    """The samples of all parts in one sequence; a tuple where all of them are in memory."""
+    listed = list(parts)
+    if any(isinstance(part, Rows) for part in listed):
+        return _Joined(listed)
+    return tuple(sample for part in listed for sample in part)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +115,9 @@ class Task:
 
     name: str
     metric: str
-    train: tuple[Sample, ...]
-    validation: tuple[Sample, ...]
-    test: tuple[Sample, ...]
+    train: Sequence[Sample]
+    validation: Sequence[Sample]
+    test: Sequence[Sample]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,9 +188,11 @@ class Stream:
         return replace(self, tasks=tuple(tasks))
 
 
-def _keep(samples: tuple[Sample, ...], limit: int | None) -> tuple[Sample, ...]:
+def _keep(samples: Sequence[Sample], limit: int | None) -> Sequence[Sample]:
     if limit is None or limit >= len(samples):
         return samples
-    ranked = sorted(samples, key=lambda sample: hashlib.sha256(sample.id.encode()).digest())
-    kept = {sample.id for sample in ranked[:limit]}
-    return tuple(sample for sample in samples if sample.id in kept)
+    ranked = ((hashlib.sha256(sample.id.encode()).digest(), place) for place, sample in enumerate(samples))
+    places = sorted(place for _, place in heapq.nsmallest(limit, ranked))
+    if isinstance(samples, Rows):
+        return _Picked(samples, places)
+    return tuple(samples[place] for place in places)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from dmole.data.sample import joined
 from dmole.methods._single_adapter import SingleAdapter
 from dmole.methods.base import Stage
 
@@ -31,8 +32,8 @@ class Joint(SingleAdapter):
         union = type(first)(
             name=UNION,
             metric=first.metric,
-            train=tuple(sample for task in stream.tasks for sample in task.train),
-            validation=tuple(sample for task in stream.tasks for sample in task.validation),
+            train=joined(task.train for task in stream.tasks),
+            validation=joined(task.validation for task in stream.tasks),
             test=(),
         )
         every = tuple(task.name for task in stream.tasks)

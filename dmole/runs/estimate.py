@@ -22,6 +22,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -120,8 +121,8 @@ def measure(model: VisionLanguageModel, stream: Stream, config: RunConfig) -> Ra
 def _first(splits: Sequence[Sequence[Sample]], count: int) -> list[Sample]:
     """The first samples of all tasks in turns, so that the batch is as mixed as the work is."""
     longest = max(len(split) for split in splits)
-    turns = [split[place] for place in range(longest) for split in splits if place < len(split)]
-    return turns[:count]
+    turns = (split[place] for place in range(longest) for split in splits if place < len(split))
+    return list(islice(turns, count))
 
 
 def _timed(work: Callable[[Sequence[Sample]], None], samples: Sequence[Sample], device: str) -> float:

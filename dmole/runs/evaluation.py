@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from accelerate import Accelerator
@@ -84,26 +84,47 @@ def final_rows(stages: Sequence[Stage], tasks: Sequence[str]) -> dict[str, int]:
     return {task: max((stage.row for stage in stages if task in stage.evaluates), default=0) for task in tasks}
 
 
-def generation_queue(
-    vlm: VisionLanguageModel, tasks: Sequence[Task], batch_size: int
-) -> list[list[tuple[str, Sample]]]:
-    """Every test sample once, as batches of (task name, sample); the same for every method and stage.
+class GenerationQueue(Sequence[list[tuple[str, Sample]]]):
+    """Batches of (task name, test sample); a sample is read when its batch is asked for."""
+
+    def __init__(self, tasks: Sequence[Task], batches: Sequence[Sequence[tuple[int, int]]]) -> None:
+        self._tasks, self._batches = tasks, batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    @overload
+    def __getitem__(self, place: int) -> list[tuple[str, Sample]]: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> GenerationQueue: ...
+
+    def __getitem__(self, place: int | slice) -> list[tuple[str, Sample]] | GenerationQueue:
+        if isinstance(place, slice):
+            return GenerationQueue(self._tasks, self._batches[place])
+        return [(self._tasks[task].name, self._tasks[task].test[row]) for task, row in self._batches[place]]
+
+
+def generation_queue(vlm: VisionLanguageModel, tasks: Sequence[Task], batch_size: int) -> GenerationQueue:
+    """Every test sample once, in batches of (task name, sample); the same for every method and stage.
 
     >>> # tasks of 4 and 2 samples, batch_size 3 -> e.g. [[a2, b1, a4], [b2, a1, a3]]
     """
-    items = [(task.name, sample) for task in tasks for sample in task.test]
+    items = [(number, row) for number, task in enumerate(tasks) for row in range(len(task.test))]
     generator = derived_generator("generation queue", len(items))
     order = torch.randperm(len(items), generator=generator, device="cpu").tolist()
     # By images first: what pads a batch most.
-    lengths = [(len(sample.images), len(vlm.tokenizer.tokenize(sample.instruction))) for _, sample in items]
+    lengths = [
+        (len(sample.images), len(vlm.tokenizer.tokenize(sample.instruction))) for task in tasks for sample in task.test
+    ]
     window = batch_size * SORTING_WINDOW
-    batches: list[list[tuple[str, Sample]]] = []
+    batches: list[list[tuple[int, int]]] = []
     for start in range(0, len(order), window):
         chosen = sorted(order[start : start + window], key=lambda index: lengths[index])
         batches += [
             [items[index] for index in chosen[at : at + batch_size]] for at in range(0, len(chosen), batch_size)
         ]
-    return batches
+    return GenerationQueue(tasks, batches)
 
 
 def predict(

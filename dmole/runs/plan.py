@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -137,17 +138,17 @@ def order_label(order: str) -> str:
 def stream_digest(stream: Stream) -> str:
     """Which data a run used: the sha256 over all samples and their images' bytes, whatever the order of the tasks."""
     digest = hashlib.sha256()
-    images: dict[Path, str] = {}
+    digest_of = functools.lru_cache(maxsize=2**16)(file_digest)
     for task in sorted(stream.tasks, key=lambda task: task.name):
         for split in ("train", "validation", "test"):
             for sample in getattr(task, split):
-                for image in sample.images:
-                    if image not in images:
-                        # Its bytes and not its name: a picture drawn anew under the old name is other data.
-                        images[image] = file_digest(image)
-                shown = [images[image] for image in sample.images]
-                parts = (task.name, task.metric, split, sample.id, shown, sample.instruction)
-                digest.update(json.dumps([*parts, sample.answers, sample.options]).encode())
+                # A picture's bytes and not its name: one that is drawn anew under the old name is other data.
+                shown = [digest_of(image) for image in sample.images]
+                parts = [task.name, task.metric, split, sample.id, shown, sample.instruction]
+                parts += [sample.answers, sample.options]
+                if sample.turns:
+                    parts += [[(turn.role, turn.parts) for turn in sample.turns], sample.taught]
+                digest.update(json.dumps(parts).encode())
     return digest.hexdigest()
 
 
@@ -184,12 +185,10 @@ def check_samples(stream: Stream, vlm: VisionLanguageModel, max_new_tokens: int)
 
     Of images the sizes alone are read, each file's once.
     """
-    sizes = dict(stream.image_sizes)
+    read_size = functools.lru_cache(maxsize=2**16)(image_size)
 
     def unread(path: Path) -> _Unread:
-        if path not in sizes:
-            sizes[path] = image_size(path)
-        return _Unread(sizes[path])
+        return _Unread(stream.image_sizes.get(path) or read_size(path))
 
     def conversations(split: str) -> Iterator[tuple[str, Conversation]]:
         for task in stream.tasks:

@@ -21,17 +21,19 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from dmole.config import RunConfig
+from dmole.data.sample import Stream
 from dmole.machine import usable_cores
 from dmole.methods.base import Stage
 from dmole.models.vision_language import VisionLanguageModel
 from dmole.reports.run_files import write_summary
+from dmole.runs.dry_run import cuts, description
 from dmole.runs.estimate import estimate, measure
 from dmole.runs.interruption import StopSignals
 from dmole.runs.plan import RunPlan, check_folder, check_plan, check_samples, plan_runs, work_units
@@ -42,10 +44,20 @@ from dmole.sources import check_named, open_model, open_stream
 from dmole.training.acceleration import make_accelerator, place
 
 
-def run(config: RunConfig, *, console: Console | None = None, fresh: bool = False) -> Path:
+def run(
+    config: RunConfig,
+    *,
+    console: Console | None = None,
+    fresh: bool = False,
+    dry_run: Callable[[Stream], list[str]] | None = None,
+) -> Path:
     """Run everything `config` asks for and return its output folder; finished runs are kept, half-done ones resumed.
 
-    fresh: delete earlier runs of the same names first, and the shared row 0, which other code may have measured.
+    Args:
+        fresh: delete earlier runs of the same names first, and the shared row 0, which other code may have measured.
+        dry_run: check everything, print samples, steps, weights and the estimate, and train and write nothing. What
+            it returns for the stream is printed first: how the stream differs from a recipe's.
+
     Raises ValueError (`ConfigError`, `DataError`, `CheckpointError`) before any training for whatever cannot be run,
     and `dmole.runs.interruption.Interrupted` after SIGINT or SIGTERM, once a checkpoint is saved.
     """
@@ -59,14 +71,20 @@ def run(config: RunConfig, *, console: Console | None = None, fresh: bool = Fals
         # What the first process builds and caches, the others read.
         with accelerator.main_process_first():
             model = open_model(config)
-            stream = open_stream(config.stream, console).limit(
-                train=config.train_samples, validation=config.validation_samples, test=config.test_samples
-            )
+            whole = open_stream(config.stream, console, rows=config.rows)
+        stream = whole.limit(train=config.train_samples, validation=config.validation_samples, test=config.test_samples)
+        for line in cuts(whole, stream):
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
         place(model.model, accelerator)
         processes = accelerator.num_processes
         plans = plan_runs(config, stream, model, processes=processes)
         check_samples(stream, model, config.evaluation.max_new_tokens)
         stages = {plan.folder: check_plan(plan, config, model) for plan in plans}
+        if dry_run is not None:
+            for line in (*dry_run(whole), *description(plans, stages, config, model, processes=processes)):
+                console.print(line, highlight=False, soft_wrap=True, markup=False)
+            _announce(plans, stages, config, model, console)
+            return output
         accelerator.wait_for_everyone()
         if fresh and accelerator.is_main_process:
             for plan in plans:
