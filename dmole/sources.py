@@ -26,7 +26,13 @@ from dmole.registry import load as load_entry_point
 def check_named(config: RunConfig) -> None:
     """ConfigError for a configuration without a stream, a model or methods, and for a method that cannot be loaded."""
     for setting, given, option, other, names in (
-        ("stream", config.stream, "dmole run STREAM", "a folder with stream.yaml", registered("dmole.streams")),
+        (
+            "stream",
+            config.stream,
+            "dmole run STREAM",
+            "a folder with stream.yaml",
+            registered("dmole.streams"),
+        ),
         ("model", config.model, "--model", "a folder or hub id of a model", registered("dmole.models")),
         ("methods", config.methods, "--method", "", method_names()),
     ):

@@ -81,7 +81,7 @@ def test_the_page_is_made_from_the_code() -> None:
 
 def test_wrong_options_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, text in (
-        (["config", "--recipe", "dmo"], "error: --recipe is 'dmo'; expected one of demo, mini, paper"),
+        (["config", "--recipe", "dmo"], "error: --recipe is 'dmo'; expected one of coin, demo, mini, paper"),
         (["config", "--set", "training.epoch=3"], "error: unknown key 'training.epoch'"),
     ):
         assert status(arguments) == WRONG_INPUT

@@ -121,15 +121,15 @@ QUESTION = user(text("Why?"))
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "url in images": (
         {"prompt": "Why?", "completion": "No.", "images": ["https://example.org/a.png"]},
-        "images[0] is the URL 'https://example.org/a.png'; expected the path of a file. Download it first",
+        "images is a https: address; expected the path of a file. Save the picture as a file",
     ),
     "url in a part": (
         {"messages": [user({"type": "image", "url": "http://x/a.png"}, text("Why?")), assistant("No.")]},
-        "images[0] is the URL 'http://x/a.png'; expected the path of a file. Download it first",
+        "images is a http: address; expected the path of a file. Save the picture as a file",
     ),
     "data uri": (
         {"prompt": "Why?", "completion": "No.", "images": ["data:image/png;base64,AAAA"]},
-        "images[0] is a data URI; expected the path of a file. Write the picture to a file and give its path",
+        "images is a data URI; expected the path of a file. Save the picture as a file",
     ),
     "base64": (
         {"messages": [user({"type": "image", "base64": "AAAA"}, text("Why?")), assistant("No.")]},

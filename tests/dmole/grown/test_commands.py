@@ -70,13 +70,12 @@ def test_serve_answers_until_it_is_stopped(finished: Runs) -> None:
         port = free.getsockname()[1]
     server = subprocess.Popen([sys.executable, "-m", "dmole", "serve", str(finished["dmole"]), "--port", str(port)])
     try:
-        deadline = time.monotonic() + 120
-        while True:
+        for _ in range(1000):
+            assert server.poll() is None
             try:
                 models = httpx.get(f"http://127.0.0.1:{port}/v1/models").json()
                 break
             except httpx.TransportError:
-                assert server.poll() is None and time.monotonic() < deadline
                 time.sleep(0.2)
         assert [model["id"] for model in models["data"]] == ["grown", "colours", "letters", "captions"]
     finally:
