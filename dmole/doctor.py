@@ -6,6 +6,7 @@ Uses only the standard library until it has found the packages it reports on: a 
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import platform
@@ -53,7 +54,7 @@ def examine() -> list[Finding]:
                 )
             )
         findings += [package_finding(item) for item in needed if not is_optional(item) or item.name in SHOWN_PACKAGES]
-    return [*findings, _backend(), *_machine(), *_of_packages()]
+    return [*findings, torchvision_finding(), _backend(), *_machine(), *_of_packages()]
 
 
 def requirements(lines: Sequence[str] | None = None) -> list[Requirement]:
@@ -94,6 +95,30 @@ def _python() -> Finding:
         ok=sys.version_info[:2] >= MINIMUM_PYTHON,
         fix=f"install Python {wanted} or newer and make a new environment with it",
     )
+
+
+def torchvision_finding() -> Finding:
+    """Whether torchvision, where it is installed, imports: if not, no image processor of transformers does either."""
+    if importlib.util.find_spec("torchvision") is None:
+        found = "not installed (optional: processors that take videos too, such as Qwen-VL's and InternVL's, need it)"
+        return Finding(what="torchvision", found=found, ok=True, fix=_torchvision_fix())
+    try:
+        version = importlib.import_module("torchvision").__version__
+    except Exception as error:  # beside another build of torch: RuntimeError, OSError or ImportError
+        found = f"fails to import ({type(error).__name__}: {' '.join(str(error).split())})"
+        fix = f"{_torchvision_fix()}; or pip uninstall torchvision, which few models need"
+        return Finding(what="torchvision", found=found, ok=False, fix=fix)
+    return Finding(what="torchvision", found=version, ok=True)
+
+
+def _torchvision_fix() -> str:
+    try:
+        major, minor = importlib.metadata.version("torch").split("+")[0].split(".")[:2]
+    except importlib.metadata.PackageNotFoundError:
+        return "pip install torch torchvision"
+    # torch 2.6 and torchvision 0.21 belong together, 2.13 and 0.28, and so on.
+    release = f"==0.{int(minor) + 15}.*" if major == "2" else ""
+    return f'pip install "torchvision{release}" from the index that torch {major}.{minor} was installed from'
 
 
 def _backend() -> Finding:

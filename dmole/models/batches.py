@@ -7,15 +7,22 @@ The two groups are processed apart and joined:
     [samples, ...] inputs          zeros for the samples without images (Idefics2, Idefics3)
     images, tiles or patches       as they are: the rows of the samples with images follow each other in order
 
-Models in which text attends to images by a mask of its own (Mllama) cannot mix samples with different numbers of
-images, and are refused.
+In some models text attends to images by a mask of its own (Mllama), and text before the first image attends to all
+images of its sample, also to those that only pad it. There every sample's images are repeated until all have as many:
 
-Shape letters: B samples, L tokens.
+    images a, b | c    ->    a b | c c    masks  1 1 | 1 0
+
+which changes no softmax: over k copies of every key it is the softmax over the keys. Samples without an image have
+nothing to repeat: such a model adds attention to images in every sample or in none, so batches that mix the two are
+refused.
+
+Shape letters: B samples, L tokens, N most images of a sample.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -27,6 +34,9 @@ from transformers import ProcessorMixin
 from dmole.models.chat_template import Conversation
 
 Inputs = dict[str, Tensor]
+
+# 1, 2, 3, 4 and 6 images mix; 4 and 5 would be 20 images for every sample.
+MOST_IMAGES = 12
 
 
 def processed_batch(
@@ -50,11 +60,9 @@ def processed_batch(
     groups = [[s for s, n in enumerate(images) if n], [s for s, n in enumerate(images) if not n]]
     if not all(groups):
         inputs = process(rows)
-        if len(set(images)) > 1:
-            _refuse_image_masks(inputs, images)
-        return inputs
+        return _with_as_many_images(inputs, images) if len(set(images)) > 1 else inputs
     seen, unseen = (process([rows[s] for s in group]) for group in groups)
-    _refuse_image_masks(seen, images)
+    _with_as_many_images(seen, images)
     length = max(part["input_ids"].shape[1] for part in (seen, unseen))
     joined: Inputs = {}
     for name in {**seen, **unseen}:
@@ -81,18 +89,37 @@ def processed_batch(
     return joined
 
 
-def _refuse_image_masks(inputs: Inputs, images: Sequence[int]) -> None:
-    """Masks [B, L, images, ...] by which text attends to images: Mllama's.
+def _with_as_many_images(inputs: Inputs, images: Sequence[int]) -> Inputs:
+    """Where masks [B, L, N, ...] say which text attends to which images: every sample's images, repeated to as many.
 
-    Text without an image in front attends to every image there is in the batch, also to those that only pad it.
+    The masks keep to the first copy. Raises ValueError for samples without images, and for too many copies.
     """
+    masks = [name for name, value in inputs.items() if _of_tokens(value, inputs) and value.dim() > 2]
+    if not masks:
+        return inputs
+    most, whole = max(images), math.lcm(*images)
+    shape = tuple(inputs[masks[0]].shape)
+    if not whole or whole > max(most, MOST_IMAGES) or any(inputs[name].shape[2] != most for name in masks):
+        raise ValueError(
+            f"processor: got {masks[0]} {shape} for samples with {list(images)} images; expected numbers that all "
+            f"divide one of at most {MOST_IMAGES} and none that is 0, since this model's text attends to the images of "
+            f"its batch mates. Put them into different batches, or set the batch size to 1 "
+            f"(training.per_device_train_batch_size, evaluation.per_device_eval_batch_size)."
+        )
+    device = inputs["input_ids"].device  # torch's default may be another
+    places = torch.tensor([[copy % number for copy in range(whole)] for number in images], device=device)
+    samples = torch.arange(len(images), device=device)[:, None]
+    repeated: Inputs = {}
     for name, value in inputs.items():
-        if _of_tokens(value, inputs) and value.dim() > 2:
-            raise ValueError(
-                f"processor: got {name} {tuple(value.shape)} for samples with {list(images)} images; expected samples "
-                f"with the same number of images, since this model's text attends to the images of its batch mates. "
-                f"Put them into different batches, or set the batch size to 1."
-            )
+        if name in masks:
+            wider = value.new_zeros(*value.shape[:2], whole, *value.shape[3:])
+            wider[:, :, :most] = value
+            repeated[name] = wider
+        elif value.shape[:2] == (len(images), most) and not _of_tokens(value, inputs):
+            repeated[name] = value[samples, places]
+        else:
+            repeated[name] = value
+    return repeated
 
 
 def _of_tokens(value: Tensor, inputs: Inputs) -> bool:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The doctor reports what is there, and for each lack the command to type."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,43 @@ def test_the_tested_range(version: str, versions: str, expected: bool, monkeypat
         assert finding.found == "2.15.0, outside the tested <2.15" and finding.fix == 'pip install "torch<2.15"'
 
 
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        (
+            "raise RuntimeError('operator torchvision::nms\\n does not exist')",
+            "fails to import (RuntimeError: operator torchvision::nms does not exist)",
+        ),
+        ("import no_such_module", "fails to import (ModuleNotFoundError: No module named 'no_such_module')"),
+        ("__version__ = '0.28.0+cpu'", "0.28.0+cpu"),
+    ],
+)
+def test_a_torchvision_that_fails_to_import_is_a_finding(
+    source: str, found: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text(source + "\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "2.13.0+cpu")
+    finding = doctor.torchvision_finding()
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    assert (finding.found, finding.ok) == (found, found == "0.28.0+cpu")
+    if not finding.ok:
+        assert finding.fix == (
+            'pip install "torchvision==0.28.*" from the index that torch 2.13 was installed from; '
+            "or pip uninstall torchvision, which few models need"
+        )
+
+
+def test_a_torchvision_that_is_absent_is_fine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "2.6.0")
+    finding = doctor.torchvision_finding()
+    assert finding.ok and finding.found.startswith("not installed (optional: processors that take videos too")
+    assert finding.fix == 'pip install "torchvision==0.21.*" from the index that torch 2.6 was installed from'
+
+
 def test_a_package_adds_its_lines_and_one_that_fails_is_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     written = tmp_path / "site"
     (written / "somebody-1.0.dist-info").mkdir(parents=True)
@@ -71,6 +109,7 @@ def test_the_whole_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
         "python",
         "torch",
         "transformers",
+        "torchvision",
         "backend",
         "threads",
         "cache folder",

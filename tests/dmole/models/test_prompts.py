@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
 from dmole.models.prompts import IGNORE, Encoded, encode, instruction_ids, stop_ids
 
-from .conversations import LATER, NONE, ONE, SMALL, TALK, TWO, Declared, assistant, picture, user
+from .batches_and_samples import BATCHES, check_batch, widened
+from .conversations import LATER, NONE, ONE, TALK, TWO, Declared, picture, user
 from .folders import END_OF_TURN, FAMILIES, write_folder
-from .padded import PADDED
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -36,26 +35,6 @@ def processor(folder: Path) -> Any:
 @pytest.fixture(scope="module")
 def model(folder: Path) -> Any:
     return widened(AutoModelForImageTextToText.from_pretrained(folder)).eval()
-
-
-def widened(network: nn.Module) -> nn.Module:
-    """Weights drawn wide enough that an image shows in the logits."""
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in network.named_parameters():
-        if parameter.dim() > 1 and "embed" not in name:
-            parameter.data.normal_(std=0.2, generator=generator)
-    return network
-
-
-BATCHES = {
-    "one": [ONE],
-    "two": [TWO],
-    "none": [NONE],
-    "same": [ONE, [user("Describe it.", SMALL), assistant("no")]],
-    "images": [ONE, TWO],
-    "mixed": [ONE, NONE, TWO],
-    "text_first": [NONE, ONE, [user("Describe it.", SMALL), assistant("no")]],
-}
 
 
 def rows(encoded: Encoded) -> Iterator[tuple[list[int], list[int]]]:
@@ -109,60 +88,10 @@ def test_every_assistant_turn_is_labelled(processor: Any, family: str, conversat
     assert all(label in (IGNORE, number) for number, label in zip(ids, labels, strict=True))
 
 
-def check_batch(processor: Any, model: Any, batch: str, with_answers: bool) -> None:
-    """Ids, labels and logits of every sample are those of the sample alone."""
-    together = encode(processor, BATCHES[batch], with_answers=with_answers, declaration=Declared())
-    mask = together.inputs["attention_mask"]
-    assert mask[:, 0 if with_answers else -1].all()  # right padding, left padding
-    with torch.no_grad():
-        logits = model(**together.inputs).logits
-        for s, conversation in enumerate(BATCHES[batch]):
-            alone = encode(processor, [conversation], with_answers=with_answers, declaration=Declared())
-            kept = mask[s] == 1
-            assert together.inputs["input_ids"][s, kept].tolist() == alone.inputs["input_ids"][0].tolist()
-            if with_answers:
-                assert together.labels is not None and alone.labels is not None
-                assert together.labels[s, kept].tolist() == alone.labels[0].tolist()
-            assert together.prompt_lengths[s] == alone.prompt_lengths[0]
-            torch.testing.assert_close(logits[s, kept], model(**alone.inputs).logits[0], rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize("with_answers", [True, False], ids=["training", "generation"])
 @pytest.mark.parametrize("batch", ["images", "mixed", "text_first"])
 def test_a_batch_equals_its_samples_alone(processor: Any, model: Any, batch: str, with_answers: bool) -> None:
     check_batch(processor, model, batch, with_answers)
-
-
-@pytest.fixture
-def padded(request: pytest.FixtureRequest) -> tuple[nn.Module, Any]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network, processor = PADDED[request.param]()
-    return widened(network).eval(), processor
-
-
-@pytest.mark.parametrize("with_answers", [True, False], ids=["training", "generation"])
-@pytest.mark.parametrize(
-    ("padded", "batches"),
-    [("idefics2", ["images", "mixed", "text_first"]), ("mllama", ["one", "two", "same"])],
-    indirect=["padded"],
-)
-def test_a_batch_of_padded_images_equals_its_samples_alone(
-    padded: tuple[nn.Module, Any], batches: list[str], with_answers: bool
-) -> None:
-    network, processor = padded
-    for batch in batches:
-        check_batch(processor, network, batch, with_answers)
-
-
-@pytest.mark.parametrize("padded", ["mllama"], indirect=True)
-def test_text_that_attends_to_images_has_as_many_in_every_sample(padded: tuple[nn.Module, Any]) -> None:
-    """Mllama's text without an image before it attends to all images of its batch: other logits than alone."""
-    for images, batch in ([1, 0], [ONE, NONE]), ([1, 2], [ONE, TWO]):
-        with pytest.raises(ValueError) as raised:
-            encode(padded[1], batch, with_answers=True, declaration=Declared())
-        assert str(raised.value).startswith("processor: got cross_attention_mask (")
-        assert f"for samples with {images} images; expected samples with the same number" in str(raised.value)
 
 
 def test_another_image_gives_other_logits(processor: Any, model: Any) -> None:
