@@ -182,15 +182,15 @@ def run(
     console = Console()
     folder = run_all(chosen, console=console, fresh=fresh)
     from dmole.reports.shown import show
-    from dmole.reports.stored import read_runs
+    from dmole.reports.stored import read_run
     from dmole.training.processes import leave
 
     leave()
     if not first:
         return
 
-    names = set(planned_runs(chosen))
-    show(console, [result for result in read_runs(folder) if result.folder.name in names])
+    # Not every run of the folder: one of them may be damaged, which says nothing about these.
+    show(console, [read_run(folder / "runs" / name) for name in sorted(set(planned_runs(chosen)))])
     console.print(f"results: {escape(str(folder))} (pictures: runs/*/matrix.png)", highlight=False, soft_wrap=True)
 
 

@@ -119,6 +119,7 @@ def write_run_results(
     assert tuple(summary) == SUMMARY_COLUMNS
     summary |= method_columns(position.method_seconds, method.columns(), plan.method)
     result = {
+        "fingerprint": plan.fingerprint,
         "summary": summary,
         "trainable_parameters_by_stage": counts,
         "profile": profile,

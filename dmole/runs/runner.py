@@ -34,6 +34,7 @@ from dmole.models.vision_language import VisionLanguageModel
 from dmole.reports.run_files import write_summary
 from dmole.runs.estimate import estimate, measure
 from dmole.runs.interruption import StopSignals
+from dmole.runs.locks import locked, summary_lock
 from dmole.runs.plan import RunPlan, check_folder, check_plan, check_samples, plan_runs, work_units
 from dmole.runs.progress import Costs, RunProgress
 from dmole.runs.rows import SHARED_ROWS
@@ -52,7 +53,7 @@ def run(config: RunConfig, *, console: Console | None = None, fresh: bool = Fals
     check_named(config)
     console = console or Console()
     output = Path(config.output)
-    with _torch_settings(config):
+    with _torch_settings(config), contextlib.ExitStack() as held:
         accelerator = make_accelerator(config.training)
         if not accelerator.is_main_process:
             console = Console(quiet=True)
@@ -68,6 +69,8 @@ def run(config: RunConfig, *, console: Console | None = None, fresh: bool = Fals
         check_samples(stream, model, config.evaluation.max_new_tokens)
         stages = {plan.folder: check_plan(plan, config, model) for plan in plans}
         accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            held.enter_context(locked(output, [plan.folder.name for plan in plans]))
         if fresh and accelerator.is_main_process:
             for plan in plans:
                 shutil.rmtree(plan.folder, ignore_errors=True)
@@ -90,6 +93,7 @@ def run(config: RunConfig, *, console: Console | None = None, fresh: bool = Fals
         progress = RunProgress(console, sum(units.values()), costs=costs, heartbeat_seconds=config.heartbeat_seconds)
         with progress, StopSignals() as stop:
             for plan in plans:
+                check_folder(plan)
                 if (plan.folder / "result.json").exists():
                     progress.skip(units[plan.folder])
                     progress.note(f"{plan.folder.name}: finished earlier, kept")
@@ -98,11 +102,20 @@ def run(config: RunConfig, *, console: Console | None = None, fresh: bool = Fals
                     raise stop.interrupted(f"before {plan.folder.name}; the runs before it are finished.")
                 SingleRun(plan, config, model, progress, stop).run()
                 if accelerator.is_main_process:
-                    write_summary(output)
+                    _summarize(output, console)
         if accelerator.is_main_process:
-            write_summary(output)
+            _summarize(output, console)
         accelerator.wait_for_everyone()
     return output
+
+
+def _summarize(output: Path, console: Console) -> None:
+    """summary.csv and profile.csv; a run that cannot be read is named and left out."""
+    with summary_lock(output):
+        for leftover in output.glob("*.csv.*.partial"):
+            leftover.unlink()  # of a process killed while it wrote them
+        for damaged in write_summary(output):
+            console.print(f"warning: {damaged}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _announce(
