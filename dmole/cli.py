@@ -15,6 +15,7 @@ Imports happen inside the commands: torch takes seconds, and `dmole --help` shou
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import shlex
@@ -34,6 +35,7 @@ from dmole.runs.interruption import Interrupted
 FAILED = 1
 WRONG_INPUT = 2
 INTERRUPTED = 130
+CLOSED = 141  # 128 + SIGPIPE, as a shell reports of programs whose reader has gone
 TRACEBACK = "DMOLE_TRACEBACK"
 
 app = typer.Typer(
@@ -60,7 +62,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # What libraries log about their own builds, which nobody who runs dmole can act on.
     for library in ("torchao", "torch.utils._pytree"):
         logging.getLogger(library).setLevel(logging.ERROR)
-    code = status(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A character that the terminal's encoding lacks must not end a command.
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = status(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # such as `dmole verify ... | head`
+        code = CLOSED
+        silence = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            # Python flushes both once more when it ends.
+            os.dup2(silence, stream.fileno())
     if "RANK" in os.environ:
         # One of several processes. A thread of gloo that frees a tensor while the interpreter shuts down aborts the
         # process, and with a sharded base the threads outlive their process group (torch 2.13).
@@ -88,6 +102,8 @@ def status(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"error: {error} (`dmole doctor` lists what is missing)", WRONG_INPUT)
     except Interrupted as error:
         return _fail(f"{error} Go on with:\n{_resuming(given)}", 128 + error.number)
+    except BrokenPipeError:
+        raise
     except OSError as error:
         named = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
         return _fail(f"error: {named}", WRONG_INPUT)

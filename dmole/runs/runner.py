@@ -38,7 +38,7 @@ from dmole.runs.locks import locked, summary_lock
 from dmole.runs.plan import RunPlan, check_folder, check_plan, check_samples, plan_runs, work_units
 from dmole.runs.progress import Costs, RunProgress
 from dmole.runs.rows import SHARED_ROWS
-from dmole.runs.single_run import SingleRun
+from dmole.runs.single_run import SingleRun, clean_up
 from dmole.sources import check_named, open_model, open_stream
 from dmole.training.acceleration import make_accelerator, place
 
@@ -96,6 +96,8 @@ def run(config: RunConfig, *, console: Console | None = None, fresh: bool = Fals
                 check_folder(plan)
                 if (plan.folder / "result.json").exists():
                     progress.skip(units[plan.folder])
+                    if accelerator.is_main_process:
+                        clean_up(plan.folder)
                     progress.note(f"{plan.folder.name}: finished earlier, kept")
                     continue
                 if stop.requested is not None:

@@ -62,8 +62,7 @@ class SingleRun:
         folder = self.plan.folder
         if self._writes:
             folder.mkdir(parents=True, exist_ok=True)
-            for leftover in folder.glob("*.partial"):
-                leftover.unlink()  # of a process killed while it wrote; a run's folder has one writer
+            _remove_leftovers(folder)
             write_run_settings(self.plan, self.config, self.accelerator)
         self.method.check(self.plan.stream)
         with tracking(self.accelerator, self.plan.folder.name, self.config.to_dict()):
@@ -80,8 +79,7 @@ class SingleRun:
                     dict(sorted(rows.items())),
                 )
             )
-            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-            shutil.rmtree(folder / STAGES, ignore_errors=True)
+            clean_up(folder)
         self.accelerator.wait_for_everyone()
 
     @property
@@ -301,3 +299,21 @@ class SingleRun:
         if self._writes:
             write_atomically(self._row_path(row), data)
         return hashlib.sha256(data).hexdigest()
+
+
+def clean_up(folder: Path) -> None:
+    """Delete what a finished run needs no more; also what a process left that was killed while it did this."""
+    for name in (CHECKPOINTS, STAGES):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    _remove_leftovers(folder)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Of a process killed while it wrote; a run's folder has one writer, who holds its lock."""
+    for leftover in folder.glob("*.partial"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
+    if (folder / "model.old").exists() and (folder / "model").exists():
+        shutil.rmtree(folder / "model.old")
