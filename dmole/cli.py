@@ -20,6 +20,7 @@ Imports happen inside the commands: torch takes seconds, and `dmole --help` shou
 
 from __future__ import annotations
 
+import io
 import os
 import shlex
 import sys
@@ -39,6 +40,7 @@ from dmole.runs.interruption import Interrupted
 FAILED = 1
 WRONG_INPUT = 2
 INTERRUPTED = 130
+CLOSED = 141  # 128 + SIGPIPE, as a shell reports of programs whose reader has gone
 TRACEBACK = "DMOLE_TRACEBACK"
 
 app = typer.Typer(
@@ -63,7 +65,19 @@ USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit. `DMOLE_TRACEBACK=1` shows where an error came from."""
-    code = status(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A character that the terminal's encoding lacks must not end a command.
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = status(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # such as `dmole verify ... | head`
+        code = CLOSED
+        silence = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            # Python flushes both once more when it ends.
+            os.dup2(silence, stream.fileno())
     if "RANK" in os.environ:
         # One of several processes. A thread of gloo that frees a tensor while the interpreter shuts down aborts the
         # process, and with a sharded base the threads outlive their process group (torch 2.13).
@@ -91,6 +105,8 @@ def status(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"error: {error} (`dmole doctor` lists what is missing)", WRONG_INPUT)
     except Interrupted as error:
         return _fail(f"{error} Go on with:\n{_resuming(given)}", 128 + error.number)
+    except BrokenPipeError:
+        raise
     except OSError as error:
         named = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
         return _fail(f"error: {named}", WRONG_INPUT)
@@ -194,15 +210,15 @@ def run(
     console = Console()
     folder = run_all(chosen, console=console, fresh=fresh)
     from dmole.reports.shown import show
-    from dmole.reports.stored import read_runs
+    from dmole.reports.stored import read_run
     from dmole.training.processes import leave
 
     leave()
     if not first:
         return
 
-    names = set(planned_runs(chosen))
-    show(console, [result for result in read_runs(folder) if result.folder.name in names])
+    # Not every run of the folder: one of them may be damaged, which says nothing about these.
+    show(console, [read_run(folder / "runs" / name) for name in sorted(set(planned_runs(chosen)))])
     console.print(f"results: {escape(str(folder))} (pictures: runs/*/matrix.png)", highlight=False, soft_wrap=True)
 
 

@@ -3,12 +3,18 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 JSON = Any  # what json.dumps takes: dict, list, str, int, float, bool, None
 
@@ -29,14 +35,40 @@ def write_atomically(path: Path, data: bytes, *, durable: bool = True) -> None:
             if durable:
                 os.fsync(file.fileno())
         os.replace(partial, path)
+        if durable:
+            sync_folder(path.parent)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
 
 
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in `folder` are on the disk: without it a power failure can undo a rename."""
+    if os.name == "nt":
+        return  # folders cannot be opened there
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_json(path: Path, document: JSON) -> None:
     """Indented JSON, atomically."""
     write_atomically(path, (json.dumps(document, indent=1) + "\n").encode())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Tensors as safetensors; an error of the disk is an OSError with the file's name, as of every other write."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(dict(tensors), path)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, os.strerror(code) if number else str(error), str(path)) from error
 
 
 def file_digest(path: Path) -> str:

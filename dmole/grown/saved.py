@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dmole.files import JSON, file_digest, sealed_digest, synced_digest
+from dmole.files import JSON, file_digest, sealed_digest, sync_folder, synced_digest, write_tensors
 from dmole.methods.base import Method
 from dmole_kernels import save_experts
 
@@ -124,7 +124,7 @@ def write(
         save_experts(method.vlm.model, partial / EXPERTS, experts, base_name=base.model)
     rest = {name: tensor.detach().contiguous() for name, tensor in tensors.items() if name not in inside}
     if rest:
-        save_file(rest, partial / TENSORS)
+        write_tensors(partial / TENSORS, rest)
     (partial / README).write_text(_readme(method, base, tasks, experts), encoding="utf-8")
     files = sorted(path for path in partial.rglob("*") if path.is_file())
     body = {
@@ -156,7 +156,9 @@ def write(
     if folder.exists():
         # A folder that is not empty cannot be replaced in one step; in between it has the name `old`.
         os.rename(folder, old)
+    sync_folder(partial)
     os.rename(partial, folder)
+    sync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
     return digest
 

@@ -31,6 +31,8 @@ class Verification:
     aggregates: int = 0
     not_measured: int = 0
     """Cells of the matrix that the settings of the evaluation left out: there is nothing to verify in them."""
+    without_model: int = 0
+    """Runs whose folder has no model/ any more, which holds no number of a table."""
     differences: list[Difference] = field(default_factory=list)
 
     @property
@@ -41,6 +43,8 @@ class Verification:
         checked = f"{self.runs} runs, {self.scores} scores from raw predictions, {self.aggregates} aggregates"
         if self.not_measured:
             checked += f", {self.not_measured} cells not measured"
+        if self.without_model:
+            checked += f", {self.without_model} runs without their model"
         if self.ok:
             return f"verified {checked}: all as stored"
         count = len(self.differences)

@@ -133,27 +133,48 @@ def aggregate_columns(matrix: np.ndarray, final_rows: Sequence[int]) -> dict[str
     return {"AVG": values.avg, "Last": values.last, "BWT": values.bwt}
 
 
-def write_summary(output: Path) -> None:
+def write_summary(output: Path) -> list[str]:
     """`<output>/summary.csv` and `<output>/profile.csv` from every finished run below `<output>/runs`.
 
     A column times_<method> is the step time over that of the method's run with the same seed and order, for every
-    method that is a `time_baseline`.
+    method that is a `time_baseline`. Returns a sentence for each run whose result.json cannot be read; it has no row.
     """
-    results = [json.loads(path.read_bytes()) for path in sorted((output / "runs").glob("*/result.json"))]
+    results, damaged = [], []
+    for path in sorted((output / "runs").glob("*/result.json")):
+        try:
+            result = json.loads(path.read_bytes())
+            _summary_rows([result])
+        except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+            damaged.append(
+                f"{path} cannot be read ({type(error).__name__}): its run is not in summary.csv. Restore it, or run "
+                "it again with --fresh."
+            )
+        else:
+            results.append(result)
+    for name, (header, rows) in zip(("summary.csv", "profile.csv"), _summary_rows(results), strict=True):
+        write_csv(output / name, header, rows)
+    return damaged
+
+
+Table = tuple[Sequence[str], list[list[object]]]
+
+
+def _summary_rows(results: Sequence[Mapping[str, JSON]]) -> tuple[Table, Table]:
+    """Header and rows of summary.csv and of profile.csv."""
     columns = list(dict.fromkeys([*SUMMARY_COLUMNS, *(name for result in results for name in result["summary"])]))
-    write_csv(
-        output / "summary.csv", columns, ([result["summary"].get(name) for name in columns] for result in results)
-    )
+    summary = [[result["summary"].get(name) for name in columns] for result in results]
     steps = {(r["summary"]["seed"], r["summary"]["order"], r["summary"]["method"]): r["profile"] for r in results}
     baselines = sorted({method for (_, _, method), profile in steps.items() if profile.get("time_baseline")})
-    rows = []
+    rows: list[list[object]] = []
     for (seed, order, method), profile in steps.items():
         own = profile["step_ms"]
         if own is None:
             continue
+        if not isinstance(own, int | float):
+            raise TypeError(f"step_ms: got {own!r}; expected a number.")
         times = [(steps.get((seed, order, baseline)) or {}).get("step_ms") for baseline in baselines]
         parts = [profile["step_ms_by_part"].get(part, 0.0) for part in PROFILE_PARTS]
-        ratios = [None if time is None else own / time for time in times]
+        ratios = [own / time if time else None for time in times]
         rows.append([method, seed, order, *parts, own, *ratios, profile["evaluation_seconds"]])
     header = ("method", "seed", "order", *(f"{part}_ms" for part in PROFILE_PARTS), "step_ms")
-    write_csv(output / "profile.csv", (*header, *(f"times_{name}" for name in baselines), "evaluation_seconds"), rows)
+    return (columns, summary), ((*header, *(f"times_{name}" for name in baselines), "evaluation_seconds"), rows)

@@ -116,6 +116,15 @@ def read_run(folder: Path) -> StoredRun:
     missing = [key for key in ("method", "seed", "order") if key not in result["summary"]]
     if missing:
         raise ResultsError(f"{folder / FINISHED}: summary has no {', '.join(missing)}. Run it again.")
+    profile = result.get("profile") or {}
+    mappings = {"profile": profile, **{key: result.get(key) or {} for key in ("routing", "well_formed", "files")}}
+    if isinstance(profile, dict):
+        mappings["profile.step_ms_by_part"] = profile.get("step_ms_by_part") or {}
+    wrong = [key for key, value in mappings.items() if not isinstance(value, dict)]
+    if not wrong and not isinstance(profile.get("step_ms"), int | float | None):
+        wrong = ["profile.step_ms"]
+    if wrong:
+        raise ResultsError(f"{folder / FINISHED}: {wrong[0]} has the wrong type. Run it again.")
     tasks, matrix = read_matrix(folder / "matrix.csv")
     final = result.get("final_rows", dict.fromkeys(tasks, 0))
     if set(final) != set(tasks) or not all(isinstance(row, int) and 0 <= row <= len(tasks) for row in final.values()):
@@ -130,7 +139,7 @@ def read_json(path: Path) -> JSON:
     """The JSON document at `path`."""
     try:
         return json.loads(_bytes(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ResultsError(f"{path}: is not JSON ({error}). Run it again.") from error
 
 
@@ -267,7 +276,7 @@ def _lines(path: Path, keys: tuple[str, ...]) -> list[tuple[str, dict[str, JSON]
             continue
         try:
             line = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ResultsError(f"{path}:{number}: is not JSON ({error}). Run it again.") from error
         if not isinstance(line, dict) or not set(keys) <= set(line):
             raise ResultsError(f"{path}:{number}: expected an object with {', '.join(keys)}. Run it again.")

@@ -5,7 +5,8 @@
                                                     version of the metric that the references name
     the routes in predictions.jsonl.gz          ->  the routing numbers of result.json
     matrix.csv                                  ->  AVG, Last, BWT of result.json
-    result.json                                 ->  its row of summary.csv and of profile.csv, the steps of losses.csv
+    result.json                                 ->  its row of summary.csv and of profile.csv, the steps of losses.csv,
+                                                    the sha256 of every other file and of itself (`seals`)
     config.json                                 ->  its fingerprint, the name of the run's folder, the columns
 
 A difference above 1e-6 (floats are stored with all their digits; another machine's logarithm may differ in the last
@@ -21,6 +22,7 @@ from dmole.config import fingerprint
 from dmole.reports.continual import aggregates
 from dmole.reports.differences import Difference, Verification, expect, expect_tree
 from dmole.reports.routing_statistics import routing_statistics
+from dmole.reports.seals import verify_seals
 from dmole.reports.stored import (
     ResultsError,
     StoredPrediction,
@@ -36,6 +38,8 @@ from dmole.reports.stored import (
     scored_by,
 )
 
+# What reading a document of another form than expected can raise.
+MALFORMED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, OSError)
 KEY_COLUMNS = ("method", "seed", "order")
 NOT_MEASURED = "not measured"
 LOSS_COLUMNS = ("stage", "task", "step", "loss")
@@ -50,10 +54,11 @@ def verify_results(results: Path) -> Verification:
             run = read_run(folder)
             runs.append(run)
             _verify_run(results, run, report)
-        except ResultsError as error:
+        except MALFORMED as error:
             # A damaged file is a finding like any other: the remaining runs are still verified.
+            said = str(error) if isinstance(error, ResultsError) else f"{type(error).__name__}: {error}"
             report.differences.append(
-                Difference(file=_name(results, folder), cell="reading", stored=str(error), recomputed="nothing")
+                Difference(file=_name(results, folder), cell="reading", stored=said, recomputed="nothing")
             )
         report.runs += 1
     _verify_summary(results, runs, report)
@@ -70,7 +75,7 @@ def _verify_run(results: Path, run: StoredRun, report: Verification) -> None:
         return _name(results, run.folder / file)
 
     _verify_config(run, name("config.json"), report)
-    read_json(run.folder / "environment.json")
+    verify_seals(run, name("result.json"), report)
     references = read_references(run.folder)
     cells: dict[tuple[int, str], list[StoredPrediction]] = {}
     for prediction in read_predictions(run.folder):
@@ -138,8 +143,11 @@ def _verify_losses(run: StoredRun, file: str, report: Verification) -> None:
         value = _parsed(loss)
         if not isinstance(value, int | float) or not math.isfinite(value):
             expect(report, file, f"stage {stage}, step {step}, loss", loss, "a finite number")
-    steps = (run.result.get("profile") or {}).get("steps")
-    expect(report, file, "steps", len(rows), steps)
+    profile = run.result.get("profile") or {}
+    expect(report, file, "steps", len(rows), profile.get("steps"))
+    if profile.get("step_ms_by_part"):
+        parts = sum(profile["step_ms_by_part"].values())
+        expect(report, file.replace("losses.csv", "result.json"), "profile.step_ms", profile.get("step_ms"), parts)
 
 
 def _verify_config(run: StoredRun, file: str, report: Verification) -> None:
@@ -209,24 +217,28 @@ def _verify_summary(results: Path, runs: Sequence[StoredRun], report: Verificati
 
 
 def _verify_profile(results: Path, runs: Sequence[StoredRun], report: Verification) -> None:
-    """The step times of profile.csv are those of result.json, and their ratios to the baselines' are right."""
+    """Every time in profile.csv is that of result.json, and the ratios to the baselines' are right."""
     path = results / "profile.csv"
-    if not path.exists():
-        return
+    if not path.exists() and not any("files" in run.result for run in runs):
+        return  # written by hand, or by a version that had none
     rows = _keyed_rows(path, report)
-    times = {
-        tuple(str(run.summary[key]) for key in KEY_COLUMNS): (run.result.get("profile") or {}).get("step_ms")
-        for run in runs
-    }
-    for key in (key for key, own in times.items() if own is not None and key not in rows):
+    profiles = {tuple(str(run.summary[key]) for key in KEY_COLUMNS): run.result.get("profile") or {} for run in runs}
+    for key in (key for key, own in profiles.items() if own.get("step_ms") is not None and key not in rows):
         expect(report, "profile.csv", f"row {' '.join(key)}", "no row", "a row")
     for key, cells in rows.items():
-        where, own = f"row {' '.join(key)}", times.get(key)
-        expect(report, "profile.csv", f"{where}, step_ms", _parsed(cells.get("step_ms")), own)
-        for column, baseline in ratio_columns(cells).items():
-            theirs = times.get((baseline, *key[1:]))
-            ratio = None if own is None or not theirs else own / theirs
-            expect(report, "profile.csv", f"{where}, {column}", _parsed(cells[column]), ratio)
+        profile = profiles.get(key, {})
+        own, parts = profile.get("step_ms"), profile.get("step_ms_by_part") or {}
+        expected: dict[str, Any] = {"step_ms": own}
+        for column in cells:
+            if column == "evaluation_seconds":
+                expected[column] = profile.get(column)
+            elif column in (ratios := ratio_columns(cells)):
+                theirs = profiles.get((ratios[column], *key[1:]), {}).get("step_ms")
+                expected[column] = None if own is None or not theirs else own / theirs
+            elif column.endswith("_ms") and column != "step_ms":
+                expected[column] = parts.get(column.removesuffix("_ms"))
+        for column, value in expected.items():
+            expect(report, "profile.csv", f"row {' '.join(key)}, {column}", _parsed(cells.get(column)), value)
 
 
 def _keyed_rows(path: Path, report: Verification) -> dict[tuple[str, ...], dict[str, str]]:

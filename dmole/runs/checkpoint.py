@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from dmole.files import JSON, file_digest, sealed_digest, synced_digest
+from dmole.files import JSON, file_digest, sealed_digest, sync_folder, synced_digest, write_tensors
 
 MANIFEST = "manifest.json"
 VERSION = 1
@@ -52,7 +53,7 @@ def save(root: Path, tensors: Mapping[str, Mapping[str, Tensor]], documents: Map
     digests: dict[str, str] = {}
     for name, values in tensors.items():
         path = partial / f"{name}.safetensors"
-        save_file({key: value.detach().contiguous() for key, value in values.items()}, path)
+        write_tensors(path, {key: value.detach().contiguous() for key, value in values.items()})
         digests[path.name] = synced_digest(path)
     for name, document in documents.items():
         path = partial / f"{name}.json"
@@ -62,8 +63,10 @@ def save(root: Path, tensors: Mapping[str, Mapping[str, Tensor]], documents: Map
     path = partial / MANIFEST
     path.write_text(json.dumps({**body, "sha256": sealed_digest(body)}, indent=1), encoding="utf-8")
     synced_digest(path)
+    sync_folder(partial)
     folder = root / f"{number:06d}"
     os.rename(partial, folder)
+    sync_folder(root)
     for old in finished:
         shutil.rmtree(old)
     return folder
@@ -114,7 +117,9 @@ def load(folder: Path) -> Checkpoint:
 def _finished(root: Path) -> list[Path]:
     if not root.is_dir():
         return []
-    return sorted((path for path in root.iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
+    # Exactly the names that `save` gives: "007.bak", "2" or a number in other digits are somebody else's.
+    found = [path for path in root.iterdir() if re.fullmatch(r"[0-9]{6}|[1-9][0-9]{6,}", path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name))
 
 
 def _refusal(path: Path, why: str) -> str:

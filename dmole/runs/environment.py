@@ -15,6 +15,7 @@ from dmole.arithmetic import arithmetic
 from dmole.files import JSON
 from dmole.machine import processor_name, usable_cores
 from dmole.registry import GROUPS, registered
+from dmole_kernels import choose_backend
 
 PACKAGES = (
     "dmole", "torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy", "scipy", "pillow",
@@ -34,6 +35,7 @@ def describe_environment() -> dict[str, JSON]:
         "device": "cpu",
         "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
         "arithmetic": arithmetic(),
+        "kernels": choose_backend().name,
         "packages": package_versions(),
         "commit": _commit(),
     }

@@ -212,25 +212,37 @@ class _Unread(Image.Image):
 
 
 def check_folder(plan: RunPlan) -> None:
-    path = plan.folder / "config.json"
-    if not path.exists():
-        return
+    """Raise `ConfigError` unless what is in the run's folder, settings and results, belongs to the plan."""
+    settings, results = plan.folder / "config.json", plan.folder / "result.json"
+    found = {path: _document(path) for path in (settings, results) if path.exists()}
+    if results in found and settings not in found:
+        raise ConfigError(f"{settings} is missing beside a result. Restore it, or pass --fresh to delete that run.")
+    for path, document in found.items():
+        # Results of before version 0.2 do not say to which settings they belong.
+        if document.get("fingerprint", plan.fingerprint if path == results else None) == plan.fingerprint:
+            continue
+        old = document.get("identity")
+        if not isinstance(old, dict):
+            old = {}
+        changed = sorted(key for key in {*old, *plan.identity} if old.get(key) != plan.identity.get(key))
+        different = f" (different: {', '.join(changed)})" if path == settings else ""
+        raise ConfigError(
+            f"{plan.folder} holds {'a run' if path == settings else 'the results of a run'} with other settings"
+            f"{different}; expected the same ones. Choose another output folder, or pass --fresh to delete that run."
+        )
+
+
+def _document(path: Path) -> dict[str, JSON]:
     try:
         found = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(
             f"{path} is not JSON: it was truncated or edited. Restore it, or pass --fresh to delete that run."
         ) from error
     if not isinstance(found, dict):
-        raise ConfigError(f"{path} holds no settings of a run. Restore it, or pass --fresh to delete that run.")
-    if found.get("fingerprint") == plan.fingerprint:
-        return
-    old = found.get("identity", {})
-    changed = sorted(key for key in {*old, *plan.identity} if old.get(key) != plan.identity.get(key))
-    raise ConfigError(
-        f"{plan.folder} holds a run with other settings (different: {', '.join(changed)}); expected the same ones. "
-        "Choose another output folder, or pass --fresh to delete that run."
-    )
+        what = "settings" if path.name == "config.json" else "results"
+        raise ConfigError(f"{path} holds no {what} of a run. Restore it, or pass --fresh to delete that run.")
+    return found
 
 
 def work_units(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -32,15 +33,18 @@ from dmole.reports.run_files import (
     write_matrix,
     write_references,
 )
+from dmole.reports.seals import sealed
+from dmole.runs.checkpoint import CheckpointError
 from dmole.runs.environment import describe_environment
 from dmole.runs.evaluation import Evaluation, final_rows
 from dmole.runs.plan import RunPlan
 from dmole.runs.position import Position
 from dmole.training.symptoms import below_zero_shot, flat_loss, malformed_answers
+from dmole_kernels import choose_backend
 
 
 def write_run_settings(plan: RunPlan, config: RunConfig, accelerator: Accelerator) -> None:
-    """config.json and environment.json."""
+    """config.json and environment.json, which keeps the environment of every start."""
     document = {
         "method": plan.method,
         "seed": plan.seed,
@@ -51,13 +55,26 @@ def write_run_settings(plan: RunPlan, config: RunConfig, accelerator: Accelerato
         "config": config.to_dict(),
     }
     write_json(plan.folder / "config.json", document)
+    device = accelerator.device.type
     environment = {
         **describe_environment(),
-        "device": accelerator.device.type,
+        "device": device,
+        "kernels": choose_backend(device_type=device).name,
         "processes": accelerator.num_processes,
         "base_weights_sha256": plan.identity["base_weights"],
     }
-    write_json(plan.folder / "environment.json", environment)
+    path = plan.folder / "environment.json"
+    if path.exists():
+        # What computed the first numbers stays; every later start comes after it.
+        try:
+            first = json.loads(path.read_bytes())
+            environment = {**first, "resumes": [*first.get("resumes", []), environment]}
+        except (ValueError, RecursionError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{path} was truncated or edited; expected what the run was started with. Restore it, or delete "
+                f"{plan.folder} to start the run over."
+            ) from error
+    write_json(path, environment)
 
 
 def write_run_results(
@@ -93,7 +110,6 @@ def write_run_results(
         ),
     )
     saved_model = _save_model(plan, config, method)
-    save_matrix_picture(folder / "matrix.png", matrix, tasks, title=folder.name)
     final = final_rows(protocol, tasks)
     points = {row: result.points for row, result in rows.items()}
     worse = below_zero_shot(points.get(0, {}), final, points)
@@ -119,6 +135,7 @@ def write_run_results(
     assert tuple(summary) == SUMMARY_COLUMNS
     summary |= method_columns(position.method_seconds, method.columns(), plan.method)
     result = {
+        "fingerprint": plan.fingerprint,
         "summary": summary,
         "trainable_parameters_by_stage": counts,
         "profile": profile,
@@ -135,7 +152,9 @@ def write_run_results(
         "model": saved_model,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    write_json(folder / "result.json", result)
+    write_json(folder / "result.json", sealed(folder, result))
+    # After the result: a picture that cannot be drawn costs no number.
+    save_matrix_picture(folder / "matrix.png", matrix, tasks, title=folder.name)
     return worse
 
 

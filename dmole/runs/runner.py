@@ -36,10 +36,11 @@ from dmole.reports.run_files import write_summary
 from dmole.runs.dry_run import cuts, description
 from dmole.runs.estimate import estimate, measure
 from dmole.runs.interruption import StopSignals
+from dmole.runs.locks import locked, summary_lock
 from dmole.runs.plan import RunPlan, check_folder, check_plan, check_samples, plan_runs, work_units
 from dmole.runs.progress import Costs, RunProgress
 from dmole.runs.rows import SHARED_ROWS
-from dmole.runs.single_run import SingleRun
+from dmole.runs.single_run import SingleRun, clean_up
 from dmole.sources import check_named, open_model, open_stream
 from dmole.training.acceleration import make_accelerator, place
 
@@ -64,7 +65,7 @@ def run(
     check_named(config)
     console = console or Console()
     output = Path(config.output)
-    with _torch_settings(config):
+    with _torch_settings(config), contextlib.ExitStack() as held:
         accelerator = make_accelerator(config.training)
         if not accelerator.is_main_process:
             console = Console(quiet=True)
@@ -86,6 +87,8 @@ def run(
             _announce(plans, stages, config, model, console)
             return output
         accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            held.enter_context(locked(output, [plan.folder.name for plan in plans]))
         if fresh and accelerator.is_main_process:
             for plan in plans:
                 shutil.rmtree(plan.folder, ignore_errors=True)
@@ -108,19 +111,31 @@ def run(
         progress = RunProgress(console, sum(units.values()), costs=costs, heartbeat_seconds=config.heartbeat_seconds)
         with progress, StopSignals() as stop:
             for plan in plans:
+                check_folder(plan)
                 if (plan.folder / "result.json").exists():
                     progress.skip(units[plan.folder])
+                    if accelerator.is_main_process:
+                        clean_up(plan.folder)
                     progress.note(f"{plan.folder.name}: finished earlier, kept")
                     continue
                 if stop.requested is not None:
                     raise stop.interrupted(f"before {plan.folder.name}; the runs before it are finished.")
                 SingleRun(plan, config, model, progress, stop).run()
                 if accelerator.is_main_process:
-                    write_summary(output)
+                    _summarize(output, console)
         if accelerator.is_main_process:
-            write_summary(output)
+            _summarize(output, console)
         accelerator.wait_for_everyone()
     return output
+
+
+def _summarize(output: Path, console: Console) -> None:
+    """summary.csv and profile.csv; a run that cannot be read is named and left out."""
+    with summary_lock(output):
+        for leftover in output.glob("*.csv.*.partial"):
+            leftover.unlink()  # of a process killed while it wrote them
+        for damaged in write_summary(output):
+            console.print(f"warning: {damaged}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _announce(

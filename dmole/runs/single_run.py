@@ -28,6 +28,7 @@ from dmole.runs.rows import read_row, row_bytes, shared_row_file, zero_shot_row
 from dmole.seeding import derived_seed
 from dmole.training.acceleration import make_accelerator, tracking
 from dmole.training.batches import samples_per_step
+from dmole.training.damage import check_unchanged, weight_sums
 from dmole.training.processes import shard
 from dmole.training.stage_training import StageTraining
 from dmole.training.symptoms import flat_loss, malformed_answers
@@ -48,6 +49,7 @@ class SingleRun:
         self.model = model = fresh_copy(base)
         if config.training.fsdp:
             shard(model.model, self.accelerator.device.type)
+        self._base_sums = weight_sums(base.model)  # all copies share these tensors
         self.progress = progress
         self.stop = stop
         self.profile = Profile()
@@ -60,8 +62,7 @@ class SingleRun:
         folder = self.plan.folder
         if self._writes:
             folder.mkdir(parents=True, exist_ok=True)
-            for leftover in folder.glob("*.partial"):
-                leftover.unlink()  # of a process killed while it wrote; a run's folder has one writer
+            _remove_leftovers(folder)
             write_run_settings(self.plan, self.config, self.accelerator)
         self.method.check(self.plan.stream)
         with tracking(self.accelerator, self.plan.folder.name, self.config.to_dict()):
@@ -78,8 +79,7 @@ class SingleRun:
                     dict(sorted(rows.items())),
                 )
             )
-            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-            shutil.rmtree(folder / STAGES, ignore_errors=True)
+            clean_up(folder)
         self.accelerator.wait_for_everyone()
 
     @property
@@ -149,6 +149,8 @@ class SingleRun:
             self._stop_here(f"after {place}; a checkpoint is saved")
 
         training.run(after_step)
+        training.check_logits()
+        self._check_base()
         self.progress.skip(self._units_per_step * (training.total - training.step))
         torch.manual_seed(derived_seed(self.plan.seed, "end", stage.index))
         with self.profile.part("end_stage"):
@@ -166,6 +168,10 @@ class SingleRun:
         )
         self._save("evaluate")
         self._warn(flat_loss(stage.index, stage.task.name, training.losses, self.config.training))
+
+    def _check_base(self) -> None:
+        stage = self.stages[min(self.position.stage, len(self.stages) - 1)]
+        check_unchanged(self.base.model, self._base_sums, f"in {self._where(stage)}")
 
     def _warn(self, *sentences: str | None) -> None:
         for sentence in sentences:
@@ -248,6 +254,9 @@ class SingleRun:
         return count
 
     def _save(self, phase: str, training: StageTraining | None = None) -> None:
+        if training is not None:
+            training.check_numbers()
+        self._check_base()
         self.position.phase = phase
         with self.profile.part("checkpoint"):
             self.position.profile = dict(self.profile.seconds)
@@ -290,3 +299,21 @@ class SingleRun:
         if self._writes:
             write_atomically(self._row_path(row), data)
         return hashlib.sha256(data).hexdigest()
+
+
+def clean_up(folder: Path) -> None:
+    """Delete what a finished run needs no more; also what a process left that was killed while it did this."""
+    for name in (CHECKPOINTS, STAGES):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    _remove_leftovers(folder)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Of a process killed while it wrote; a run's folder has one writer, who holds its lock."""
+    for leftover in folder.glob("*.partial"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
+    if (folder / "model.old").exists() and (folder / "model").exists():
+        shutil.rmtree(folder / "model.old")

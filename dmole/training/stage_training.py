@@ -29,6 +29,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 
 from dmole.config_error import ConfigError
+from dmole.data.collate import collate
 from dmole.files import JSON
 from dmole.methods.base import Method, Stage
 from dmole.profile import Profile
@@ -43,6 +44,7 @@ from dmole.training.acceleration import (
     summed,
 )
 from dmole.training.batches import Piece, answer_tokens, load, steps_per_epoch, windows
+from dmole.training.damage import DamageError, check_finite, check_norm, gradient_norm, remedy
 from dmole.training.optimization import (
     load_optimizer_tensors,
     load_schedule,
@@ -150,6 +152,26 @@ class StageTraining:
         finally:
             model.train(False)
         self.validation.load_best()
+        self.check_numbers()
+
+    def _place(self, step: int) -> str:
+        return f"at step {step} of {self.total} of stage {self.stage.index} ({self.stage.task.name})"
+
+    def check_numbers(self) -> None:
+        """Raise `DamageError` for a trained parameter that is not finite."""
+        check_finite(self.parameters, self._place(self.step), self.settings.learning_rate)
+
+    def check_logits(self) -> None:
+        """Raise `DamageError` for logits of the first training samples that are not finite, with dropout off."""
+        samples = self.stage.task.train[: self.settings.per_device_train_batch_size]
+        batch = send_to_device(collate(self.method.vlm, samples, with_answers=True), self.accelerator.device)
+        inputs = self.method.vlm.on_device(batch.encoded.inputs)
+        with torch.no_grad(), self.method.training_gates(batch), self.accelerator.autocast():
+            logits = self.method.vlm.model(**inputs, use_cache=False).logits
+        real = batch.encoded.inputs["attention_mask"].bool().to(logits.device)
+        if real.shape == logits.shape[:2]:
+            logits = logits[real]  # attention of padding may be over nothing
+        check_finite({"the logits": logits}, self._place(self.step), self.settings.learning_rate)
 
     def _windows(self) -> Generator[list[tuple[Piece, Batch]], None, None]:
         """The batches of each coming step, those of this process, on the CPU."""
@@ -190,15 +212,17 @@ class StageTraining:
             if not self._ddp:
                 reduce_gradients(self.parameters)
             (value,) = summed(accelerator, sum(float(loss) for loss in losses))
+            where = self._place(self.step + 1)
             if not math.isfinite(value):
-                raise ValueError(
-                    f"the loss is {value} at step {self.step + 1} of {self.total} of stage {self.stage.index} "
-                    f"({self.stage.task.name}); expected a finite number. "
-                    f"Lower training.learning_rate (now {self.settings.learning_rate:g})."
+                raise DamageError(
+                    f"the loss is {value} {where}; expected a finite number. {remedy(self.settings.learning_rate)}"
                 )
             self._norm: Tensor | None = None
             if self.settings.max_grad_norm > 0:
                 self._norm = accelerator.clip_grad_norm_(self.parameters.values(), self.settings.max_grad_norm)
+            if accelerator.scaler is None:  # which skips a step with such gradients, and lowers its scale
+                norm = gradient_norm(self.parameters) if self._norm is None else self._norm
+                check_norm(float(norm), where, self.settings.learning_rate)
             self._rate = float(self.schedule.get_last_lr()[0])
             self.optimizer.step()
             self.schedule.step()
@@ -220,10 +244,9 @@ class StageTraining:
             with self.profile.part("validation"):
                 loss = validation_loss(self.method, self.stage.task.validation, settings, self.accelerator)
             if not math.isfinite(loss):
-                raise ValueError(
-                    f"the validation loss is {loss} at step {self.step} of {self.total} of stage {self.stage.index} "
-                    f"({self.stage.task.name}); expected a finite number. Lower training.learning_rate "
-                    f"(now {settings.learning_rate:g})."
+                raise DamageError(
+                    f"the validation loss is {loss} {self._place(self.step)}; expected a finite number. "
+                    f"{remedy(settings.learning_rate)}"
                 )
             self.validation.add(self.step, loss)
             if self.log is not None:
