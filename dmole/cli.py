@@ -2,6 +2,8 @@
 """The command `dmole`. Every error is one clear line on stderr and exit status 2; a failed check exits with 1.
 
     dmole run STREAM --model M --method NAMES  learn the stream's tasks one after another, test after each
+    dmole extend RUN --task FOLDER             one more task on a finished run
+    dmole import RUN LORA --task FOLDER        somebody's LoRA becomes an expert of its model
     dmole verify RESULTS                       recompute every stored number
     dmole report RESULTS                       the tables again
     dmole readme README.md --check             tables inside Markdown files against committed results
@@ -28,6 +30,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from dmole.grown.commands import extend_command, import_command
 from dmole.run_options import earlier_runs, planned_runs, recipe_config, run_config, split_names
 from dmole.runs.interruption import Interrupted
 
@@ -44,6 +47,8 @@ app = typer.Typer(
 )
 tasks_app = typer.Typer(help="Your own tasks.")
 app.add_typer(tasks_app, name="tasks")
+app.command("extend")(extend_command)
+app.command("import")(import_command)
 
 RecipeOption = Annotated[str | None, typer.Option(help="Start from a recipe's configuration.")]
 ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file of settings.")]
@@ -98,7 +103,7 @@ def status(arguments: Sequence[str] | None = None) -> int:
 
 
 def _interrupted(arguments: Sequence[str]) -> str:
-    if arguments[:1] != ["run"]:
+    if arguments[:1] not in (["run"], ["extend"]):
         return "interrupted"
     return f"interrupted. What came after the last checkpoint is done again by:\n{_resuming(arguments)}"
 
@@ -106,7 +111,8 @@ def _interrupted(arguments: Sequence[str]) -> str:
 def _resuming(arguments: Sequence[str]) -> str:
     """The command that goes on with an interrupted run."""
     kept = [argument for argument in arguments if argument not in ("--fresh", "--resume")]
-    return "  " + shlex.join(["dmole", *kept, "--resume"])
+    # `extend` goes on by itself.
+    return "  " + shlex.join(["dmole", *kept, *(["--resume"] if arguments[:1] == ["run"] else [])])
 
 
 def _fail(text: str, code: int) -> int:
