@@ -4,7 +4,9 @@
 import gzip
 import json
 import shutil
-from collections.abc import Callable
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +16,19 @@ import torch
 from dmole.cli import status
 from dmole.config import RunConfig, load_config
 from dmole.config_error import ConfigError
+from dmole.data.sample import Task
 from dmole.grown.extend import extend
 from dmole.grown.forget import forget
 from dmole.grown.saved import SavedModelError
+from dmole.methods.dmole.method import DMoLE
 from dmole.models.vision_language import VisionLanguageModel
 from dmole.reports.verify import verify_results
+from dmole.runs.evaluation import Evaluation
+from dmole.runs.rows import write_sealed
 from dmole.runs.runner import run
 
 METHODS = ("dmole", "finetune", "seq_ft")
-Make = Callable[..., Path]
+REFUSED = ("joint", "zero_shot")
 
 
 def part(toy: Path, to: Path, names: list[str]) -> Path:
@@ -52,8 +58,7 @@ def folders(toy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     two = part(toy_folder, root / "two", ["colours", "letters"])
     return {
         "two": run(config(two, root / "short")) / "runs",
-        "three": run(config(toy_folder, root / "whole", "methods=[dmole, finetune, seq_ft, joint, zero_shot]"))
-        / "runs",
+        "three": run(config(toy_folder, root / "whole", f"methods=[{', '.join((*METHODS, *REFUSED))}]")) / "runs",
         "stream": two,
         "task": part(toy_folder, root / "captions", ["captions"]),
     }
@@ -161,33 +166,57 @@ def test_other_data_and_another_base_are_refused(
         extend(done, folders["task"], output=tmp_path / "out")
 
 
-def test_a_killed_extension_goes_on_to_the_same_files(folders: dict[str, Path], tmp_path: Path) -> None:
-    """Killed inside the backfill, then inside the stage; the same call ends both times where it had not begun."""
-    run_folder, name = folders["two"] / "dmole-seed0-default", "dmole-seed0-default"
-    arguments = [str(run_folder), "--task", str(folders["task"]), "--output", str(tmp_path / "out"), "--backfill"]
-    stages = tmp_path / "out" / "runs" / name / "stages"
-    killed_at(f"write {stages / 'backfill-2.json'}", arguments)
+@pytest.mark.parametrize("stop", ["raised", pytest.param("killed", marks=pytest.mark.slow)])
+def test_a_stopped_extension_goes_on_to_the_same_files(
+    stop: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped inside the backfill, then at the end of the stage; the same call goes on both times."""
+    run_folder, output = folders["two"] / "dmole-seed0-default", tmp_path / "out"
+    stages = output / "runs" / "dmole-seed0-default" / "stages"
+
+    def stop_at(moment: str) -> None:
+        if stop == "killed":
+            arguments = [str(run_folder), "--task", str(folders["task"]), "--output", str(output), "--backfill"]
+            command = [sys.executable, "-c", KILLED, moment, *arguments]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+            assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
+            return
+        with monkeypatch.context() as patched, pytest.raises(Stopped):
+            raise_at(moment, patched)
+            extend(run_folder, folders["task"], output=output, backfill=True)
+
+    stop_at("backfill-2.json")
     assert (stages / "backfill-1.json").exists() and not (stages / "backfill-2.json").exists()
-    killed_at("end_stage", arguments)
+    stop_at("end_stage")
     assert list((stages.parent / "checkpoints").iterdir()) and not (stages.parent / "result.json").exists()
-    resumed = extend(run_folder, folders["task"], output=tmp_path / "out", backfill=True)
+    resumed = extend(run_folder, folders["task"], output=output, backfill=True)
     straight = extend(run_folder, folders["task"], output=tmp_path / "straight", backfill=True)
     for file in ("predictions.jsonl.gz", "references.jsonl.gz", "matrix.csv", "losses.csv"):
         assert (resumed / file).read_bytes() == (straight / file).read_bytes()
     assert files(resumed / "model") == files(straight / "model")
     again = files(resumed)
-    assert extend(run_folder, folders["task"], output=tmp_path / "out", backfill=True) == resumed
+    assert extend(run_folder, folders["task"], output=output, backfill=True) == resumed
     assert files(resumed) == again
     with pytest.raises(ConfigError, match="output: .* holds another run; expected a new folder"):
-        extend(run_folder, folders["task"], output=tmp_path / "out")
+        extend(run_folder, folders["task"], output=output)
 
 
-def killed_at(moment: str, arguments: list[str]) -> None:
-    """`dmole extend` in a process of its own that is killed when it comes to `moment`."""
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, moment, *arguments], capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
+class Stopped(BaseException):
+    """What stops an extension in this process."""
+
+
+def raise_at(moment: str, patched: pytest.MonkeyPatch) -> None:
+    def end_stage(self: DMoLE, stage: int, task: Task) -> None:
+        raise Stopped
+
+    def write(file: Path, result: Evaluation) -> None:
+        if file.name == moment:
+            raise Stopped
+        write_sealed(file, result)
+
+    patched.setattr("dmole.grown.extend.write_sealed", write)
+    if moment == "end_stage":
+        patched.setattr(DMoLE, "end_stage", end_stage)
 
 
 KILLED = """
@@ -198,7 +227,7 @@ from dmole.methods.dmole.method import DMoLE
 moment = sys.argv[1]
 
 def look(event, arguments):
-    if event == "open" and moment.startswith("write ") and str(arguments[0]).startswith(moment[6:]):
+    if event == "open" and moment in str(arguments[0]):
         os.kill(os.getpid(), signal.SIGKILL)
 
 sys.addaudithook(look)
