@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from PIL import Image
 
 import dmole
 from dmole.cli import status
 from dmole.data.collate import collate
+from dmole.data.reading import read_stream
 from dmole.data.sample import Sample
 from dmole.grown.forget import forget
 from dmole.grown.import_expert import import_expert
@@ -20,7 +20,9 @@ from dmole.grown.model import GrownModel
 from dmole.grown.saved import SavedModelError, read
 from mini_cmit.model.tiny import build_tiny_model
 
+peft = pytest.importorskip("peft")
 Runs = dict[str, Path]
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
 @pytest.fixture
@@ -56,8 +58,8 @@ def lora(finished: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def peft_folder(to: Path, targets: list[str], **settings: object) -> Path:
     torch.manual_seed(0)
-    config = LoraConfig(r=2, lora_alpha=6, target_modules=targets, init_lora_weights=False, **settings)  # type: ignore[arg-type]
-    get_peft_model(build_tiny_model(0).model, config).save_pretrained(str(to))
+    config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=targets, init_lora_weights=False, **settings)
+    peft.get_peft_model(build_tiny_model(0).model, config).save_pretrained(str(to))
     return to
 
 
@@ -68,9 +70,6 @@ def logits(grown: GrownModel, samples: list[Sample], tasks: list[tuple[str, ...]
 
 
 def test_it_answers_as_peft_does_and_is_found_by_the_router(copied: Path, task: Path, lora: Path) -> None:
-    from peft import PeftModel
-
-    from dmole.data.reading import read_stream
 
     before = dmole.load(copied)
     known = list(read_stream(json.loads((copied / "config.json").read_text())["config"]["stream"]).tasks[0].test)
@@ -82,9 +81,9 @@ def test_it_answers_as_peft_does_and_is_found_by_the_router(copied: Path, task: 
     assert torch.equal(logits(grown, known, [("colours",)] * len(known)), old)
     samples = list(read_stream(task).tasks[0].train)
     plain = build_tiny_model(0)
-    peft = PeftModel.from_pretrained(plain.model, str(lora)).eval()
+    loaded = peft.PeftModel.from_pretrained(plain.model, str(lora)).eval()
     with torch.no_grad():
-        expected = peft(**collate(plain, samples, with_answers=False).encoded.inputs).logits
+        expected = loaded(**collate(plain, samples, with_answers=False).encoded.inputs).logits
     base = logits(grown, samples, [()] * len(samples))
     torch.testing.assert_close(logits(grown, samples, [("skies",)] * len(samples)), expected, rtol=1e-4, atol=1e-5)
     assert (expected - base).abs().max() > 0.01
