@@ -11,6 +11,7 @@ from PIL import Image
 
 import dmole
 from dmole.cli import status
+from dmole.config import load_config
 from dmole.data.collate import collate
 from dmole.data.reading import read_stream
 from dmole.data.sample import Sample
@@ -18,11 +19,26 @@ from dmole.grown.forget import forget
 from dmole.grown.import_expert import import_expert
 from dmole.grown.model import GrownModel
 from dmole.grown.saved import SavedModelError, read
+from dmole.runs.runner import run
 from mini_cmit.model.tiny import build_tiny_model
 
 peft = pytest.importorskip("peft")
 Runs = dict[str, Path]
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def finished(toy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """{method: its run}, with a router that tells the tasks apart."""
+    output = tmp_path_factory.mktemp("importing") / "out"
+    overrides = (
+        f"stream={toy_folder}", "model=tiny", f"output={output}", "methods=[dmole, seq_ft]", "lora.rank=4",
+        "training.num_train_epochs=1", "training.per_device_train_batch_size=4", "training.report_to=[none]",
+        "evaluation={stages: last, zero_shot: false, max_new_tokens: 3}", "dmole.proxy_min_samples=4",
+        "dmole.router={epochs: 200, decoder: linear, learning_rate: 0.005, final_learning_rate: 0.005}",
+    )  # fmt: skip
+    run(load_config(overrides=overrides))
+    return {method: output / "runs" / f"{method}-seed0-default" for method in ("dmole", "seq_ft")}
 
 
 @pytest.fixture
@@ -116,8 +132,11 @@ def test_what_cannot_be_imported_is_refused(
     linear = json.loads((lora / "adapter_config.json").read_text())["target_modules"][0]
     with pytest.raises(ValueError, match="use_dora=True.*expected a plain LoRA adapter"):
         import_expert(copied, peft_folder(tmp_path / "dora", [linear], use_dora=True), task)
-    with pytest.raises(ValueError, match=r"lora: .* has 'lm_head' \(1 such layers\), which is no candidate"):
-        import_expert(copied, peft_folder(tmp_path / "head", ["lm_head"]), task)
+    with pytest.raises(
+        ValueError,
+        match=r"lora: .* has .model.multi_modal_projector.linear_1. \(1 such layers\), which is no candidate",
+    ):
+        import_expert(copied, peft_folder(tmp_path / "head", ["model.multi_modal_projector.linear_1"]), task)
     with pytest.raises(ValueError, match="has no adapter_config.json; expected a PEFT adapter"):
         import_expert(copied, task, task)
     with pytest.raises(ValueError, match="import: got a model of seq_ft, which has no router"):
