@@ -60,6 +60,7 @@ def folders(toy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
         "two": run(config(two, root / "short")) / "runs",
         "three": run(config(toy_folder, root / "whole", f"methods=[{', '.join((*METHODS, *REFUSED))}]")) / "runs",
         "stream": two,
+        "toy": toy_folder,
         "task": part(toy_folder, root / "captions", ["captions"]),
     }
 
@@ -260,3 +261,37 @@ def test_the_command_says_what_is_empty(
     said = capsys.readouterr().out
     assert "captions: not measured in rows 0, from before it was there" in said
     assert (tmp_path / "first-captions" / "runs" / name / "result.json").exists()
+
+
+def test_a_run_in_another_order_is_extended_at_its_end(folders: dict[str, Path], tmp_path: Path) -> None:
+    few = ("methods=[finetune]", "orders=[reversed]", "training.num_train_epochs=1", "train_samples=6")
+    done = run(config(folders["stream"], tmp_path / "done", *few))
+    extended = extend(done, folders["task"], output=tmp_path / "out")
+    document = json.loads((extended / "config.json").read_text())
+    assert document["tasks"] == ["letters", "colours", "captions"]
+    assert document["order"].startswith("order-") and extended.name == f"finetune-seed0-{document['order']}"
+    whole = config(folders["toy"], tmp_path / "whole", *few, "orders=['letters,colours,captions']")
+    straight = run(whole) / "runs" / extended.name
+    assert files(extended / "model") == files(straight / "model")
+    assert verify_results(tmp_path / "out").ok
+
+
+def test_an_interrupted_extension_names_the_same_command(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(self: DMoLE, stage: int, task: Task) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        begin(self, stage, task)
+
+    begin = DMoLE.begin_stage
+    arguments = ["extend", str(folders["two"] / "dmole-seed0-default"), "--task", str(folders["task"])]
+    arguments += ["--output", str(tmp_path / "out")]
+    with monkeypatch.context() as patched:
+        patched.setattr(DMoLE, "begin_stage", interrupt)
+        assert status(arguments) == 128 + signal.SIGTERM
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1] == "  " + " ".join(["dmole", *arguments])
+    assert "a checkpoint is saved" in said[-2]
+    assert status(arguments) == 0
+    whole = files(folders["three"] / "dmole-seed0-default" / "model")
+    assert files(tmp_path / "out" / "runs" / "dmole-seed0-default" / "model") == whole
