@@ -44,7 +44,7 @@ def config(stream: Path, output: Path, *more: str) -> RunConfig:
     return load_config(
         overrides=(
             f"stream={stream}", "model=tiny", f"output={output}", f"methods=[{', '.join(METHODS)}]",
-            "training.num_train_epochs=6", "training.per_device_train_batch_size=4", "training.learning_rate=0.01",
+            "training.num_train_epochs=4", "training.per_device_train_batch_size=4", "training.learning_rate=0.01",
             "lora.rank=4", "evaluation.per_device_eval_batch_size=5", "evaluation.max_new_tokens=6",
             "dmole.proxy_min_samples=4", "dmole.router.epochs=30", "training.report_to=[none]", *more,
         )
@@ -144,7 +144,7 @@ def test_a_changed_or_damaged_run_is_refused_by_name(folders: dict[str, Path], t
         extend(copied, folders["task"], output=tmp_path / "out")
     shutil.copy(folders["two"] / "dmole-seed0-default" / "predictions.jsonl.gz", copied)
     text = (copied / "config.json").read_text()
-    (copied / "config.json").write_text(text.replace('"num_train_epochs": 6', '"num_train_epochs": 7'))
+    (copied / "config.json").write_text(text.replace('"num_train_epochs": 4', '"num_train_epochs": 7'))
     with pytest.raises(SavedModelError, match="config.json was edited: its fingerprint does not match"):
         extend(copied, folders["task"], output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
