@@ -14,6 +14,8 @@
     dmole serve RUN                            the same over HTTP, as OpenAI's chat completions
     dmole export RUN --task T --to FOLDER      a task's expert as a stock PEFT folder
     dmole forget RUN --task T                  one task less
+    dmole extend RUN --task FOLDER             one more task on a finished run
+    dmole import RUN LORA --task FOLDER        somebody's LoRA becomes an expert of its model
 
 Imports happen inside the commands: torch takes seconds, and `dmole --help` should not.
 """
@@ -117,7 +119,7 @@ def status(arguments: Sequence[str] | None = None) -> int:
 
 
 def _interrupted(arguments: Sequence[str]) -> str:
-    if arguments[:1] != ["run"]:
+    if arguments[:1] not in (["run"], ["extend"]):
         return "interrupted"
     return f"interrupted. What came after the last checkpoint is done again by:\n{_resuming(arguments)}"
 
@@ -125,7 +127,8 @@ def _interrupted(arguments: Sequence[str]) -> str:
 def _resuming(arguments: Sequence[str]) -> str:
     """The command that goes on with an interrupted run."""
     kept = [argument for argument in arguments if argument not in ("--fresh", "--resume")]
-    return "  " + shlex.join(["dmole", *kept, "--resume"])
+    # `extend` goes on by itself.
+    return "  " + shlex.join(["dmole", *kept, *(["--resume"] if arguments[:1] == ["run"] else [])])
 
 
 def _fail(text: str, code: int) -> int:

@@ -1,14 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands that use what a run has left: `dmole ask`, `serve`, `export`, `forget`."""
+"""The commands that use what a run has left: `dmole ask`, `serve`, `export`, `forget`, `extend`, `import`.
+
+Imports happen inside the commands: torch takes seconds, and `dmole --help` should not.
+"""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.markup import escape
 
 RunArgument = Annotated[Path, typer.Argument(help="The folder of a finished run, or of its model.")]
+TaskFolderOption = Annotated[Path, typer.Option("--task", help="A folder with a stream.yaml that lists one task.")]
 BaseOption = Annotated[str | None, typer.Option(help="Where the base model is now; default: where the run had it.")]
 DeviceMapOption = Annotated[str | None, typer.Option(help="Such as auto or cuda:0; default: the CPU.")]
 DtypeOption = Annotated[str | None, typer.Option(help="Of the base model, such as bfloat16; default: the run's.")]
@@ -20,6 +27,8 @@ def register(app: typer.Typer) -> None:
     app.command("serve")(serve)
     app.command("export")(export)
     app.command("forget")(forget)
+    app.command("extend")(extend_command)
+    app.command("import")(import_command)
 
 
 def ask(
@@ -112,3 +121,50 @@ def forget(
         typer.confirm("Forget it?", abort=True)
     folder = forget_task(run, task, keep_weights=keep_weights)
     print(f"{folder}: {task} is {'out of the routing' if keep_weights else 'gone'}")
+
+
+def extend_command(
+    run: RunArgument,
+    task: TaskFolderOption,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="A new folder for the longer run.")] = None,
+    backfill: Annotated[bool, typer.Option("--backfill", help="Also test it on the model as it was before.")] = False,
+) -> None:
+    """Learn one more task on a finished run, which stays as it is; the longer run goes to a new folder.
+
+    The settings are the run's own. The same command goes on after an interruption. Without --output the new folder is
+    beside the old one, with the name of the task folder at its end.
+    """
+    from dmole.grown.extend import extend
+    from dmole.reports.shown import show
+    from dmole.reports.stored import read_run
+    from dmole.training.processes import leave
+
+    console = Console()
+    folder = extend(run, task, output=output or _beside(run, task), backfill=backfill, console=console)
+    leave()
+    if os.environ.get("RANK", "0") == "0":
+        show(console, [read_run(folder)])
+        console.print(f"results: {escape(str(folder))}", highlight=False, soft_wrap=True)
+
+
+def _beside(run: Path, task: Path) -> Path:
+    from dmole.grown.saved import find
+
+    folder = find(run).resolve().parent
+    old = folder.parent.parent if folder.parent.name == "runs" else folder
+    return old.with_name(f"{old.name}-{task.resolve().name}")
+
+
+def import_command(
+    run: RunArgument,
+    lora: Annotated[Path, typer.Argument(help="A PEFT LoRA folder with adapter_config.json.")],
+    task: TaskFolderOption,
+    to: Annotated[Path | None, typer.Option(help="A new folder for the model; without it RUN's own changes.")] = None,
+) -> None:
+    """Make a stock PEFT LoRA the expert of a new task; its router learns from the train split of the task's folder."""
+    from dmole.grown.import_expert import import_expert
+
+    folder, notes = import_expert(run, lora, task, to=to)
+    for note in notes:
+        print(f"warning: {note}")
+    print(f"model: {folder}")

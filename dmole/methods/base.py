@@ -24,6 +24,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
@@ -187,6 +188,26 @@ class Method(ABC):
         raise ValueError(
             f"task: got {task!r} for a model of {self.name}, where no task has weights of its own; expected a method "
             f"with one expert per task. Train again without the task."
+        )
+
+    def as_of(self, tasks: Sequence[str]) -> AbstractContextManager[None]:
+        """A context in which the model answers as it did when it had learned `tasks`, its first ones, and no more.
+
+        Raises ValueError for a method that keeps nothing of what it was.
+        """
+        raise ValueError(
+            f"backfill: got a model of {self.name}, which keeps nothing of what it was before its last stage; expected "
+            f"a method whose experts stay as they are. Leave it out: the earlier rows stay empty for the new task."
+        )
+
+    def adopt(self, task: Task, lora: Path) -> None:
+        """Make the stock PEFT LoRA folder `lora` the expert of `task`, with what a sample's route is chosen by.
+
+        Raises ValueError for a method without a router, and for a folder that is no plain LoRA on candidates.
+        """
+        raise ValueError(
+            f"import: got a model of {self.name}, which has no router that could send samples to the expert; expected "
+            f"one with experts and a router, such as dmole's. Import it there."
         )
 
     def trained_beside(self) -> dict[str, dict[str, int]]:

@@ -62,6 +62,9 @@ class RunPlan:
     stream: Stream
     folder: Path
     identity: dict[str, JSON]
+    # Of a run that goes on from a finished one with one more task (`dmole.grown.extend`): that run, and the folders of
+    # the tasks that are not in its stream.
+    extends: dict[str, JSON] | None = None
 
     @property
     def fingerprint(self) -> str:

@@ -53,6 +53,7 @@ def write_run_settings(plan: RunPlan, config: RunConfig, accelerator: Accelerato
         "fingerprint": plan.fingerprint,
         "identity": plan.identity,
         "config": config.to_dict(),
+        **({} if plan.extends is None else {"extends": plan.extends}),
     }
     write_json(plan.folder / "config.json", document)
     device = accelerator.device.type

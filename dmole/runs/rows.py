@@ -87,7 +87,7 @@ def zero_shot_row(
     everyone = PartialState()
     everyone.wait_for_everyone()
     if file.exists():
-        result = _read_shared(file)
+        result = read_sealed(file)
         after_batch(sum(len(task.test) for task in plan.stream.tasks))
         return result
     method = Pretrained(fresh_copy(base), MethodSettings(), seed=0)
@@ -96,17 +96,22 @@ def zero_shot_row(
     # A profile of its own: later runs read this row from its file, so it is in no run's time.
     accelerator = make_accelerator(config.training)
     result = evaluate(method, tasks, queue, config.evaluation, accelerator, profile=Profile(), after_batch=after_batch)
-    body = row_bytes(result)
     everyone.wait_for_everyone()
     if everyone.is_main_process:
-        write_atomically(
-            file, json.dumps({"sha256": _digest(body), "evaluation": json.loads(body)}, ensure_ascii=False).encode()
-        )
+        write_sealed(file, result)
     everyone.wait_for_everyone()
     return result
 
 
-def _read_shared(file: Path) -> Evaluation:
+def write_sealed(file: Path, result: Evaluation) -> None:
+    """An evaluation with its own digest, for `read_sealed`."""
+    body = row_bytes(result)
+    document = {"sha256": _digest(body), "evaluation": json.loads(body)}
+    write_atomically(file, json.dumps(document, ensure_ascii=False).encode())
+
+
+def read_sealed(file: Path) -> Evaluation:
+    """What `write_sealed` wrote; CheckpointError for a damaged file."""
     try:
         stored = json.loads(file.read_bytes())
         result = _evaluation(stored["evaluation"])

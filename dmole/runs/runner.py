@@ -65,7 +65,7 @@ def run(
     check_named(config)
     console = console or Console()
     output = Path(config.output)
-    with _torch_settings(config), contextlib.ExitStack() as held:
+    with torch_settings(config), contextlib.ExitStack() as held:
         accelerator = make_accelerator(config.training)
         if not accelerator.is_main_process:
             console = Console(quiet=True)
@@ -155,7 +155,7 @@ def _announce(
 
 
 @contextlib.contextmanager
-def _torch_settings(config: RunConfig) -> Iterator[None]:
+def torch_settings(config: RunConfig) -> Iterator[None]:
     """Deterministic algorithms and the thread count, put back afterwards."""
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]

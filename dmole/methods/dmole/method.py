@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from dmole.files import JSON
-from dmole.methods.base import Layers, Method, OwnWork, RoutingRecord, Stage
+from dmole.methods.base import Layers, OwnWork, RoutingRecord, Stage
 from dmole.methods.budget import Sizes, check_budget
 from dmole.methods.dmole.allocation import check_vision_floor
 from dmole.methods.dmole.expert_pool import ExpertPool, Placement
@@ -35,6 +35,7 @@ from dmole.methods.dmole.placement import place_experts
 from dmole.methods.dmole.report import method_report
 from dmole.methods.dmole.routing import Router, voted
 from dmole.methods.dmole.settings import DMoLESettings
+from dmole.methods.dmole.skills import Skills
 from dmole.methods.dmole.stage_memory import StageMemory
 from dmole.methods.settings import MethodSettings
 from dmole.models.adapters import (
@@ -45,7 +46,6 @@ from dmole.models.adapters import (
     experts_on,
     freeze_expert,
     load_adapter_state,
-    remove_expert,
 )
 from dmole.models.towers import VISION
 from dmole.seeding import derived_generator, derived_seed
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from dmole.models.vision_language import VisionLanguageModel
 
 
-class DMoLE(Method):
+class DMoLE(Skills):
     """D-MoLE as published; the ablations are settings (`dmole.methods.dmole.settings.ablated`)."""
 
     name: ClassVar[str] = "dmole"
@@ -218,20 +218,6 @@ class DMoLE(Method):
             self.pool[name]  # refuses a task without experts
         gate_SE = torch.tensor([[float(task in names) for task in self.pool.tasks] for names in tasks], device="cpu")
         return experts_on(self.gates, gate_SE.reshape(len(tasks), len(self.pool)), self.pool.experts, units=batch.units)
-
-    def task_experts(self) -> dict[str, str]:
-        return {placement.task: placement.expert for placement in self.pool}
-
-    def trained_beside(self) -> dict[str, dict[str, int]]:
-        return {p.task: {task: count for task, count in p.neighbours.items() if task} for p in self.pool}
-
-    def forget(self, task: str, *, keep_weights: bool = False) -> None:
-        placement = self.pool[task]
-        if task in self.router.tasks:
-            self.router.remove_task(task)
-        if not keep_weights:
-            self.pool.remove(task)
-            remove_expert(self.adapters, placement.expert)
 
     # Resume and report
 

@@ -37,13 +37,15 @@ def folder_of(family: str) -> Place:
 
 
 def write_fourth_task(root: Path) -> Path:
-    """A task with one image, beside the stream."""
-    root.mkdir()
+    """A stream of one more task, with one image a sample."""
+    (root / "shade").mkdir(parents=True)
+    task = "{name: shade, metric: exact_match, directory: shade}"
+    (root / "stream.yaml").write_text(f"name: more\ntasks:\n  - {task}\n")
     for split, count in (("train", 6), ("test", 3)):
         rows = []
         for number in range(count):
             name = f"{split}{number}.png"
-            Image.new("RGB", (40, 40), ["blue", "white"][number % 2]).save(root / name)
+            Image.new("RGB", (40, 40), ["blue", "white"][number % 2]).save(root / "shade" / name)
             rows.append(
                 {
                     "id": f"shade-{split}-{number}",
@@ -52,7 +54,7 @@ def write_fourth_task(root: Path) -> Path:
                     "answers": [["blue", "white"][number % 2]],
                 }
             )
-        (root / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (root / "shade" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root
 
 
