@@ -220,6 +220,7 @@ def test_tasks_check(toy_folder: Path, capsys: pytest.CaptureFixture[str]) -> No
         "colours: exact_match, 10 train, 0 validation, 4 test, ceiling 100.0",
         "letters: option_letter, 10 train, 0 validation, 4 test, ceiling 100.0",
         "captions: cider, 10 train, 0 validation, 4 test, ceiling 500.0",
+        "leaks (entities, image bytes, question with images, across splits and tasks): none",
         "toy: 3 tasks, nothing wrong",
     ]
 
@@ -232,7 +233,7 @@ def test_tasks_check_says_which_pictures_are_not_used_as_stored(
     frames[0].save(stream / "letters" / "test1.png", save_all=True, append_images=frames[1:])
     assert status(["tasks", "check", str(stream)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-2] == "note: letters/test.jsonl:2: image test1.png has 3 frames; the first one is used"
+    assert lines[-3] == "note: letters/test.jsonl:2: image test1.png has 3 frames; the first one is used"
 
 
 def test_readme_command(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
