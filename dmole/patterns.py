@@ -5,12 +5,17 @@
 bounded: the library `regex` stops after `SECONDS`.
 """
 
+import math
+import re
+
 import regex
 
 from dmole.config_error import ConfigError
 
 SECONDS = 1.0
 LONGEST = 2000
+# Of the counts in {...}, one times the other as if nested: `regex` takes about 260 bytes for each repetition.
+REPETITIONS = 100_000
 
 
 def check_pattern(name: str, pattern: str) -> None:
@@ -18,6 +23,9 @@ def check_pattern(name: str, pattern: str) -> None:
     try:
         if len(pattern) > LONGEST:
             raise ValueError(f"it has {len(pattern)} characters, at most {LONGEST} are read")
+        counts = re.findall(r"\d+", " ".join(re.findall(r"\{([^{}]*)\}", pattern)))
+        if math.prod(max(1, int(count)) for count in counts) > REPETITIONS:
+            raise ValueError(f"its counts repeat more than {REPETITIONS} times")
         regex.compile(pattern)
     except (regex.error, ValueError, OverflowError, RecursionError, MemoryError, IndexError, KeyError) as error:
         raise ConfigError(f"{name} is {pattern[:80]!r}; expected a regular expression ({error}).") from error

@@ -76,6 +76,10 @@ def conversation(sample: Sample, answer: str | None, *, images: Sequence[Image.I
     Args:
         images: what stands for the sample's images; None opens their files.
     """
+    if images is not None and len(images) != len(sample.images):
+        raise ValueError(
+            f"images: got {len(images)} for the {len(sample.images)} of sample {sample.id!r}; expected all."
+        )
     shown = iter([open_image(path) for path in sample.images] if images is None else images)
     messages: list[dict[str, Any]] = [
         {

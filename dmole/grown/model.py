@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dmole.config import EvaluationSettings
-from dmole.data.collate import Batch, conversation
+from dmole.data.collate import Batch
 from dmole.data.images import open_image
 from dmole.data.sample import Sample
 from dmole.grown.instructions import instructions_in
@@ -353,10 +353,7 @@ class GrownModel:
             raise ValueError(f"images: got {len(shown)} lists for {len(texts)} questions; expected one list for each.")
         if not texts:
             raise ValueError("text: got no question; expected at least one.")
-        return [
-            conversation(_question(0, asked), None, images=[open_image(picture) for picture in pictures])
-            for asked, pictures in zip(texts, shown, strict=True)
-        ], single
+        return [_asked(pictures, question) for question, pictures in zip(texts, shown, strict=True)], single
 
     def _batch(self, conversations: Sequence[Conversation]) -> Batch:
         encoded = self.vlm.encode(conversations, with_answers=False)
@@ -417,6 +414,14 @@ def _sizes(model: nn.Module) -> dict[str, tuple[dict[str, int], int, int]]:
 
 def _question(place: int, instruction: str) -> Sample:
     return Sample(id=str(place), images=(), instruction=instruction, answers=("",))
+
+
+def _asked(pictures: Sequence[Picture], text: str) -> Conversation:
+    content = [
+        *({"type": "image", "image": open_image(picture)} for picture in pictures),
+        {"type": "text", "text": text},
+    ]
+    return [{"role": "user", "content": content}]
 
 
 def _last_text(messages: Conversation) -> str:

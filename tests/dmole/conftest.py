@@ -26,6 +26,8 @@ TASKS = (
 def write_toy_stream(root: Path, *, train: int = 10, test: int = 4, validation: int = 0) -> Path:
     """Three tasks about plain red and green pictures, written in the package's own format."""
     chance = random.Random(0)
+    # No picture twice: `dmole tasks check` finds those that a test split shares with others.
+    used: set[tuple[bool, int]] = set()
     listed = [f"  - {{name: {name}, metric: {metric}, directory: {name}}}" for name, metric, _ in TASKS]
     root.mkdir(parents=True, exist_ok=True)
     (root / "stream.yaml").write_text("name: toy\ntasks:\n" + "\n".join(listed) + "\n")
@@ -38,6 +40,9 @@ def write_toy_stream(root: Path, *, train: int = 10, test: int = 4, validation: 
             for number in range(count):
                 red = chance.random() < 0.5
                 shade = chance.randrange(100, 255)
+                while (red, shade) in used:
+                    shade = 100 + (shade - 99) % 155
+                used.add((red, shade))
                 image = root / name / f"{split}{number}.png"
                 Image.new("RGB", (16, 16), (shade, 0, 0) if red else (0, shade, 0)).save(image)
                 answer = {"exact_match": "red green", "option_letter": "A B"}.get(metric, "image red|image green")

@@ -118,3 +118,10 @@ def test_a_pattern_that_cannot_be_compiled_is_refused() -> None:
     for pattern in ("(", "a{2,1}", "(" * 1500, "x" * 3000):
         with pytest.raises(ConfigError, match="candidates is .*; expected a regular expression"):
             check_pattern("candidates", pattern)
+
+
+@pytest.mark.parametrize("pattern", ["a{99999999}}", "(a{1000}){1000}", "[ab]{0,99999999}", "a{99999999,}"])
+def test_a_pattern_whose_counts_fill_the_memory_is_refused_before_it_is_compiled(pattern: str) -> None:
+    with pytest.raises(ConfigError, match=r"candidates is .* \(its counts repeat more than 100000 times\)\."):
+        check_pattern("candidates", pattern)
+    check_pattern("candidates", r"layers\.\d{1,2}\.(a{3}){10,20}")
