@@ -2,7 +2,7 @@
 """The folder of one run, and the summary over runs. Every file is made from raw predictions and can be made again.
 
 config.json          method, seed, order of tasks, the whole configuration, its fingerprint
-environment.json     machine, versions, commit, threads, sha256 of the base weights
+environment.json     machine, versions, commit, threads, sha256 of the base weights; the same of every later start
 matrix.csv           stage 0 .. N, one column per task in the order learned; empty = not measured
 predictions.jsonl.gz {"stage", "task", "id", "prediction", "route", "cut"}; route is null for unrouted methods; cut is
                      true where generation stopped at evaluation.max_new_tokens
@@ -10,7 +10,8 @@ references.jsonl.gz  {"task", "id", "metric", "metric_version", "answers", "opti
 losses.csv           stage, task, step, loss
 model/               what the run has learned, see `dmole.grown.saved`
 result.json          aggregates, seconds, parameters, routing, well-formed shares, counts of cut answers, the cells that
-                     `evaluation` left out, the row of each task's final score, the method's own report
+                     `evaluation` left out, the row of each task's final score, the method's own report; the digests of
+                     every file, see `dmole.reports.seals`
 """
 
 from __future__ import annotations

@@ -16,8 +16,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dmole.files import JSON, file_digest, sealed_digest
-from dmole.grown.saved import SavedModelError, read_document
-from dmole.grown.saved import read as read_model
 from dmole.reports.differences import Difference, Verification, expect, expect_tree
 from dmole.reports.stored import StoredRun, read_json
 
@@ -90,6 +88,9 @@ def _expect_same(report: Verification, file: str, name: str, readable: JSON, ide
 
 def _verify_model(run: StoredRun, file: str, report: Verification) -> None:
     """`model/` is whole, and is what the run left or was made of that by `forget`."""
+    from dmole.grown.saved import SavedModelError, read_document  # imports torch, which no number needs
+    from dmole.grown.saved import read as read_model
+
     folder = run.folder / "model"
     if not folder.exists():
         report.without_model += 1

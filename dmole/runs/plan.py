@@ -221,7 +221,7 @@ def check_folder(plan: RunPlan) -> None:
     if results in found and settings not in found:
         raise ConfigError(f"{settings} is missing beside a result. Restore it, or pass --fresh to delete that run.")
     for path, document in found.items():
-        # Results of before version 0.2 do not say to which settings they belong.
+        # Results of earlier versions do not say to which settings they belong.
         if document.get("fingerprint", plan.fingerprint if path == results else None) == plan.fingerprint:
             continue
         old = document.get("identity")

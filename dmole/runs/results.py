@@ -19,7 +19,6 @@ from dmole.grown.saved import Base
 from dmole.grown.saved import write as write_model
 from dmole.machine import peak_memory_gib
 from dmole.methods.base import Method, Stage
-from dmole.reports.matrix import save_matrix_picture
 from dmole.reports.routing_statistics import routing_statistics
 from dmole.reports.run_files import (
     PROFILE_PARTS,
@@ -154,8 +153,6 @@ def write_run_results(
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     write_json(folder / "result.json", sealed(folder, result))
-    # After the result: a picture that cannot be drawn costs no number.
-    save_matrix_picture(folder / "matrix.png", matrix, tasks, title=folder.name)
     return worse
 
 

@@ -18,6 +18,8 @@ from dmole.methods import method_class
 from dmole.methods.base import Method, Stage
 from dmole.models.vision_language import VisionLanguageModel
 from dmole.profile import Profile
+from dmole.reports.matrix import save_matrix_picture
+from dmole.reports.stored import read_matrix
 from dmole.runs.evaluation import Evaluation, evaluate, evaluated_stages, generation_queue
 from dmole.runs.interruption import StopSignals
 from dmole.runs.plan import RunPlan, fresh_copy
@@ -302,10 +304,14 @@ class SingleRun:
 
 
 def clean_up(folder: Path) -> None:
-    """Delete what a finished run needs no more; also what a process left that was killed while it did this."""
+    """Delete what a finished run needs no more, and draw its picture if that is missing: what a process still had to do
+    that was stopped right after it had written the result."""
     for name in (CHECKPOINTS, STAGES):
         shutil.rmtree(folder / name, ignore_errors=True)
     _remove_leftovers(folder)
+    if not (folder / "matrix.png").exists():
+        tasks, matrix = read_matrix(folder / "matrix.csv")
+        save_matrix_picture(folder / "matrix.png", matrix, tasks, title=folder.name)
 
 
 def _remove_leftovers(folder: Path) -> None:

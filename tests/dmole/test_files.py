@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """A file is written completely or not at all, by any number of writers."""
 
+import errno
 import os
 import threading
 from pathlib import Path
 
 import pytest
+import torch
 
-from dmole.files import write_atomically
+from dmole.files import write_atomically, write_tensors
 
 
 @pytest.mark.parametrize("durable", [True, False])
@@ -52,3 +54,16 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, mon
     with pytest.raises(OSError, match="disk full"):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old" and [found.name for found in tmp_path.iterdir()] == ["file"]
+
+
+def test_tensors_that_the_disk_does_not_take_are_an_error_of_the_disk(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource", reason="limits of a process are POSIX")
+    path = tmp_path / "weights.safetensors"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError) as caught:
+            write_tensors(path, {"a": torch.zeros(10**6)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.filename == str(path) and caught.value.errno == errno.EFBIG

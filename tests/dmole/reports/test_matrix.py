@@ -31,3 +31,13 @@ def test_all_zero_and_unmeasured_columns_are_drawn(tmp_path: Path) -> None:
 def test_names_must_fit_the_columns(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="tasks has 1 names; expected 2, one per column"):
         save_matrix_picture(tmp_path / "p.png", MATRIX, TASKS[:1])
+
+
+def test_a_picture_of_many_tasks_keeps_its_size(tmp_path: Path) -> None:
+    sizes = []
+    for count in (41, 300):
+        path = tmp_path / f"{count}.png"
+        save_matrix_picture(path, np.ones((count + 1, count)), [f"t{number}" for number in range(count)])
+        with Image.open(path) as image:
+            sizes.append(image.size)
+    assert sizes[0] == sizes[1] and sizes[0][0] < 5000

@@ -47,6 +47,17 @@ def test_only_the_newest_is_kept_and_leftovers_go(tmp_path: Path) -> None:
     assert checkpoint.latest(root) == second
 
 
+def test_names_that_no_save_gives_are_left_alone(tmp_path: Path) -> None:
+    root = tmp_path / "c"
+    folder = saved(root)
+    for name in ("notes", "7", "000007.bak", "\u0661\u0662\u0663\u0664\u0665\u0666", "\u00b2"):
+        (root / name).mkdir()
+    (root / "000009").write_text("a file")
+    assert checkpoint.latest(root) == folder
+    assert saved(root).name == "000002"
+    assert len(list(root.iterdir())) == 7
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-3])
 
