@@ -5,8 +5,9 @@ import pytest
 
 from scripts.code_lines import code_lines, core, methods
 
-# The goal is 5,500; the way there is mostly `dmole/models`, the contract test in it, and the data formats.
-CORE = 7_500
+# The goal is 5,500 and is not reached: the contract test in `dmole/models`, the row formats and published layouts in
+# `dmole/data` are the way there.
+CORE = 8_600
 METHOD = 200
 
 
