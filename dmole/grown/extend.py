@@ -167,6 +167,10 @@ class _Extension:
         self.task = plan.stream.tasks[-1]
         self.method: Method = restore(finished.saved, fresh_copy(model))
         self.old_rows = finished.rows()
+        processes = accelerator.num_processes
+        self.position = finished.position(
+            [stage_steps(config.training, stage, processes=processes) for stage in stages]
+        )
         # The rows that the old run has, and in which the method's protocol tests the new task.
         protocol = self.method.stages(plan.stream)[:-1]
         planned = [0, *(stage.row for stage in protocol if self.task.name in stage.evaluates)]
@@ -209,10 +213,7 @@ class _Extension:
         if writes:
             plan.folder.mkdir(parents=True, exist_ok=True)
             write_run_settings(plan, self.config, self.accelerator)
-        planned = [
-            stage_steps(self.config.training, stage, processes=self.accelerator.num_processes) for stage in self.stages
-        ]
-        position = self.finished.position(planned)
+        position = self.position
         rows, profile = dict(self.old_rows), Profile()
         for row in fill:
             rows[row] = _with(rows[row], self._measured(row, profile, progress, stop))

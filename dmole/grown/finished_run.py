@@ -108,7 +108,7 @@ class FinishedRun:
                 resumes=list(result["resumes"]),
             )
         except (KeyError, IndexError, TypeError) as error:
-            raise SavedModelError(self._damaged("result.json", f"lacks {error}")) from error
+            raise SavedModelError(self._damaged("losses.csv", f"with result.json it lacks {error}")) from error
 
     def _damaged(self, file: str, why: str) -> str:
         return (
@@ -135,7 +135,7 @@ def read_finished(run: Path, console: Console) -> FinishedRun:
     identity = document.get("identity") if isinstance(document, dict) else None
     if not isinstance(identity, dict) or document.get("fingerprint") != fingerprint(identity):
         raise SavedModelError(f"{folder / 'config.json'} was edited: its fingerprint does not match. Restore it.")
-    config = build_config(document["config"]).replace(
+    config = build_config(document.get("config") or {}).replace(
         methods=(stored.method,), seeds=(stored.seed,), orders=(",".join(stored.tasks),)
     )
     added = tuple((document.get("extends") or {}).get("tasks", ()))

@@ -147,6 +147,16 @@ def test_a_changed_or_damaged_run_is_refused_by_name(folders: dict[str, Path], t
     (copied / "config.json").write_text(text.replace('"num_train_epochs": 4', '"num_train_epochs": 7'))
     with pytest.raises(SavedModelError, match="config.json was edited: its fingerprint does not match"):
         extend(copied, folders["task"], output=tmp_path / "out")
+    document = json.loads(text)
+    document["config"]["training"]["learning_rate"] = 0.02  # and not in the identity, which the fingerprint seals
+    (copied / "config.json").write_text(json.dumps(document))
+    with pytest.raises(SavedModelError, match="run: .* was made with another training than is here now"):
+        extend(copied, folders["task"], output=tmp_path / "out")
+    shutil.copy(folders["two"] / "dmole-seed0-default" / "config.json", copied)
+    losses = (copied / "losses.csv").read_text().splitlines(keepends=True)
+    (copied / "losses.csv").write_text("".join(line for line in losses if not line.startswith("2,")))
+    with pytest.raises(SavedModelError, match="losses.csv: with result.json it lacks '2'; expected what the run wrote"):
+        extend(copied, folders["task"], output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
