@@ -101,7 +101,7 @@ def test_a_run_survives_failed_writes(
     check_every(toy_config(f"methods=[{method}]"), tmp_path, failures, step=step)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["zero_shot", "dmole"])
 def test_a_run_survives_each_failed_write(
     toy_config: Callable[..., RunConfig], tmp_path: Path, failures: Failures, method: str
