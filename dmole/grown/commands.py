@@ -79,8 +79,11 @@ def serve(
 ) -> None:
     """Serve the model of a finished run: OpenAI's /v1/chat/completions, requests of all tasks in one batch."""
     import dmole
-    from dmole.grown import serving
 
+    try:
+        from dmole.grown import serving
+    except ModuleNotFoundError as error:
+        raise ImportError(f"serve: {error}; run pip install 'dmole[serve]'.") from error
     grown = dmole.load(run, base=base, device_map=device_map, dtype=dtype)
     print(f"http://{host}:{port}/v1/chat/completions answers for {', '.join(grown.tasks)}; Ctrl-C ends it", flush=True)
     serving.serve(grown, host=host, port=port, limits=serving.ServingLimits(max_batch=max_batch))
