@@ -14,19 +14,17 @@ import dataclasses
 import threading
 from collections import Counter, deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from dmole.config import EvaluationSettings
 from dmole.data.collate import Batch
-from dmole.data.images import open_image
-from dmole.data.sample import Sample
+from dmole.grown.answers import ExpertInfo, GrownAnswer, Route, expert_sizes, routes_of
 from dmole.grown.instructions import instructions_in
+from dmole.grown.requests import conversations_of, last_text, question
 from dmole.grown.residency import Residency
 from dmole.grown.saved import EXPERTS, check_files
 from dmole.methods.base import Method, RoutingRecord
@@ -38,67 +36,7 @@ from dmole.models.vision_language import VisionLanguageModel
 from dmole.runs.generation import generate as generate_answers
 from dmole_kernels import load_experts
 
-Picture = str | Path | Image.Image
 REMEMBERED = 10_000  # samples whose routes `usage` looks back on
-
-
-@dataclass(frozen=True, kw_only=True)
-class Route:
-    """Which tasks' experts a sample uses, best first, and why.
-
-    Attributes:
-        tasks: () means the base model alone.
-        errors: by task, how far the sample is from it (D-MoLE, Eq. 9); {} where nothing was measured.
-        thresholds: by task, the largest error that still fits (Eq. 10).
-    """
-
-    tasks: tuple[str, ...]
-    errors: Mapping[str, float] = field(default_factory=dict)
-    thresholds: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def unknown(self) -> bool:
-        """Whether the router looked at the sample and no task fits."""
-        return bool(self.errors) and not self.tasks
-
-    def __str__(self) -> str:
-        if not self.errors:
-            return " + ".join(self.tasks) or "the same experts for every sample"
-        near = sorted(self.errors, key=lambda task: self.errors[task] / self.thresholds[task])
-        shown = ", ".join(f"{task} {self.errors[task]:.2g} of {self.thresholds[task]:.2g}" for task in near[:3])
-        return f"{' + '.join(self.tasks) or 'unknown: the base model alone'} (error of threshold: {shown})"
-
-
-@dataclass(frozen=True, kw_only=True)
-class GrownAnswer:
-    """An answer. `cut`: generation stopped at `max_new_tokens`, not at an end token."""
-
-    text: str
-    cut: bool
-    route: Route
-    prompt_tokens: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExpertInfo:
-    """One expert as it is in the model.
-
-    Attributes:
-        linears: where it is, by qualified name, with its rank there.
-        parameters, bytes: of its weights.
-        resident: whether it is in memory; an expert that is not is read again when a sample needs it.
-        uses: how many samples of this process have used it.
-        share: `uses` over all samples that were answered; the load of the expert.
-    """
-
-    name: str
-    task: str | None
-    linears: Mapping[str, int]
-    parameters: int
-    bytes: int
-    resident: bool
-    uses: int
-    share: float
 
 
 class GrownModel:
@@ -133,7 +71,7 @@ class GrownModel:
         self._unloaded: set[str] = set()
         method.serving = True
         self.vlm.model.requires_grad_(False).eval()
-        self._sizes = _sizes(self.vlm.model)
+        self._sizes = expert_sizes(self.vlm.model)
 
     @property
     def processor(self) -> Any:
@@ -222,7 +160,7 @@ class GrownModel:
             ValueError: for both or none of `text` and `messages`, other numbers of images than of questions, a task
                 that the model has not learned, an unknown setting, a picture that cannot be read.
         """
-        conversations, single = self._conversations(images, text, messages)
+        conversations, single = conversations_of(images, text, messages)
         batch = self._batch(conversations)
         settings = self._settings(changes)
         tasks = self._named(task, len(conversations))
@@ -237,7 +175,7 @@ class GrownModel:
 
     def route(self, images: Any = None, text: str | Sequence[str] | None = None, *, messages: Any = None) -> Any:
         """The `Route` of one question, or of each of a batch; arguments as in `answer`. Nothing is generated."""
-        conversations, single = self._conversations(images, text, messages)
+        conversations, single = conversations_of(images, text, messages)
         with self._routed(self._batch(conversations), [None] * len(conversations), counted=False) as routes:
             return routes[0] if single else routes
 
@@ -276,7 +214,7 @@ class GrownModel:
             instructions = instructions_in(self.vlm, tensors) if needed else [""] * count
         if len(instructions) != count:
             raise ValueError(f"instructions: got {len(instructions)} for {count} samples; expected one each.")
-        samples = tuple(_question(place, instruction) for place, instruction in enumerate(instructions))
+        samples = tuple(question(place, instruction) for place, instruction in enumerate(instructions))
         batch = Batch(samples=samples, encoded=encoded, units=self.vlm.units(encoded))
         with torch.inference_mode(), self._routed(batch, tasks), self._autocast():
             return cast(Tensor, self.vlm.model.generate(**self.vlm.on_device(inputs)))
@@ -290,7 +228,7 @@ class GrownModel:
         with contextlib.ExitStack() as stack, torch.inference_mode():
             named = [None if task is None else Route(tasks=(task,)) for task in tasks]
             record = self.method.routes(batch) if None in named else RoutingRecord(chosen=((),) * count)
-            routes = [given or found for given, found in zip(named, _routes(record, count), strict=True)]
+            routes = [given or found for given, found in zip(named, routes_of(record, count), strict=True)]
             chosen = [route.tasks for route in routes]
             stack.enter_context(self._resident({name for names in chosen for name in names}))
             if record is None and not any(named):
@@ -335,29 +273,9 @@ class GrownModel:
             raise ValueError(f"task: got {len(names)} for {count} samples; expected one name, or one per sample.")
         return names
 
-    def _conversations(self, images: Any, text: Any, messages: Any) -> tuple[list[Conversation], bool]:
-        if (text is None) == (messages is None):
-            got = "neither" if text is None else "both"
-            raise ValueError(f"text, messages: got {got}; expected one of them. Pass text= with images=, or messages=.")
-        if messages is not None:
-            if images is not None:
-                raise ValueError("images: got some beside messages; expected them inside. Put them into the content.")
-            single = bool(messages) and isinstance(messages[0], Mapping)
-            conversations = [messages] if single else list(messages)
-            return [_opened(conversation) for conversation in conversations], single
-        single = isinstance(text, str)
-        texts = [text] if single else list(text)
-        shown = [[]] * len(texts) if images is None else [images] if single else list(images)
-        shown = [[part] if isinstance(part, str | Path | Image.Image) else list(part) for part in shown]
-        if len(shown) != len(texts):
-            raise ValueError(f"images: got {len(shown)} lists for {len(texts)} questions; expected one list for each.")
-        if not texts:
-            raise ValueError("text: got no question; expected at least one.")
-        return [_asked(pictures, question) for question, pictures in zip(texts, shown, strict=True)], single
-
     def _batch(self, conversations: Sequence[Conversation]) -> Batch:
         encoded = self.vlm.encode(conversations, with_answers=False)
-        samples = tuple(_question(place, _last_text(row)) for place, row in enumerate(conversations))
+        samples = tuple(question(place, last_text(row)) for place, row in enumerate(conversations))
         return Batch(samples=samples, encoded=encoded, units=self.vlm.units(encoded))
 
     def _image_counts(self, inputs: Mapping[str, Tensor], given: Sequence[int] | None) -> tuple[int, ...]:
@@ -382,76 +300,3 @@ class GrownModel:
             f"images_per_sample: got None, and {pictures} images of {count} samples cannot be told apart; expected one "
             f"number per sample. Pass it."
         )
-
-
-def _routes(record: RoutingRecord | None, count: int) -> list[Route]:
-    if record is None:
-        return [Route(tasks=())] * count
-    if record.errors_NT is None:
-        return [Route(tasks=tasks) for tasks in record.chosen]
-    names = tuple(record.thresholds)
-    return [
-        Route(tasks=tasks, errors=dict(zip(names, errors, strict=True)), thresholds=record.thresholds)
-        for tasks, errors in zip(record.chosen, record.errors_NT.tolist(), strict=True)
-    ]
-
-
-def _sizes(model: nn.Module) -> dict[str, tuple[dict[str, int], int, int]]:
-    """By expert: its rank at each linear, its parameters and its bytes."""
-    ranks: dict[str, dict[str, int]] = {}
-    parameters: Counter[str] = Counter()
-    sizes: Counter[str] = Counter()
-    for name, parameter in model.named_parameters():
-        linear, inside, rest = name.partition(".bank.experts.")
-        if inside:
-            expert, _, matrix = rest.partition(".")
-            if matrix == "lora_a":
-                ranks.setdefault(expert, {})[linear] = len(parameter)
-            parameters[expert] += parameter.numel()
-            sizes[expert] += parameter.numel() * parameter.element_size()
-    return {expert: (linears, parameters[expert], sizes[expert]) for expert, linears in ranks.items()}
-
-
-def _question(place: int, instruction: str) -> Sample:
-    return Sample(id=str(place), images=(), instruction=instruction, answers=("",))
-
-
-def _asked(pictures: Sequence[Picture], text: str) -> Conversation:
-    content = [
-        *({"type": "image", "image": open_image(picture)} for picture in pictures),
-        {"type": "text", "text": text},
-    ]
-    return [{"role": "user", "content": content}]
-
-
-def _last_text(messages: Conversation) -> str:
-    asked = [message["content"] for message in messages if message["role"] == "user"]
-    if not asked:
-        raise ValueError("messages: got none of a user; expected a question. Add it.")
-    content = asked[-1]
-    if isinstance(content, str):
-        return content
-    return "\n".join(part["text"] for part in content if part.get("type") == "text")
-
-
-def _opened(messages: Conversation) -> Conversation:
-    """The conversation with its pictures opened; "image", "path" and "url" hold paths or PIL images."""
-    opened = []
-    for message in messages:
-        content = message["content"]
-        if not isinstance(content, str):
-            content = [
-                {"type": "image", "image": open_image(_picture(part))} if part.get("type") == "image" else dict(part)
-                for part in content
-            ]
-        opened.append({**message, "content": content})
-    return opened
-
-
-def _picture(part: Mapping[str, Any]) -> Picture:
-    found = next((part[name] for name in ("image", "path", "url") if part.get(name) is not None), None)
-    if isinstance(found, str) and found.partition(":")[0] in ("http", "https", "data"):
-        raise ValueError(f"image: got {found[:40]!r}; expected a path or a PIL image. Fetch it first.")
-    if not isinstance(found, str | Path | Image.Image):
-        raise ValueError(f"image: got {type(found).__name__}; expected a path or a PIL image.")
-    return found

@@ -30,7 +30,8 @@ from pydantic import BaseModel, Field
 from starlette.responses import Response
 
 from dmole.data.images import ImageError, open_image
-from dmole.grown.model import GrownAnswer, GrownModel
+from dmole.grown.answers import GrownAnswer
+from dmole.grown.model import GrownModel
 
 GROWN = "grown"
 
