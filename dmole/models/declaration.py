@@ -64,7 +64,9 @@ class Declaration:
         elif self.candidates is not None:
             named = isinstance(self.candidates, tuple | list) and len(self.candidates) > 0
             fits = named and all(isinstance(ending, str) and ending for ending in self.candidates)
-            require(fits, "declaration.candidates", self.candidates, "endings of names, such as [q_proj, v_proj]")
+            # As it was written: a tuple was a list in YAML.
+            shown = list(self.candidates) if isinstance(self.candidates, tuple) else self.candidates
+            require(fits, "declaration.candidates", shown, "endings of names, such as [q_proj, v_proj]")
         require(self.rows in get_args(Rows), "declaration.rows", self.rows, f"one of {', '.join(get_args(Rows))}")
         require(
             self.labels in get_args(Labels), "declaration.labels", self.labels, f"one of {', '.join(get_args(Labels))}"

@@ -17,7 +17,6 @@ from dmole.models.adapters import (
     expert_parameters,
     experts_on,
     freeze_expert,
-    linears_of,
     load_adapter_state,
     remove_expert,
 )
@@ -60,6 +59,11 @@ def answers(model: nn.Module, gates: dict[str, ExpertGates], x: Tensor, expert: 
     gate = torch.ones(len(x), 1)
     with torch.no_grad(), experts_on(gates, gate, (expert,), units=dict.fromkeys(gates, [1] * len(x))):
         return model(x)
+
+
+def linears_of(adapters: Adapters, expert: str) -> tuple[str, ...]:
+    """The linears that have the expert."""
+    return tuple(name for name, adapter in adapters.items() if expert in adapter.bank)
 
 
 def test_attaching_changes_no_output_and_freezes_all(model: TwoTowers, gates: dict[str, ExpertGates]) -> None:

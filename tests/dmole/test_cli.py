@@ -133,7 +133,7 @@ ERRORS: dict[str, tuple[list[str], str]] = {
     "no subcommand": (["tasks"], "dmole tasks: Missing command."),
     "missing argument": (["verify"], "dmole verify: Missing argument 'results'"),
     "unknown method": (["run", "--method", "dmol"], "error: methods has 'dmol'; did you mean 'dmole'?"),
-    "unknown recipe": (["run", "--recipe", "dmo"], "error: --recipe is 'dmo'; expected one of demo, mini, paper"),
+    "unknown recipe": (["run", "--recipe", "dmo"], "error: --recipe is 'dmo'; expected one of coin, demo, mini, paper"),
     "unknown setting": (["run", "--set", "training.epoch=3"], "error: unknown key 'training.epoch'"),
     "setting without value": (["run", "--set", "epochs"], "error: --set got 'epochs'; expected key=value"),
     "seed a word": (["run", "--seed", "0,x"], "error: --seed is 'x'; expected a whole number"),
@@ -154,7 +154,7 @@ ERRORS: dict[str, tuple[list[str], str]] = {
     "no stream given": (
         ["run", "--method", "dmole", "--model", "tiny"],
         "error: stream: got none; expected a folder with stream.yaml, or one of mini. Give it with dmole run STREAM, "
-        "or a recipe that sets it with --recipe (registered: demo, mini, paper, released_code).",
+        "or a recipe that sets it with --recipe (registered: coin, demo, mini, paper, released_code).",
     ),
     "no model given": (
         ["run", "mini", "--method", "dmole"],

@@ -30,10 +30,10 @@ SETTINGS = TrainingSettings(
 
 @pytest.fixture
 def elsewhere() -> Iterator[None]:
-    before = torch.get_default_device()
     torch.set_default_device("meta")
     yield
-    torch.set_default_device(before)
+    # Not the device from before: any device leaves a function mode on, which later tests would see.
+    torch.set_default_device(None)
 
 
 def test_the_fixture_catches_what_it_is_for(elsewhere: None) -> None:

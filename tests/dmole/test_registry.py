@@ -46,6 +46,7 @@ def test_this_project_s_own_names_are_registered_like_anybody_s() -> None:
     assert registered("dmole.models")["tiny"].value == "mini_cmit.model.tiny:tiny_folder"
     assert registered("dmole.streams")["mini"].value == "mini_cmit.stream:mini_stream"
     assert {name: point.value for name, point in registered("dmole.recipes").items()} == {
+        "coin": "dmole.recipes:coin",
         "demo": "mini_cmit.recipes:demo",
         "mini": "mini_cmit.recipes:mini",
         "paper": "dmole.recipes:paper",

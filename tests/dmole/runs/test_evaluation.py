@@ -219,7 +219,6 @@ def test_no_tensor_is_made_on_the_default_device(
     samples = mixed(toy_stream)
     batch, gate = collate(talkative, samples, with_answers=False), torch.ones(6, 2)
     expected = texts(talkative, samples, **way)
-    previous = torch.get_default_device()
     torch.set_default_device("meta")
     try:
         # A tensor made without its input's device has no values here.
@@ -229,7 +228,7 @@ def test_no_tensor_is_made_on_the_default_device(
             generate(talkative, batch, EvaluationSettings(**way), NAMES)
         generation_queue(talkative, toy_stream.tasks, 5)
     finally:
-        torch.set_default_device(previous)
+        torch.set_default_device(None)
     assert [answer.text for answer in answers] == expected
 
 

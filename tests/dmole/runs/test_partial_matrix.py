@@ -194,8 +194,8 @@ def test_a_number_where_nothing_was_measured_is_found(outputs: dict[str, Path], 
     copy = Path(shutil.copytree(outputs["last"], tmp_path / "copy"))
     path = copy / "runs" / "seq_ft-seed0-default" / "matrix.csv"
     path.write_text(path.read_text().replace("1,,,\n", "1,0.0,,\n"))
-    (difference, *_) = verify_results(copy).differences
-    assert str(difference).endswith("stage 1, task colours: stored 0.0, recomputed not measured")
+    found = [str(difference) for difference in verify_results(copy).differences]
+    assert any(text.endswith("stage 1, task colours: stored 0.0, recomputed not measured") for text in found)
 
 
 def test_settings_that_cannot_be(toy_config: Configure) -> None:
