@@ -81,12 +81,13 @@ def serve(
     import dmole
 
     try:
-        from dmole.grown import serving
+        from dmole.grown.serving import ServingLimits
+        from dmole.grown.serving import serve as answer_requests
     except ModuleNotFoundError as error:
         raise ImportError(f"serve: {error}; run pip install 'dmole[serve]'.") from error
     grown = dmole.load(run, base=base, device_map=device_map, dtype=dtype)
     print(f"http://{host}:{port}/v1/chat/completions answers for {', '.join(grown.tasks)}; Ctrl-C ends it", flush=True)
-    serving.serve(grown, host=host, port=port, limits=serving.ServingLimits(max_batch=max_batch))
+    answer_requests(grown, host=host, port=port, limits=ServingLimits(max_batch=max_batch))
 
 
 def export(

@@ -83,16 +83,6 @@ def test_serve_answers_until_it_is_stopped(finished: Runs) -> None:
         server.wait(30)
 
 
-def test_serve_names_the_extra_that_it_needs(finished: Runs, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "fastapi", None)
-    monkeypatch.delitem(sys.modules, "dmole.grown.serving", raising=False)
-    assert status(["serve", str(finished["dmole"])]) == 2
-    assert (
-        "serve: import of fastapi halted; None in sys.modules; run pip install 'dmole[serve]'."
-        in capsys.readouterr().err
-    )
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
