@@ -61,6 +61,11 @@ def open_stream(name: str, console: Console, *, rows: Literal["memory", "disk"] 
     return stream
 
 
+def limited(stream: Stream, config: RunConfig) -> Stream:
+    """As many samples of each split as the configuration keeps."""
+    return stream.limit(train=config.train_samples, validation=config.validation_samples, test=config.test_samples)
+
+
 def open_model(config: RunConfig) -> VisionLanguageModel:
     """The model of `model:`: a registered one, a folder in transformers' format, or a hub id; ready to be trained on.
 

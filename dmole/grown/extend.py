@@ -10,8 +10,8 @@ measured without the new task: its cells there are empty, unless `backfill` meas
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,25 +21,24 @@ from rich.console import Console
 from dmole.config import RunConfig
 from dmole.config_error import ConfigError
 from dmole.data.sample import Stream
-from dmole.files import write_atomically
-from dmole.grown.finished_run import FinishedRun, joined, limited, read_finished, read_task
+from dmole.grown.finished_run import FinishedRun, joined, read_finished, read_task
 from dmole.grown.loading import open_saved, restore
 from dmole.methods.base import Method, Stage
 from dmole.models.vision_language import VisionLanguageModel
 from dmole.profile import Profile
-from dmole.reports.run_files import write_summary
 from dmole.reports.stored import read_json, read_run
 from dmole.runs import checkpoint
-from dmole.runs.estimate import estimate, measure
 from dmole.runs.evaluation import Evaluation, evaluate, generation_queue
 from dmole.runs.interruption import StopSignals
+from dmole.runs.locks import locked
 from dmole.runs.plan import RunPlan, check_plan, check_samples, fresh_copy, plan_runs, work_units
 from dmole.runs.position import CHECKPOINTS, save_position
 from dmole.runs.progress import Costs, RunProgress
 from dmole.runs.results import write_run_settings
-from dmole.runs.rows import read_sealed, row_bytes, write_sealed, zero_shot_row
-from dmole.runs.runner import torch_settings
-from dmole.runs.single_run import STAGES, SingleRun
+from dmole.runs.rows import read_sealed, write_row, write_sealed, zero_shot_row
+from dmole.runs.runner import announce, summarize, torch_settings
+from dmole.runs.single_run import STAGES, SingleRun, clean_up
+from dmole.sources import limited
 from dmole.training.acceleration import make_accelerator, place
 from dmole.training.stage_training import stage_steps
 
@@ -82,7 +81,7 @@ def extend(
         raise ValueError(f"task: got {name!r}, which {finished.folder} has learned ({names}); expected a new name.")
     if Path(output).resolve() == finished.folder.resolve().parent.parent:
         raise ConfigError(f"output: got {output}, where the run itself is; expected a new folder. Choose another.")
-    with torch_settings(finished.config):
+    with torch_settings(finished.config), contextlib.ExitStack() as held:
         accelerator = make_accelerator(finished.config.training)
         if not accelerator.is_main_process:
             console = Console(quiet=True)
@@ -99,12 +98,17 @@ def extend(
         if backfill:
             extension.check_backfill()
         accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            held.enter_context(locked(Path(config.output), [plan.folder.name]))
+        accelerator.wait_for_everyone()
         if (plan.folder / "result.json").exists():
+            if accelerator.is_main_process:
+                clean_up(plan.folder)
             console.print(f"{plan.folder.name}: finished earlier, kept", highlight=False, markup=False)
         else:
             extension.run(console, backfill=backfill)
         if accelerator.is_main_process:
-            write_summary(Path(config.output))
+            summarize(Path(config.output), console)
             _say_what_is_empty(plan, console)
         accelerator.wait_for_everyone()
     return plan.folder
@@ -197,15 +201,10 @@ class _Extension:
 
     def _announce(self, console: Console, tests: int) -> Costs:
         """Print what the new stage and the backfilled tests cost; the measured costs of their work."""
-        rates = measure(self.model, self.plan.stream, self.config)
         last = self.stages[-1]
         work = dataclasses.replace(last, evaluates=last.evaluates + tests * self.plan.stream.task_names)
         config = self.config.replace(evaluation=dataclasses.replace(self.config.evaluation, zero_shot=False))
-        expected = estimate([self.plan], {self.plan.folder: [work]}, config, self.model, rates)
-        console.print(str(expected), highlight=False, soft_wrap=True)
-        for shortage in expected.shortages(Path(config.output)):
-            console.print(f"warning: {shortage}", highlight=False, soft_wrap=True, markup=False)
-        return rates.costs
+        return announce([self.plan], {self.plan.folder: [work]}, config, self.model, console)
 
     def _begin(self, progress: RunProgress, stop: StopSignals, fill: Sequence[int]) -> None:
         """Write the checkpoint of a run that stands before its last stage. Without one, all of it is done again."""
@@ -220,10 +219,7 @@ class _Extension:
         for part, seconds in profile.seconds.items():
             position.profile[part] = position.profile.get(part, 0.0) + seconds
         for row, result in rows.items():
-            data = row_bytes(result)
-            if writes:
-                write_atomically(plan.folder / STAGES / f"{row}.json", data)
-            position.rows[str(row)] = hashlib.sha256(data).hexdigest()
+            position.rows[str(row)] = write_row(plan.folder / STAGES / f"{row}.json", result, writes=writes)
         save_position(plan, position, self.method, None, writes)
         self.accelerator.wait_for_everyone()
 

@@ -20,7 +20,7 @@ from dmole.reports.stored import StoredRun, read_csv, read_json, read_prediction
 from dmole.runs.evaluation import Evaluation, Prediction, score
 from dmole.runs.plan import plan_runs
 from dmole.runs.position import Position
-from dmole.sources import open_stream
+from dmole.sources import limited, open_stream
 
 TOLERANCE = 1e-6  # as in `dmole verify`
 
@@ -183,8 +183,3 @@ def joined(streams: list[Stream]) -> Stream:
         sizes |= stream.image_sizes
     tasks = tuple(task for stream in streams for task in stream.tasks)
     return dataclasses.replace(streams[0], tasks=tasks, image_sizes=sizes)
-
-
-def limited(stream: Stream, config: RunConfig) -> Stream:
-    """As many samples of each split as the configuration wants."""
-    return stream.limit(train=config.train_samples, validation=config.validation_samples, test=config.test_samples)

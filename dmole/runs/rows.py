@@ -43,13 +43,21 @@ def row_bytes(result: Evaluation) -> bytes:
     return json.dumps(dataclasses.asdict(result), ensure_ascii=False).encode()
 
 
+def write_row(path: Path, result: Evaluation, *, writes: bool) -> str:
+    """Write the evaluation, for `read_row`, in the process that `writes` files; returns the sha256 of its bytes."""
+    data = row_bytes(result)
+    if writes:
+        write_atomically(path, data)
+    return _digest(data)
+
+
 def read_row(path: Path, digest: str) -> Evaluation:
     """An evaluation from its file; CheckpointError by name if its sha256 is not `digest`."""
     start_over = f"Delete {path.parent.parent} to start the run over."
     if not path.is_file():
         raise CheckpointError(f"{path} is missing. {start_over}")
     data = path.read_bytes()
-    if hashlib.sha256(data).hexdigest() != digest:
+    if _digest(data) != digest:
         raise CheckpointError(f"{path} was truncated or edited: its sha256 is not the checkpoint's. {start_over}")
     return _evaluation(json.loads(data))
 

@@ -41,7 +41,7 @@ from dmole.runs.plan import RunPlan, check_folder, check_plan, check_samples, pl
 from dmole.runs.progress import Costs, RunProgress
 from dmole.runs.rows import SHARED_ROWS
 from dmole.runs.single_run import SingleRun, clean_up
-from dmole.sources import check_named, open_model, open_stream
+from dmole.sources import check_named, limited, open_model, open_stream
 from dmole.training.acceleration import make_accelerator, place
 
 
@@ -73,7 +73,7 @@ def run(
         with accelerator.main_process_first():
             model = open_model(config)
             whole = open_stream(config.stream, console, rows=config.rows)
-        stream = whole.limit(train=config.train_samples, validation=config.validation_samples, test=config.test_samples)
+        stream = limited(whole, config)
         for line in cuts(whole, stream):
             console.print(line, highlight=False, soft_wrap=True, markup=False)
         place(model.model, accelerator)
@@ -84,7 +84,7 @@ def run(
         if dry_run is not None:
             for line in (*dry_run(whole), *description(plans, stages, config, model, processes=processes)):
                 console.print(line, highlight=False, soft_wrap=True, markup=False)
-            _announce(plans, stages, config, model, console)
+            announce(plans, stages, config, model, console)
             return output
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
@@ -103,7 +103,7 @@ def run(
                 highlight=False,
             )
         left = [plan for plan in plans if not (plan.folder / "result.json").exists()]
-        costs = _announce(left, stages, config, model, console) if left else Costs()
+        costs = announce(left, stages, config, model, console) if left else Costs()
         units = {
             plan.folder: work_units(stages[plan.folder], plan.stream, config, costs, processes=processes)
             for plan in plans
@@ -122,14 +122,14 @@ def run(
                     raise stop.interrupted(f"before {plan.folder.name}; the runs before it are finished.")
                 SingleRun(plan, config, model, progress, stop).run()
                 if accelerator.is_main_process:
-                    _summarize(output, console)
+                    summarize(output, console)
         if accelerator.is_main_process:
-            _summarize(output, console)
+            summarize(output, console)
         accelerator.wait_for_everyone()
     return output
 
 
-def _summarize(output: Path, console: Console) -> None:
+def summarize(output: Path, console: Console) -> None:
     """summary.csv and profile.csv; a run that cannot be read is named and left out."""
     with summary_lock(output):
         for leftover in output.glob("*.csv.*.partial"):
@@ -138,7 +138,7 @@ def _summarize(output: Path, console: Console) -> None:
             console.print(f"warning: {damaged}", highlight=False, soft_wrap=True, markup=False)
 
 
-def _announce(
+def announce(
     plans: Sequence[RunPlan],
     stages: dict[Path, list[Stage]],
     config: RunConfig,

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import statistics
 from collections.abc import Callable
@@ -13,7 +12,6 @@ import torch
 
 from dmole.arithmetic import arithmetic
 from dmole.config import RunConfig
-from dmole.files import write_atomically
 from dmole.methods import method_class
 from dmole.methods.base import Method, Stage
 from dmole.models.vision_language import VisionLanguageModel
@@ -26,7 +24,7 @@ from dmole.runs.plan import RunPlan, fresh_copy
 from dmole.runs.position import CHECKPOINTS, Position, read_position, save_position, stage_of
 from dmole.runs.progress import RunProgress
 from dmole.runs.results import write_run_results, write_run_settings
-from dmole.runs.rows import read_row, row_bytes, shared_row_file, zero_shot_row
+from dmole.runs.rows import read_row, shared_row_file, write_row, zero_shot_row
 from dmole.seeding import derived_seed
 from dmole.training.acceleration import make_accelerator, tracking
 from dmole.training.batches import samples_per_step
@@ -297,10 +295,7 @@ class SingleRun:
         return self.plan.folder / STAGES / f"{row}.json"
 
     def _write_row(self, row: int, result: Evaluation) -> str:
-        data = row_bytes(result)
-        if self._writes:
-            write_atomically(self._row_path(row), data)
-        return hashlib.sha256(data).hexdigest()
+        return write_row(self._row_path(row), result, writes=self._writes)
 
 
 def clean_up(folder: Path) -> None:

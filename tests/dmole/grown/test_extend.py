@@ -24,6 +24,7 @@ from dmole.methods.dmole.method import DMoLE
 from dmole.models.vision_language import VisionLanguageModel
 from dmole.reports.verify import verify_results
 from dmole.runs.evaluation import Evaluation
+from dmole.runs.locks import LockedError, locked
 from dmole.runs.rows import write_sealed
 from dmole.runs.runner import run
 
@@ -246,6 +247,13 @@ if moment == "end_stage":
     DMoLE.end_stage = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
 sys.exit(status(["extend", *sys.argv[2:]]))
 """
+
+
+def test_one_command_at_a_time_extends_into_a_folder(folders: dict[str, Path], tmp_path: Path) -> None:
+    name, output = "dmole-seed0-default", tmp_path / "out"
+    with locked(output, [name]), pytest.raises(LockedError, match=f"{name} is in use by process"):
+        extend(folders["two"] / name, folders["task"], output=output)
+    assert not (output / "runs").exists()
 
 
 def test_an_extended_run_is_extended_again(folders: dict[str, Path], tmp_path: Path) -> None:
