@@ -15,7 +15,7 @@
     dmole export RUN --task T --to FOLDER      a task's expert as a stock PEFT folder
     dmole forget RUN --task T                  one task less
     dmole extend RUN --task FOLDER             one more task on a finished run
-    dmole import RUN LORA --task FOLDER        somebody's LoRA becomes an expert of its model
+    dmole import RUN LORA --task FOLDER        a PEFT LoRA becomes an expert of its model
 
 Imports happen inside the commands: torch takes seconds, and `dmole --help` should not.
 """

@@ -53,18 +53,25 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def put_in_place(partial: Path, folder: Path) -> None:
+    """Rename a folder whose files are on the disk to its real name, which is free; a power failure undoes nothing."""
+    sync_folder(partial)
+    os.rename(partial, folder)
+    sync_folder(folder.parent)
+
+
 def write_json(path: Path, document: JSON) -> None:
     """Indented JSON, atomically."""
     write_atomically(path, (json.dumps(document, indent=1) + "\n").encode())
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Tensors as safetensors; an error of the disk is an OSError with the file's name, as of every other write."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     try:
-        save_file(dict(tensors), path)
+        save_file(dict(tensors), path, metadata=metadata)
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         code = int(number[1]) if number else errno.EIO

@@ -84,7 +84,7 @@ class _Problems:
         self.found.append(f"{self.place(path, line)}: {text}")
 
     def note(self, path: Path, line: int | None, text: str) -> None:
-        """What is used otherwise than somebody may expect, and refuses nothing."""
+        """Something that is used in another way than expected; it refuses nothing."""
         self.notes.append(f"{self.place(path, line)}: {text}")
 
     def place(self, path: Path, line: int | None) -> str:

@@ -41,5 +41,5 @@ def ask_each_task(grown: GrownModel, run: Path, **changes: Any) -> Iterator[str]
         yield f"  route: {answer.route}"
     if samples:
         words = [str(run), *map(str, samples[0].images), samples[0].instruction]
-        again = f"{shlex.join(['dmole', 'ask', *words])}" + (f" --task {named[0]}" if named else "")
-        yield f"ask again: {again}"
+        words += ["--task", named[0]] if named else []
+        yield f"ask again: {shlex.join(['dmole', 'ask', *words])}"

@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from dmole.files import write_tensors
 from dmole.grown.saved import EXPERTS, SavedModel, SavedModelError, find, read
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -154,5 +155,5 @@ def _write(folder: Path, matrices: Mapping[str, Lora], like: Mapping[str, Any]) 
     tensors = {}
     for name, (a, b, _) in matrices.items():
         tensors[f"{PREFIX}{name}{A}"], tensors[f"{PREFIX}{name}{B}"] = a.contiguous(), b.contiguous()
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -176,8 +176,9 @@ class GrownModel:
     def route(self, images: Any = None, text: str | Sequence[str] | None = None, *, messages: Any = None) -> Any:
         """The `Route` of one question, or of each of a batch; arguments as in `answer`. Nothing is generated."""
         conversations, single = conversations_of(images, text, messages)
-        with self._routed(self._batch(conversations), [None] * len(conversations), counted=False) as routes:
-            return routes[0] if single else routes
+        with torch.inference_mode():
+            routes = routes_of(self.method.routes(self._batch(conversations)), len(conversations))
+        return routes[0] if single else routes
 
     def generate(
         self,
@@ -222,7 +223,7 @@ class GrownModel:
     # -- inside ------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _routed(self, batch: Batch, tasks: Sequence[str | None], *, counted: bool = True) -> Iterator[list[Route]]:
+    def _routed(self, batch: Batch, tasks: Sequence[str | None]) -> Iterator[list[Route]]:
         """The gates of a batch, and the route of each sample; `tasks[s]` takes precedence over the router."""
         count = len(batch.samples)
         with contextlib.ExitStack() as stack, torch.inference_mode():
@@ -235,11 +236,10 @@ class GrownModel:
                 stack.enter_context(self.method.evaluation_gates(batch))
             else:
                 stack.enter_context(self.method.task_gates(batch, chosen))
-            if counted:
-                with self._lock:
-                    self._answered += count
-                    self._used.extend(chosen)
-                    self._uses.update(name for names in chosen for name in names)
+            with self._lock:
+                self._answered += count
+                self._used.extend(chosen)
+                self._uses.update(name for names in chosen for name in names)
             yield routes
 
     @contextlib.contextmanager

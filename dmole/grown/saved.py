@@ -24,7 +24,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dmole.files import JSON, file_digest, sealed_digest, sync_folder, synced_digest, write_tensors
+from dmole.files import JSON, file_digest, put_in_place, sealed_digest, synced_digest, write_tensors
 from dmole.methods.base import Method
 from dmole_kernels import save_experts
 
@@ -156,9 +156,7 @@ def write(
     if folder.exists():
         # A folder that is not empty cannot be replaced in one step; in between it has the name `old`.
         os.rename(folder, old)
-    sync_folder(partial)
-    os.rename(partial, folder)
-    sync_folder(folder.parent)
+    put_in_place(partial, folder)
     shutil.rmtree(old, ignore_errors=True)
     return digest
 

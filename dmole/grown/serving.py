@@ -163,7 +163,7 @@ def create_app(grown: GrownModel, limits: ServingLimits | None = None) -> FastAP
 
 
 def serve(grown: GrownModel, *, host: str = "127.0.0.1", port: int = 8000, limits: ServingLimits | None = None) -> None:
-    """Serve until Ctrl-C. Any other `host` than loopback opens the model to whoever reaches this machine."""
+    """Serve until Ctrl-C. A `host` other than loopback opens the model to other machines."""
     import uvicorn
 
     uvicorn.run(create_app(grown, limits), host=host, port=port, log_level="warning")

@@ -12,13 +12,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
 from torch import Tensor
 
 from dmole.files import JSON
 from dmole.methods._single_adapter import ADAPTER, SingleAdapter
 from dmole.methods.base import RoutingRecord, Stage
-from dmole.models.adapters import expert_name, experts_on, freeze_expert, remove_expert
+from dmole.models.adapters import expert_name, freeze_expert, remove_expert, task_experts_on
 
 if TYPE_CHECKING:
     from dmole.data.collate import Batch
@@ -57,8 +56,7 @@ class Finetune(SingleAdapter):
         unknown = sorted({name for names in tasks for name in names} - set(self.experts))
         if unknown:
             raise ValueError(f"tasks: got {unknown[0]!r}; expected one of {', '.join(self.experts)}.")
-        gate_SE = torch.tensor([[float(task in names) for task in self.experts] for names in tasks], device="cpu")
-        return experts_on(self.gates, gate_SE, tuple(self.experts.values()), units=batch.units)
+        return task_experts_on(self.gates, self.experts, tasks, units=batch.units)
 
     def task_experts(self) -> dict[str, str]:
         return dict(self.experts)

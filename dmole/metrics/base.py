@@ -6,7 +6,7 @@ CIDEr alone sees the whole test split at once (its word weights come from all re
 `score_samples`; every other metric scores a sample from that sample alone, whatever batch it was generated in.
 
 `version` counts the computations that went by a name. A run stores the version that scored it, and `dmole verify`
-scores with that one: whoever changes what a metric computes raises `version` and adds the old class to `earlier`.
+scores with that one: a change of what a metric computes raises `version` and adds the old class to `earlier`.
 """
 
 from abc import ABC, abstractmethod

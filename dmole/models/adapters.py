@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -154,6 +154,22 @@ def experts_on(
             if held:
                 stack.enter_context(shared.use(gate[:, held], [experts[e] for e in held], units=units[tower]))
         yield
+
+
+def task_experts_on(
+    gates: Mapping[str, ExpertGates],
+    experts: Mapping[str, str],
+    tasks: Sequence[Sequence[str]],
+    *,
+    units: Mapping[str, Sequence[int]],
+) -> AbstractContextManager[None]:
+    """`experts_on` with gate 1 for the experts of the tasks `tasks[s]` of sample s, 0 for the others.
+
+    `experts` are all experts by their task; () is the base model alone.
+    """
+    rows = [[float(task in names) for task in experts] for names in tasks]
+    gate_SE = torch.tensor(rows, device="cpu").reshape(len(tasks), len(experts))
+    return experts_on(gates, gate_SE, tuple(experts.values()), units=units)
 
 
 def adapter_state(adapters: Mapping[str, MultiLoRALinear]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -12,7 +12,6 @@ one. Nothing is pickled. The newest one is the only one kept, and a damaged newe
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -22,7 +21,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dmole.files import JSON, file_digest, sealed_digest, sync_folder, synced_digest, write_tensors
+from dmole.files import JSON, file_digest, put_in_place, sealed_digest, synced_digest, write_tensors
 
 MANIFEST = "manifest.json"
 VERSION = 1
@@ -63,10 +62,8 @@ def save(root: Path, tensors: Mapping[str, Mapping[str, Tensor]], documents: Map
     path = partial / MANIFEST
     path.write_text(json.dumps({**body, "sha256": sealed_digest(body)}, indent=1), encoding="utf-8")
     synced_digest(path)
-    sync_folder(partial)
     folder = root / f"{number:06d}"
-    os.rename(partial, folder)
-    sync_folder(root)
+    put_in_place(partial, folder)
     for old in finished:
         shutil.rmtree(old)
     return folder
@@ -117,7 +114,7 @@ def load(folder: Path) -> Checkpoint:
 def _finished(root: Path) -> list[Path]:
     if not root.is_dir():
         return []
-    # Exactly the names that `save` gives: "007.bak", "2" or a number in other digits are somebody else's.
+    # Exactly the names that `save` gives: "007.bak", "2" or a number in other digits are not ours.
     found = [path for path in root.iterdir() if re.fullmatch(r"[0-9]{6}|[1-9][0-9]{6,}", path.name) and path.is_dir()]
     return sorted(found, key=lambda path: int(path.name))
 

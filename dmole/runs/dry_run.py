@@ -23,7 +23,7 @@ SPLITS = ("train", "validation", "test")
 
 
 def cuts(stream: Stream, limited: Stream) -> list[str]:
-    """A line for each setting that leaves samples of the stream out: nobody's data is cut without a word."""
+    """A line for each setting that leaves samples of the stream out: no data is left out without a message."""
     lines = []
     for split in SPLITS:
         whole, kept = (sum(len(getattr(task, split)) for task in each.tasks) for each in (stream, limited))

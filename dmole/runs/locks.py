@@ -29,7 +29,7 @@ class LockedError(ValueError):
 
 @contextlib.contextmanager
 def locked(output: Path, names: Sequence[str]) -> Iterator[None]:
-    """Hold the locks of the runs `names` below `output`. LockedError at once if somebody else holds one."""
+    """Hold the locks of the runs `names` below `output`. LockedError at once if another process holds one."""
     with contextlib.ExitStack() as held:
         for name in sorted(names):
             (output / LOCKS).mkdir(parents=True, exist_ok=True)

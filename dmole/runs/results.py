@@ -158,7 +158,6 @@ def write_run_results(
 
 def _save_model(plan: RunPlan, config: RunConfig, method: Method) -> str:
     """Writes `model/`; returns the digest of its document."""
-    training = config.training
     base = Base(
         # A folder by its whole path: the model may be loaded from another place.
         model=str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model,
@@ -174,7 +173,7 @@ def _save_model(plan: RunPlan, config: RunConfig, method: Method) -> str:
         base=base,
         tasks=[{"name": task.name, "metric": task.metric} for task in plan.stream.tasks],
         generation=dataclasses.asdict(config.evaluation),
-        precision="bf16" if training.bf16 else "fp16" if training.fp16 else "no",
+        precision=config.training.precision,
     )
 
 

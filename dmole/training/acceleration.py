@@ -48,7 +48,7 @@ def make_accelerator(
     Raises ConfigError for a precision that the device does not have, another one than `accelerate launch` was given,
     an engine that is not supported, and a tracker that is not installed.
     """
-    precision = "bf16" if settings.bf16 else "fp16" if settings.fp16 else "no"
+    precision = settings.precision
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched not in ("no", precision):
         raise ConfigError(

@@ -133,6 +133,11 @@ class TrainingSettings:
     # Processes that prepare batches ahead; 0 prepares the next step in a thread.
     dataloader_num_workers: int = 0
 
+    @property
+    def precision(self) -> Literal["no", "bf16", "fp16"]:
+        """accelerate's name of the mixed precision."""
+        return "bf16" if self.bf16 else "fp16" if self.fp16 else "no"
+
     def __post_init__(self) -> None:
         def check(name: str, good: bool, expected: str) -> None:
             require(good, f"training.{name}", getattr(self, name), expected)

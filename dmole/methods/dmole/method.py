@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""D-MoLE: every task gets LoRA experts where its gradient asks for them, and a router decides at test whose serve.
+"""D-MoLE: every task gets LoRA experts where its gradient asks for them; a router chooses the experts of each sample.
 
     y = W0 x + b + sum_{k<t} I_l^k g^k(x) s B_k A_k x + I_l^t s B_t A_t x        Eq. 2, s = alpha / r
 
@@ -43,9 +43,9 @@ from dmole.models.adapters import (
     add_experts,
     expert_name,
     expert_parameters,
-    experts_on,
     freeze_expert,
     load_adapter_state,
+    task_experts_on,
 )
 from dmole.models.towers import VISION
 from dmole.seeding import derived_generator, derived_seed
@@ -216,8 +216,7 @@ class DMoLE(Skills):
     def task_gates(self, batch: Batch, tasks: Sequence[Sequence[str]]) -> AbstractContextManager[None]:
         for name in {name for names in tasks for name in names}:
             self.pool[name]  # refuses a task without experts
-        gate_SE = torch.tensor([[float(task in names) for task in self.pool.tasks] for names in tasks], device="cpu")
-        return experts_on(self.gates, gate_SE.reshape(len(tasks), len(self.pool)), self.pool.experts, units=batch.units)
+        return task_experts_on(self.gates, self.task_experts(), tasks, units=batch.units)
 
     # Resume and report
 
